@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The agent's protocol: one ttrpc service over vsock, with the OCI runtime
+//! specification's types as protobuf so that no JSON is parsed in the guest.
+//!
+//! The agent dials the host's [`AGENT_PORT`] when it is ready and then serves
+//! ttrpc on that connection; the host is the client.
+
+#![forbid(unsafe_code)]
+
+/// vsock port of the host that the agent dials when it is ready. The
+/// connection then carries ttrpc with the agent as the server.
+pub const AGENT_PORT: u32 = 1024;
+
+/// vsock port of the host that the agent dials once per stdio stream. Each
+/// connection starts with the stream's id, a little-endian `u64`.
+pub const STREAM_PORT: u32 = 1025;
+
+/// vsock context id of the host (virtio 1.2 §5.10.4).
+pub const HOST_CID: u32 = 2;
+
+/// virtio-fs tag of the directory that the runtime shares with the guest.
+pub const SHARED_TAG: &str = "shared";
+
+/// Where the agent mounts [`SHARED_TAG`].
+pub const SHARED_MOUNT: &str = "/run/bulkhead/shared";
+
+/// OCI runtime-spec types (generated from `proto/oci.proto`).
+#[allow(clippy::all, dead_code, missing_docs, unused, nonstandard_style)]
+#[rustfmt::skip]
+pub mod oci {
+    include!(concat!(env!("OUT_DIR"), "/oci.rs"));
+}
+
+/// Request and reply messages (generated from `proto/agent.proto`).
+#[allow(clippy::all, dead_code, missing_docs, unused, nonstandard_style)]
+#[rustfmt::skip]
+pub mod agent {
+    use super::oci;
+    include!(concat!(env!("OUT_DIR"), "/agent.rs"));
+}
+
+/// The service and its client (generated from `proto/agent.proto`).
+#[allow(clippy::all, dead_code, missing_docs, unused, nonstandard_style)]
+#[rustfmt::skip]
+pub mod agent_ttrpc {
+    use super::agent;
+    include!(concat!(env!("OUT_DIR"), "/agent_ttrpc.rs"));
+}

@@ -1,0 +1,406 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Control protocol of `bulkhead-vmm`.
+//!
+//! One Unix SEQPACKET socket, inherited by the VMM (`--control-fd N`). Every
+//! packet is one JSON message; descriptors travel beside it as SCM_RIGHTS and
+//! are named in the message by their index ([`FdIndex`]). The client sends
+//! [`Request`]s and gets one [`Reply`] for each, in order; the VMM sends
+//! [`Event`]s at any time. The end of the connection ends the VMM.
+//!
+//! `configure` and `boot` may be sent back to back: starting a VM costs one
+//! wake-up of the client.
+
+#![forbid(unsafe_code)]
+
+use serde::{Deserialize, Serialize};
+
+/// Largest message in bytes, either way.
+pub const MAX_MESSAGE: usize = 64 * 1024;
+
+/// Most descriptors beside one message (the kernel's SCM_MAX_FD is 253).
+pub const MAX_FDS: usize = 64;
+
+/// Index of a descriptor among those passed with the same message.
+pub type FdIndex = u32;
+
+/// A packet from client to VMM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Request {
+    /// Echoed in the reply.
+    pub id: u64,
+    /// What to do.
+    pub call: Call,
+}
+
+/// What the client asks for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Call {
+    /// Describes the VM; once, before `boot`.
+    Configure(Box<VmConfig>),
+    /// Builds the VM and lets it run.
+    Boot,
+    /// Asks for state, timeline and counters; at any time.
+    Status,
+    /// Stops the VM now, without the guest's help. The reply comes before
+    /// the process ends with [`ExitReason::Stopped`].
+    Shutdown,
+}
+
+/// A packet from VMM to client.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum FromVmm {
+    /// Answers the request of the same id.
+    Reply(Reply),
+    /// Something happened.
+    Event(Event),
+}
+
+/// Answer to one [`Request`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Reply {
+    /// The request's id; 0 where the request could not be read.
+    pub id: u64,
+    /// What came of it.
+    pub outcome: Outcome,
+}
+
+/// What came of a request.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Outcome {
+    /// Done; nothing to say.
+    Done,
+    /// Answer to `status`.
+    Status(Box<Status>),
+    /// Not done.
+    Failed(Failure),
+}
+
+/// Why a request failed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Failure {
+    /// For the program.
+    pub kind: FailureKind,
+    /// For the person: names the field or step, and the cause.
+    pub message: String,
+}
+
+/// Kinds of failure.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FailureKind {
+    /// The message cannot be read or a value is out of range.
+    InvalidRequest,
+    /// Not in this state (boot before configure, second boot).
+    WrongState,
+    /// The kernel image, an image file or a descriptor is not usable.
+    BadResource,
+    /// KVM refused.
+    Kvm,
+    /// Any other system call failed.
+    System,
+    /// Known, and not built yet.
+    Unsupported,
+}
+
+/// The whole VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmConfig {
+    /// Virtual CPUs, 1 to 64.
+    pub vcpus: u8,
+    /// Guest memory in MiB, 32 to 1,048,576.
+    pub memory_mib: u32,
+    /// What to boot.
+    pub kernel: KernelConfig,
+    /// Where the first serial port writes; none: nowhere. Never blocks the
+    /// guest: what cannot be written at once is dropped and counted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial: Option<FdIndex>,
+    /// Persistent memory devices, in PCI order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub pmem: Vec<PmemConfig>,
+    /// Shared directories.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub fs: Vec<FsConfig>,
+    /// The vsock device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<VsockConfig>,
+    /// Network interfaces.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub net: Vec<NetConfig>,
+    /// Block devices.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub blk: Vec<BlkConfig>,
+    /// Whether the guest gets an entropy device.
+    #[serde(default = "yes")]
+    pub rng: bool,
+}
+
+fn yes() -> bool {
+    true
+}
+
+/// What to boot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KernelConfig {
+    /// An uncompressed ELF kernel with a PVH note.
+    pub image: FdIndex,
+    /// Command line, at most 2,047 bytes, no NUL and no newline.
+    pub cmdline: String,
+    /// An initial ramdisk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub initrd: Option<FdIndex>,
+}
+
+/// virtio-pmem (virtio 1.2 §5.19): the file is the device's memory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PmemConfig {
+    /// Name in logs and status.
+    pub id: String,
+    /// The file; its size must be a multiple of 2 MiB.
+    pub file: FdIndex,
+    /// Guest writes never reach the file.
+    pub read_only: bool,
+}
+
+/// virtio-fs (virtio 1.2 §5.11), served inside the VMM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FsConfig {
+    /// Mount tag, 1 to 36 bytes.
+    pub tag: String,
+    /// The directory (an `O_PATH` or `O_DIRECTORY` descriptor).
+    pub directory: FdIndex,
+    /// Attribute and page cache policy.
+    #[serde(default)]
+    pub cache: FsCache,
+}
+
+/// virtio-fs cache policy.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FsCache {
+    /// Nothing cached: the host's changes show at once.
+    Never,
+    /// Metadata for a second, data until the file is opened again.
+    #[default]
+    Auto,
+    /// Only the guest changes the directory.
+    Always,
+}
+
+/// virtio-vsock (virtio 1.2 §5.10) behind Unix stream sockets.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VsockConfig {
+    /// The guest's context id, 3 or higher.
+    pub cid: u32,
+    /// Listening Unix stream socket for connections to the guest; the client
+    /// writes `CONNECT <port>\n` and reads `OK <host port>\n`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub listener: Option<FdIndex>,
+    /// Connections of the guest to host port P go to the Unix socket at
+    /// `<uds_path>_<P>`; refused where there is none.
+    pub uds_path: String,
+    /// The guest's first connection to this host port is reported as
+    /// [`Event::GuestReady`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ready_port: Option<u32>,
+}
+
+/// virtio-net (virtio 1.2 §5.1) on a tap.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetConfig {
+    /// Name in logs and status.
+    pub id: String,
+    /// Tap opened with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`.
+    pub tap: FdIndex,
+    /// The guest's hardware address.
+    pub mac: [u8; 6],
+    /// MTU told to the guest; none: not told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<u16>,
+}
+
+/// virtio-blk (virtio 1.2 §5.2) on a raw file or block device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BlkConfig {
+    /// Name in logs and status, and the serial number the guest reads (20
+    /// bytes at most).
+    pub id: String,
+    /// The file; its size must be a multiple of 512.
+    pub file: FdIndex,
+    /// The guest cannot write.
+    pub read_only: bool,
+}
+
+/// Answer to `status`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Status {
+    /// Where the VM is in its life.
+    pub state: VmState,
+    /// When things happened.
+    pub timeline: Timeline,
+    /// vCPU exits handled in user space, all vCPUs together.
+    pub exits: Exits,
+}
+
+/// States of the VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum VmState {
+    /// Nothing known yet.
+    Unconfigured,
+    /// Configured, not running.
+    Configured,
+    /// Running.
+    Running,
+    /// Ended; the process is about to exit.
+    Ended,
+}
+
+/// Stamps of CLOCK_MONOTONIC in microseconds; none: has not happened.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Timeline {
+    /// `main` was entered.
+    pub vmm_start: Option<u64>,
+    /// The configuration was accepted.
+    pub configured: Option<u64>,
+    /// Just before the first KVM_RUN: the kernel's entry.
+    pub kernel_entry: Option<u64>,
+    /// First connection to the ready port.
+    pub guest_ready: Option<u64>,
+}
+
+/// vCPU exits handled in user space, by kind.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Exits {
+    /// Port I/O.
+    pub pio: u64,
+    /// Memory-mapped I/O.
+    pub mmio: u64,
+    /// All others.
+    pub other: u64,
+}
+
+/// Something the VMM tells unasked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Event {
+    /// The guest connected to the ready port for the first time. Carries the
+    /// timeline, so that nobody needs to ask for it.
+    GuestReady(Timeline),
+    /// The guest's kernel panicked (pvpanic); the VM ends next.
+    GuestPanicked,
+    /// The VM has ended; the process exits with this reason's code.
+    Ended(ExitReason),
+}
+
+/// Why a VM, and with it the process, ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ExitReason {
+    /// The guest powered itself off (ACPI S5).
+    PowerOff,
+    /// The client asked (`shutdown`).
+    Stopped,
+    /// The guest asked for a reset (ACPI reset register, keyboard controller).
+    Reset,
+    /// The guest's kernel panicked.
+    Panic,
+    /// A vCPU triple-faulted or KVM shut it down.
+    TripleFault,
+    /// KVM could not go on (internal error, failed entry).
+    KvmError,
+    /// The VMM itself failed (bad start, a device thread that panicked).
+    VmmError,
+    /// The control connection ended: the client is gone.
+    ClientGone,
+}
+
+impl ExitReason {
+    /// The process's exit code for this reason.
+    pub const fn code(self) -> i32 {
+        match self {
+            Self::PowerOff | Self::Stopped => 0,
+            Self::VmmError => 1,
+            Self::Reset => 10,
+            Self::Panic => 11,
+            Self::TripleFault => 12,
+            Self::KvmError => 13,
+            Self::ClientGone => 14,
+        }
+    }
+
+    /// The reason an exit code stands for; none for a code that no reason has.
+    pub const fn from_code(code: i32) -> Option<Self> {
+        match code {
+            0 => Some(Self::PowerOff),
+            1 => Some(Self::VmmError),
+            10 => Some(Self::Reset),
+            11 => Some(Self::Panic),
+            12 => Some(Self::TripleFault),
+            13 => Some(Self::KvmError),
+            14 => Some(Self::ClientGone),
+            _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_survive_the_wire() {
+        let request = Request {
+            id: 7,
+            call: Call::Configure(Box::new(VmConfig {
+                vcpus: 1,
+                memory_mib: 128,
+                kernel: KernelConfig {
+                    image: 0,
+                    cmdline: "quiet".into(),
+                    initrd: None,
+                },
+                serial: Some(1),
+                pmem: vec![],
+                fs: vec![],
+                vsock: None,
+                net: vec![],
+                blk: vec![],
+                rng: true,
+            })),
+        };
+        let text = serde_json::to_string(&request).unwrap();
+        assert_eq!(serde_json::from_str::<Request>(&text).unwrap(), request);
+    }
+
+    #[test]
+    fn unknown_fields_are_refused() {
+        let text = r#"{"id":1,"call":{"configure":{"vcpus":1,"cores":2}}}"#;
+        assert!(serde_json::from_str::<Request>(text).is_err());
+    }
+
+    #[test]
+    fn exit_codes_tell_the_reason() {
+        for code in 0..256 {
+            if let Some(reason) = ExitReason::from_code(code) {
+                assert_eq!(reason.code(), code);
+            }
+        }
+    }
+}

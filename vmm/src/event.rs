@@ -1,0 +1,178 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Event loops: threads that wait with epoll for device descriptors.
+//!
+//! A device is a plain object behind a mutex; a loop calls its
+//! [`EventHandler::handle`] when one of its descriptors is ready. All devices
+//! share the `io` loop by default; virtio-fs has one of its own, since its
+//! requests block.
+
+use std::{
+    collections::HashMap,
+    io,
+    os::fd::{AsRawFd, RawFd},
+    sync::{Arc, Mutex, Weak},
+    thread,
+};
+
+use vmm_sys_util::{
+    epoll::{ControlOperation, Epoll, EpollEvent, EventSet},
+    eventfd::EventFd,
+};
+
+/// Something whose descriptors a loop watches.
+pub trait EventHandler: Send {
+    /// A descriptor registered with `token` is ready. Must not block (but on
+    /// a loop of its own), and must bound what it does per call.
+    fn handle(&mut self, token: u32, events: EventSet);
+}
+
+/// A handler as loops hold it. Weak: the device's owner decides how long it
+/// lives, a late event for a device that is gone is dropped.
+pub type HandlerRef = Weak<Mutex<dyn EventHandler>>;
+
+struct Registration {
+    handler: HandlerRef,
+    token: u32,
+}
+
+struct Shared {
+    epoll: Epoll,
+    stop: EventFd,
+    registrations: Mutex<HashMap<RawFd, Registration>>,
+}
+
+/// Registers descriptors with a loop, from any thread. Cheap to clone.
+#[derive(Clone)]
+pub struct LoopHandle {
+    shared: Arc<Shared>,
+}
+
+impl LoopHandle {
+    /// Watches `fd` (level-triggered unless `events` has `EDGE_TRIGGERED`) and
+    /// calls `handler` with `token` when it is ready. The caller unregisters
+    /// it before it closes it.
+    pub fn register(
+        &self,
+        fd: &dyn AsRawFd,
+        events: EventSet,
+        handler: HandlerRef,
+        token: u32,
+    ) -> io::Result<()> {
+        let raw = fd.as_raw_fd();
+        let mut registrations = self.lock();
+        self.shared.epoll.ctl(
+            ControlOperation::Add,
+            raw,
+            EpollEvent::new(events, raw as u64),
+        )?;
+        registrations.insert(raw, Registration { handler, token });
+        Ok(())
+    }
+
+    /// Changes what is watched for.
+    pub fn modify(&self, fd: &dyn AsRawFd, events: EventSet) -> io::Result<()> {
+        let raw = fd.as_raw_fd();
+        self.shared.epoll.ctl(
+            ControlOperation::Modify,
+            raw,
+            EpollEvent::new(events, raw as u64),
+        )
+    }
+
+    /// Stops watching `fd`; no error when it was not watched.
+    pub fn unregister(&self, fd: &dyn AsRawFd) {
+        let raw = fd.as_raw_fd();
+        if self.lock().remove(&raw).is_some() {
+            // A failure means that the descriptor is gone already.
+            let _ = self
+                .shared
+                .epoll
+                .ctl(ControlOperation::Delete, raw, EpollEvent::default());
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<RawFd, Registration>> {
+        self.shared
+            .registrations
+            .lock()
+            .expect("no holder of the registrations panics")
+    }
+}
+
+/// A thread that waits for descriptors. Dropping it stops and joins it.
+pub struct EventLoop {
+    handle: LoopHandle,
+    thread: Option<thread::JoinHandle<()>>,
+}
+
+impl EventLoop {
+    /// Starts a loop on a new thread called `name` (at most 15 bytes show).
+    pub fn spawn(name: &str) -> io::Result<Self> {
+        let shared = Arc::new(Shared {
+            epoll: Epoll::new()?,
+            stop: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
+            registrations: Mutex::new(HashMap::new()),
+        });
+        shared.epoll.ctl(
+            ControlOperation::Add,
+            shared.stop.as_raw_fd(),
+            EpollEvent::new(EventSet::IN, shared.stop.as_raw_fd() as u64),
+        )?;
+        let handle = LoopHandle { shared };
+        let inner = handle.clone();
+        let thread = thread::Builder::new()
+            .name(name.to_owned())
+            .spawn(move || run(&inner))?;
+        Ok(Self {
+            handle,
+            thread: Some(thread),
+        })
+    }
+
+    /// For registering descriptors.
+    pub fn handle(&self) -> LoopHandle {
+        self.handle.clone()
+    }
+}
+
+impl Drop for EventLoop {
+    fn drop(&mut self) {
+        let _ = self.handle.shared.stop.write(1);
+        if let Some(thread) = self.thread.take() {
+            if thread.thread().id() != thread::current().id() {
+                let _ = thread.join();
+            }
+        }
+    }
+}
+
+fn run(handle: &LoopHandle) {
+    let stop = handle.shared.stop.as_raw_fd();
+    let mut ready = vec![EpollEvent::default(); 64];
+    loop {
+        let count = match handle.shared.epoll.wait(-1, &mut ready) {
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            // The epoll descriptor itself is broken: nothing can go on.
+            Err(error) => panic!("epoll_wait failed: {error}"),
+        };
+        for event in &ready[..count] {
+            let fd = event.data() as RawFd;
+            if fd == stop {
+                return;
+            }
+            // Looked up per event: a handler may have unregistered a
+            // descriptor that was ready in the same batch.
+            let found = handle.lock().get(&fd).map(|r| (r.handler.clone(), r.token));
+            let Some((handler, token)) = found else {
+                continue;
+            };
+            if let Some(handler) = handler.upgrade() {
+                handler
+                    .lock()
+                    .expect("a handler that panicked ended the process")
+                    .handle(token, event.event_set());
+            }
+        }
+    }
+}

@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What a virtio device is to the transport and to the VM's builder.
+//!
+//! The transport (virtio-pci) owns registers, features and queue set-up. On
+//! DRIVER_OK it hands the queues over with [`VirtioDevice::activate`]; from
+//! then on the device works them on its event loop. A device folder holds
+//! `device.rs`, `event.rs`, `state.rs` and `tests.rs`.
+
+use std::sync::{Arc, Mutex};
+
+use virtio_queue::Queue;
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::event::{EventHandler, HandlerRef, LoopHandle};
+
+/// Guest memory as devices hold it: replaced as a whole on hotplug.
+pub type GuestRam = GuestMemoryAtomic<GuestMemoryMmap>;
+
+/// Raises a device's interrupts; the transport implements it.
+pub trait Interrupt: Send + Sync {
+    /// Tells the driver that queue `index` has used buffers. The device has
+    /// asked the queue whether the driver wants to know.
+    fn signal_queue(&self, index: usize);
+    /// Tells the driver that the configuration space changed.
+    fn signal_config(&self);
+    /// Marks the device DEVICE_NEEDS_RESET (virtio 1.2 §2.1.2) and tells the
+    /// driver: the driver broke a rule, and the device has stopped.
+    fn device_broken(&self);
+}
+
+/// A queue the driver has set up.
+pub struct ActiveQueue {
+    /// Index in the device, from 0.
+    pub index: usize,
+    /// The split virtqueue.
+    pub queue: Queue,
+    /// The driver's notifications (an ioeventfd).
+    pub kick: EventFd,
+}
+
+/// What a device gets on DRIVER_OK.
+pub struct Activation {
+    /// Guest memory.
+    pub memory: GuestRam,
+    /// To interrupt the driver.
+    pub interrupt: Arc<dyn Interrupt>,
+    /// The enabled queues.
+    pub queues: Vec<ActiveQueue>,
+    /// Features both sides agreed on.
+    pub features: u64,
+    /// The loop to register descriptors with (kicks and the device's own).
+    pub event_loop: LoopHandle,
+    /// The device itself, as the loop holds it.
+    pub handler: HandlerRef,
+}
+
+/// Why a device could not start or go on.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// The driver set the queues up in a way the device cannot work with.
+    #[error("driver set queue {0} up wrongly")]
+    BadQueue(usize),
+    /// A system call failed.
+    #[error("device could not {action}")]
+    System {
+        /// What was tried.
+        action: &'static str,
+        /// What the kernel said.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+/// Why a state could not be saved or restored.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// Known, and not built yet.
+    #[error("{0} cannot save or restore its state yet")]
+    NotYet(&'static str),
+}
+
+/// A virtio device, seen from the transport. Events reach it through
+/// [`EventHandler`].
+pub trait VirtioDevice: EventHandler {
+    /// Device id (virtio 1.2 §5).
+    fn device_id(&self) -> u16;
+
+    /// Name in logs and status.
+    fn name(&self) -> &str;
+
+    /// Largest size of each queue; its length is the number of queues.
+    fn queue_sizes(&self) -> &[u16];
+
+    /// Features offered, VIRTIO_F_VERSION_1 included.
+    fn features(&self) -> u64;
+
+    /// Reads the device-specific configuration at `offset`; what lies beyond
+    /// its end reads as zero.
+    fn read_config(&self, offset: u64, data: &mut [u8]);
+
+    /// Writes it; most devices have nothing writable.
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    /// DRIVER_OK: takes the queues and starts to work. Runs on a vCPU thread,
+    /// so it only wires descriptors up.
+    fn activate(&mut self, activation: Activation) -> Result<(), DeviceError>;
+
+    /// Stops and forgets the queues (virtio 1.2 §2.1.1, status 0). Every
+    /// descriptor registered with the loop is unregistered on return.
+    fn reset(&mut self);
+
+    /// Saves the device's own state, once its work is paused.
+    fn save(&mut self) -> Result<Vec<u8>, StateError>;
+
+    /// Restores what [`Self::save`] gave.
+    fn restore(&mut self, state: &[u8]) -> Result<(), StateError>;
+}
+
+/// A device as the transport and the builder hold it. The same allocation
+/// serves as the loop's [`HandlerRef`] (upcast of the `Arc`).
+pub type DeviceRef = Arc<Mutex<dyn VirtioDevice>>;
