@@ -1,0 +1,8 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What a sandbox takes from the host: acquire, release, recover.
+
+pub mod cgroup;
+pub mod journal;
+pub mod mount;
+pub mod network;
+pub mod process;

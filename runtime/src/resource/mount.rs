@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Mounts and directory trees as journalled resources.
+
+use std::{
+    ffi::OsString,
+    io,
+    os::unix::ffi::OsStringExt,
+    path::{Path, PathBuf},
+};
+
+use nix::{
+    errno::Errno,
+    mount::{umount2, MntFlags},
+};
+
+/// Unmounts everything stacked on `target`; nothing when there is nothing.
+/// Detaches, so that an open file in it does not keep it.
+pub fn unmount(target: &Path) -> io::Result<()> {
+    loop {
+        match umount2(target, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+            Ok(()) => {}
+            // Not a mount point, or not there.
+            Err(Errno::EINVAL | Errno::ENOENT | Errno::ENOTDIR) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// Removes a directory and what is in it, after unmounting everything mounted
+/// on or below it: what is mounted there belongs to others and is never
+/// deleted through.
+pub fn remove_tree(path: &Path) -> io::Result<()> {
+    let mut below = mount_points_below(path)?;
+    // Deepest and newest first.
+    below.reverse();
+    for target in &below {
+        unmount(target)?;
+    }
+    if let Some(left) = mount_points_below(path)?.first() {
+        return Err(io::Error::new(
+            io::ErrorKind::ResourceBusy,
+            format!("{} is still mounted", left.display()),
+        ));
+    }
+    match std::fs::remove_dir_all(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+/// Mount points at or below `path` in this mount namespace, in mount order.
+pub fn mount_points_below(path: &Path) -> io::Result<Vec<PathBuf>> {
+    let table = std::fs::read("/proc/self/mountinfo")?;
+    Ok(table
+        .split(|byte| *byte == b'\n')
+        .filter_map(|line| line.split(|byte| *byte == b' ').nth(4))
+        .map(unescape)
+        .filter(|target| target.starts_with(path))
+        .collect())
+}
+
+/// Undoes the octal escapes of /proc/self/mountinfo (proc(5)).
+fn unescape(field: &[u8]) -> PathBuf {
+    let mut bytes = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let Some((&first, tail)) = rest.split_first() {
+        let octal = (first == b'\\')
+            .then(|| tail.get(..3))
+            .flatten()
+            .and_then(|digits| std::str::from_utf8(digits).ok())
+            .and_then(|digits| u8::from_str_radix(digits, 8).ok());
+        match octal {
+            Some(byte) => {
+                bytes.push(byte);
+                rest = &tail[3..];
+            }
+            None => {
+                bytes.push(first);
+                rest = tail;
+            }
+        }
+    }
+    PathBuf::from(OsString::from_vec(bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn escapes_are_undone() {
+        assert_eq!(unescape(br"/a\040b\134c"), PathBuf::from(r"/a b\c"));
+        assert_eq!(unescape(br"/a\0"), PathBuf::from(r"/a\0"));
+    }
+
+    #[test]
+    fn a_tree_is_removed_without_touching_what_is_mounted_in_it() {
+        if !nix::unistd::geteuid().is_root() {
+            println!(
+                "SKIPPED: a_tree_is_removed_without_touching_what_is_mounted_in_it: needs root"
+            );
+            return;
+        }
+        let base = std::env::temp_dir().join(format!("bulkhead-tree-{}", std::process::id()));
+        let _ = remove_tree(&base);
+        let precious = base.join("precious");
+        let tree = base.join("tree");
+        std::fs::create_dir_all(tree.join("in")).unwrap();
+        std::fs::create_dir_all(&precious).unwrap();
+        std::fs::write(precious.join("file"), "kept").unwrap();
+        nix::mount::mount(
+            Some(&precious),
+            &tree.join("in"),
+            None::<&str>,
+            nix::mount::MsFlags::MS_BIND,
+            None::<&str>,
+        )
+        .unwrap();
+        remove_tree(&tree).unwrap();
+        assert!(!tree.exists());
+        assert_eq!(std::fs::read(precious.join("file")).unwrap(), b"kept");
+        remove_tree(&tree).unwrap();
+        remove_tree(&base).unwrap();
+    }
+}
