@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+# The one entry to Bulkhead: `make run`, `make test`, `make bench`,
+# `make install`. Every target installs and builds what it needs; what is
+# built already is not built again.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PREFIX ?= /usr/local
+GUEST := target/guest
+RELEASE := target/release
+
+# What a fresh Debian 12 lacks, by what it is for: the kernel's build, the
+# guest image, the end-to-end tests and the KVM host in a box.
+PACKAGES := ca-certificates build-essential bc bison flex libelf-dev libssl-dev kmod cpio xz-utils rsync \
+	erofs-utils busybox-static \
+	containerd runc crun iproute2 iptables \
+	qemu-system-x86 strace
+
+# Debian 12's own Rust is too old; its -web packages carry a current one.
+RUST_PACKAGES := rustc-web cargo-web
+RUST_OLDEST := 1.86.0
+
+.PHONY: help deps build binaries guest kernel run test box bench install uninstall
+
+help: ## What can be made
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
+
+deps: ## Installs the packages that building and testing need (root)
+	@missing=""; \
+	for package in $(PACKAGES); do \
+		dpkg-query -W -f '$${db:Status-Status}' "$$package" 2>/dev/null | grep -qx installed || missing="$$missing $$package"; \
+	done; \
+	have=$$(cargo --version 2>/dev/null | cut -d' ' -f2 || true); \
+	if [ "$$(printf '%s\n' "$(RUST_OLDEST)" "$${have:-0}" | sort -V | head -n1)" != "$(RUST_OLDEST)" ]; then \
+		missing="$$missing $(RUST_PACKAGES)"; \
+	fi; \
+	if [ -n "$$missing" ]; then \
+		echo "installing:$$missing"; \
+		export DEBIAN_FRONTEND=noninteractive; \
+		apt-get update -q >/dev/null; \
+		apt-get install -yq --no-install-recommends $$missing >/dev/null; \
+	fi
+
+build: deps binaries guest ## Builds the binaries, the guest kernel and the guest image
+
+binaries:
+	@echo "building the binaries"
+	@cargo build --release --quiet -p bulkhead-runtime -p containerd-shim-bulkhead-v2 -p bulkhead-vmm -p bulkhead-rootfs-builder -p bulkhead-tests
+	@cargo rustc --release --quiet -p bulkhead-agent --bin bulkhead-agent -- -C target-feature=+crt-static -C relocation-model=static
+
+kernel:
+	@guest-kernel/build
+
+guest: binaries kernel
+	@$(RELEASE)/bulkhead-rootfs-builder --agent $(RELEASE)/bulkhead-agent --out $(GUEST)
+
+run: build ## Runs a container in its own microVM through containerd
+	@$(RELEASE)/bulkhead-demo
+
+test: build ## Runs every test: unit tests, tiny guests, end to end
+	@tests/run
+
+box: build ## A shell in the KVM host in a box
+	@$(RELEASE)/bulkhead-box shell
+
+bench: build ## Prints the figures, also to target/bench.json
+	@$(RELEASE)/bulkhead-bench
+
+install: build ## Installs to PREFIX (/usr/local)
+	install -D -m 755 -t $(DESTDIR)$(PREFIX)/bin $(RELEASE)/bulkhead $(RELEASE)/bulkhead-vmm $(RELEASE)/containerd-shim-bulkhead-v2
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/bulkhead $(GUEST)/vmlinux $(GUEST)/rootfs.erofs $(GUEST)/rootfs.cpio
+
+uninstall: ## Removes what install put there
+	rm -f $(addprefix $(DESTDIR)$(PREFIX)/bin/,bulkhead bulkhead-vmm containerd-shim-bulkhead-v2)
+	rm -rf $(DESTDIR)$(PREFIX)/share/bulkhead
