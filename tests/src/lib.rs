@@ -1,0 +1,23 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What Bulkhead's whole-system tests stand on.
+//!
+//! * [`boxed`]: the *KVM host in a box*: an emulated machine with SVM that
+//!   shares this machine's file system, for hosts that cannot run microVMs.
+//! * [`host`]: which of the two a test uses.
+//! * [`containerd`], [`image`], [`install`]: a private containerd, an image
+//!   made without a registry, and where the build products are.
+//! * [`timeline`]: the start timeline that the shim logs.
+//! * [`init`]: PID 1 of the box.
+
+#![deny(unsafe_code)] // sys alone talks to the kernel without a safe wrapper
+
+pub mod boxed;
+pub mod containerd;
+pub mod host;
+pub mod image;
+pub mod init;
+pub mod install;
+mod sys;
+pub mod timeline;
+
+pub use sys::{kvm_create_vm, window_size};
