@@ -17,6 +17,8 @@ pub mod host;
 pub mod image;
 pub mod init;
 pub mod install;
+pub mod listing;
+pub mod proc;
 mod sys;
 pub mod timeline;
 

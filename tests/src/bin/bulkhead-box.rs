@@ -14,7 +14,7 @@ use std::time::Duration;
 use anyhow::{bail, Context, Result};
 use bulkhead_tests::boxed::daemon::{self, DEFAULT_NAME};
 use bulkhead_tests::boxed::{fetch_kernel, BoxError, Command, Event, KvmBox, Mux, Options};
-use bulkhead_tests::window_size;
+use bulkhead_tests::{kvm_create_vm, window_size};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::termios::{cfmakeraw, tcgetattr, tcsetattr, SetArg, Termios};
 
@@ -28,6 +28,7 @@ The KVM host in a box: an emulated machine with SVM that shares this machine's f
   bulkhead-box status [--name NAME]        whether it is up
   bulkhead-box down [--name NAME]          end it
   bulkhead-box fetch                       only fetch the box's kernel
+  bulkhead-box kvm                         make a VM here, in a box or not
 
   --name NAME        which box (default: default)
   --timeout SECONDS  kill CMD after so long and exit with 124
@@ -162,6 +163,16 @@ fn dispatch(mut args: Arguments) -> Result<i32> {
             }
         }
         "run" => run(args),
+        "kvm" => {
+            let kvm = std::fs::File::options()
+                .read(true)
+                .write(true)
+                .open("/dev/kvm")
+                .context("open /dev/kvm")?;
+            let version = kvm_create_vm(&kvm).context("make a VM")?;
+            println!("KVM API {version}, a VM can be made");
+            Ok(0)
+        }
         "help" | "--help" | "-h" => {
             print!("{USAGE}");
             Ok(0)
@@ -312,7 +323,7 @@ fn attend(mux: &Mux, args: &Arguments) -> Result<i32> {
         });
     }
     let exit = loop {
-        match session.next()? {
+        match session.next_event()? {
             Event::Stdout(data) => put(&mut io::stdout().lock(), &data)?,
             Event::Stderr(data) => put(&mut io::stderr().lock(), &data)?,
             Event::Exit(exit) => break exit,

@@ -107,7 +107,7 @@ impl Command {
     /// Runs it to its end over this connection.
     ///
     /// # Errors
-    /// As [`Session::next`].
+    /// As [`Session::next_event`].
     pub fn run(&self, mux: &Mux) -> Result<Output, BoxError> {
         let mut session = mux.spawn(&self.spec)?;
         if self.spec.stdin {
@@ -121,7 +121,7 @@ impl Command {
         }
         let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
         loop {
-            match session.next()? {
+            match session.next_event()? {
                 Event::Stdout(data) => stdout.extend(data),
                 Event::Stderr(data) => stderr.extend(data),
                 Event::Exit(exit) => {

@@ -60,6 +60,9 @@ pub struct Modules {
     builtin: BTreeSet<String>,
 }
 
+/// A module's name and file.
+pub type Module = (String, PathBuf);
+
 /// The name a module has in the kernel: no directory, no suffix, underscores.
 fn name_of(path: &str) -> Option<String> {
     let base = path.rsplit('/').next()?;
@@ -98,7 +101,7 @@ impl Modules {
     ///
     /// # Errors
     /// Those of reading the modules.
-    pub fn resolve(&self, wanted: &[&str]) -> io::Result<(Vec<(String, PathBuf)>, Vec<String>)> {
+    pub fn resolve(&self, wanted: &[&str]) -> io::Result<(Vec<Module>, Vec<String>)> {
         let (mut order, mut missing) = (Vec::new(), Vec::new());
         let mut seen = BTreeSet::new();
         for name in wanted {
@@ -111,7 +114,7 @@ impl Modules {
         &self,
         name: &str,
         seen: &mut BTreeSet<String>,
-        order: &mut Vec<(String, PathBuf)>,
+        order: &mut Vec<Module>,
         missing: &mut Vec<String>,
     ) -> io::Result<()> {
         if self.builtin.contains(name) || !seen.insert(name.to_owned()) {

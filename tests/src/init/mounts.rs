@@ -121,9 +121,11 @@ pub fn enter(plan: &Plan, warnings: &mut Vec<String>) -> Result<()> {
     if let Some(release) = plan.modules_dir.file_name() {
         let link = Path::new("/lib/modules").join(release);
         let linked = fs::create_dir_all("/lib/modules").and_then(|()| {
-            link.exists()
-                .then_some(Ok(()))
-                .unwrap_or_else(|| symlink(&plan.modules_dir, &link))
+            if link.exists() {
+                Ok(())
+            } else {
+                symlink(&plan.modules_dir, &link)
+            }
         });
         if let Err(error) = linked {
             warnings.push(format!("link {}: {error}", link.display()));
