@@ -16,6 +16,7 @@ pub mod containerd;
 pub mod host;
 pub mod image;
 pub mod init;
+pub mod inside;
 pub mod install;
 pub mod listing;
 pub mod proc;
