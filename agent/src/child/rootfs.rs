@@ -1,0 +1,284 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The container's file system: root, mounts, pivot, masked and read-only
+//! paths (runtime-spec config.md "Root", "Mounts"; config-linux.md "Masked
+//! Paths", "Readonly Paths").
+
+use std::fs::{self, File};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::mount::{umount2, MntFlags};
+use nix::sys::stat::fchmod;
+use nix::unistd::{chdir, fchdir};
+
+use super::path::{locate, make_directory, make_file};
+use super::report::{At, Done, Failure};
+use crate::container::mounts::{MountPlan, Source};
+use crate::container::plan::ContainerPlan;
+use crate::sys::mount::{
+    attach, clone_tree, cwd, new_mount, open_in_root, pivot_here, set_attr, MountAttr, ATTR_RDONLY,
+};
+
+/// Detaches the process's mounts from the guest's and attaches a copy of the
+/// root file system over itself, which pivot_root(2) wants. Gives its root.
+pub fn prepare_root(plan: &ContainerPlan) -> Done<OwnedFd> {
+    let slash = slash()?;
+    let propagation = MountAttr {
+        propagation: plan.initial_propagation,
+        ..MountAttr::default()
+    };
+    set_attr(slash.as_fd(), &propagation, true).at("set propagation of", "/")?;
+    let root = clone_tree(cwd(), &plan.rootfs, true).at("open root file system", &plan.rootfs)?;
+    let target = File::open(&plan.rootfs).at("open root file system", &plan.rootfs)?;
+    attach(root.as_fd(), target.as_fd()).at("bind root file system", &plan.rootfs)?;
+    Ok(root)
+}
+
+/// The root directory.
+fn slash() -> Done<OwnedFd> {
+    File::open("/").map(Into::into).at("open", "/")
+}
+
+/// Makes the mounts of the specification, in their order.
+pub fn mount_all(plan: &ContainerPlan, root: BorrowedFd<'_>) -> Done<()> {
+    for mount in &plan.mounts {
+        mount_one(mount, root)?;
+    }
+    Ok(())
+}
+
+fn mount_one(plan: &MountPlan, root: BorrowedFd<'_>) -> Done<()> {
+    let destination = &plan.destination;
+    let tree = match &plan.source {
+        Source::Bind { path, recursive } => {
+            let tree = clone_tree(cwd(), path, *recursive).at("open mount source", path)?;
+            set_attributes(&tree, plan, destination)?;
+            tree
+        }
+        Source::New {
+            fs_type,
+            source,
+            options,
+        } => new_mount(fs_type, source.as_deref(), options, plan.attr.set).map_err(
+            |(errno, complaint)| {
+                let step = if complaint.is_empty() {
+                    format!("mount {fs_type} on")
+                } else {
+                    format!("mount {fs_type} ({complaint}) on")
+                };
+                Failure::step(&step, destination, errno)
+            },
+        )?,
+    };
+    let target = mount_point(plan, root)?;
+    if plan.copy_up {
+        copy_up(&target, &tree, destination)?;
+    }
+    attach(tree.as_fd(), target.as_fd()).at("mount on", destination)?;
+    if let Some((kind, recursive)) = plan.propagation {
+        let attr = MountAttr {
+            propagation: kind,
+            ..MountAttr::default()
+        };
+        set_attr(tree.as_fd(), &attr, recursive).at("set propagation of", destination)?;
+    }
+    Ok(())
+}
+
+fn set_attributes(tree: &OwnedFd, plan: &MountPlan, destination: &Path) -> Done<()> {
+    for (attr, recursive) in [(plan.attr, false), (plan.recursive_attr, true)] {
+        if attr != MountAttr::default() {
+            set_attr(tree.as_fd(), &attr, recursive).at("set mount options of", destination)?;
+        }
+    }
+    Ok(())
+}
+
+/// Opens the place of a mount, making it where it is missing.
+fn mount_point(plan: &MountPlan, root: BorrowedFd<'_>) -> Done<OwnedFd> {
+    let destination = &plan.destination;
+    match &plan.source {
+        Source::Bind { path, .. } => {
+            let is_directory = fs::metadata(path)
+                .at("inspect mount source", path)?
+                .is_dir();
+            if is_directory {
+                make_directory(root, destination)
+            } else {
+                make_file(root, destination, 0o644)
+            }
+        }
+        Source::New { fs_type, .. } => {
+            let place = make_directory(root, destination)?;
+            if fs_type == "proc" || fs_type == "sysfs" {
+                // Through a link these would end up where masking and the
+                // checks on /proc do not look.
+                let real = fs::read_link(format!("/proc/self/fd/{}", raw(&place)))
+                    .at("inspect", destination)?;
+                let top = fs::read_link(format!("/proc/self/fd/{}", raw(&root)))
+                    .at("inspect", "root")?;
+                let wanted = top.join(destination.strip_prefix("/").unwrap_or(destination));
+                if real != wanted {
+                    return Err(Failure::invalid(format!(
+                        "mounts: {}: {fs_type} cannot be mounted through a symbolic link",
+                        destination.display()
+                    )));
+                }
+            }
+            Ok(place)
+        }
+    }
+}
+
+fn raw(fd: &impl std::os::fd::AsFd) -> std::os::fd::RawFd {
+    use std::os::fd::AsRawFd;
+    fd.as_fd().as_raw_fd()
+}
+
+/// Copies what the image has at a mount point into the file system that is
+/// about to cover it.
+fn copy_up(from: &OwnedFd, to: &OwnedFd, destination: &Path) -> Done<()> {
+    let link = |fd: &OwnedFd| PathBuf::from(format!("/proc/self/fd/{}", raw(fd)));
+    copy_tree(&link(from), &link(to)).at("copy up", destination)
+}
+
+fn copy_tree(from: &Path, to: &Path) -> std::io::Result<()> {
+    use std::os::unix::fs::{lchown, symlink, PermissionsExt};
+    for entry in fs::read_dir(from)? {
+        let entry = entry?;
+        let (source, target) = (entry.path(), to.join(entry.file_name()));
+        let meta = entry.metadata()?;
+        let kind = meta.file_type();
+        if kind.is_dir() {
+            fs::create_dir(&target)?;
+            copy_tree(&source, &target)?;
+        } else if kind.is_symlink() {
+            symlink(fs::read_link(&source)?, &target)?;
+        } else if kind.is_file() {
+            fs::copy(&source, &target)?;
+        } else {
+            continue;
+        }
+        lchown(&target, Some(meta.uid()), Some(meta.gid()))?;
+        if !kind.is_symlink() {
+            // After the owner: chown clears the set-uid bits.
+            fs::set_permissions(&target, fs::Permissions::from_mode(meta.mode() & 0o7777))?;
+        }
+    }
+    let meta = fs::metadata(from)?;
+    let directory = File::open(to)?;
+    std::os::unix::fs::fchown(&directory, Some(meta.uid()), Some(meta.gid()))?;
+    fchmod(
+        &directory,
+        nix::sys::stat::Mode::from_bits_retain(meta.mode() & 0o7777),
+    )?;
+    Ok(())
+}
+
+/// Makes `root` the root directory and lets go of the guest's.
+pub fn pivot(root: BorrowedFd<'_>) -> Done<()> {
+    let old = File::open("/").at("open", "/")?;
+    fchdir(root).at("change directory to", "root")?;
+    pivot_here().at("pivot to", "root")?;
+    // The old root is now mounted over the new one; leave it through its
+    // descriptor. As a slave its unmounting does not reach the guest.
+    fchdir(&old).at("change directory to", "old root")?;
+    let slave = MountAttr {
+        propagation: libc::MS_SLAVE,
+        ..MountAttr::default()
+    };
+    set_attr(old.as_fd(), &slave, true).at("set propagation of", "old root")?;
+    umount2(".", MntFlags::MNT_DETACH).at("unmount", "old root")?;
+    chdir("/").at("change directory to", "/")
+}
+
+/// What can only happen when everything is mounted and the root is in place.
+pub fn finish(plan: &ContainerPlan) -> Done<()> {
+    let slash = slash()?;
+    if let Some((kind, recursive)) = plan.root_propagation {
+        let attr = MountAttr {
+            propagation: kind,
+            ..MountAttr::default()
+        };
+        set_attr(slash.as_fd(), &attr, recursive).at("set propagation of", "/")?;
+    }
+    let read_only = MountAttr {
+        set: ATTR_RDONLY,
+        ..MountAttr::default()
+    };
+    for mount in plan.mounts.iter().filter(|mount| mount.read_only_later) {
+        let place = locate(slash.as_fd(), &mount.destination).at("open", &mount.destination)?;
+        set_attr(place.as_fd(), &read_only, false).at("make read-only", &mount.destination)?;
+    }
+    if plan.root_read_only {
+        set_attr(slash.as_fd(), &read_only, false).at("make read-only", "/")?;
+    }
+    Ok(())
+}
+
+/// Makes the read-only paths so; those that do not exist are left out.
+pub fn protect(paths: &[PathBuf]) -> Done<()> {
+    let slash = slash()?;
+    let read_only = MountAttr {
+        set: ATTR_RDONLY,
+        ..MountAttr::default()
+    };
+    for path in paths {
+        let place = match locate(slash.as_fd(), path) {
+            Err(Errno::ENOENT | Errno::ENOTDIR) => continue,
+            other => other.at("open", path)?,
+        };
+        let tree = clone_tree(place.as_fd(), Path::new(""), true).at("bind", path)?;
+        set_attr(tree.as_fd(), &read_only, true).at("make read-only", path)?;
+        attach(tree.as_fd(), place.as_fd()).at("mount on", path)?;
+    }
+    Ok(())
+}
+
+/// Hides the masked paths: files behind /dev/null, directories behind an
+/// empty file system, which all of them share.
+pub fn mask(paths: &[PathBuf]) -> Done<()> {
+    let slash = slash()?;
+    let mut empty: Option<OwnedFd> = None;
+    for path in paths {
+        let place = match locate(slash.as_fd(), path) {
+            Err(Errno::ENOENT | Errno::ENOTDIR) => continue,
+            other => other.at("open", path)?,
+        };
+        let is_directory = File::from(place.try_clone().at("open", path)?)
+            .metadata()
+            .at("inspect", path)?
+            .is_dir();
+        let cover = if !is_directory {
+            let null = null_device(slash.as_fd())?;
+            clone_tree(null.as_fd(), Path::new(""), false).at("bind", "/dev/null")?
+        } else if let Some(first) = &empty {
+            clone_tree(first.as_fd(), Path::new(""), false).at("bind", path)?
+        } else {
+            new_mount("tmpfs", None, &[], ATTR_RDONLY)
+                .map_err(|(errno, _)| Failure::step("mount tmpfs on", path, errno))?
+        };
+        attach(cover.as_fd(), place.as_fd()).at("mask", path)?;
+        if is_directory && empty.is_none() {
+            empty = Some(cover);
+        }
+    }
+    Ok(())
+}
+
+/// The container's /dev/null, which an image could have replaced.
+fn null_device(root: BorrowedFd<'_>) -> Done<OwnedFd> {
+    const NULL: libc::dev_t = libc::makedev(1, 3);
+    let path = Path::new("/dev/null");
+    let null = open_in_root(root, path, libc::O_PATH | libc::O_NOFOLLOW, 0).at("open", path)?;
+    let meta = File::from(null.try_clone().at("open", path)?)
+        .metadata()
+        .at("inspect", path)?;
+    if meta.file_type().is_char_device() && meta.rdev() == NULL {
+        Ok(null)
+    } else {
+        Err(Failure::invalid("/dev/null of the container is not the null device"))
+    }
+}

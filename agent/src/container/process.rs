@@ -1,0 +1,335 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Making processes and seeing them end: the agent's side of clone3.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use bulkhead_agent_protocol::agent;
+use libc::pid_t;
+use nix::errno::Errno;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::{oneshot, watch};
+
+use super::plan::{ContainerPlan, ProcessPlan};
+use crate::cgroup::{stats, Cgroup, Hierarchy};
+use crate::child::report::{self, Report};
+use crate::child::{run_exec, run_init, Parts};
+use crate::error::{AgentError, Context, Result};
+use crate::reaper::{Reaped, Reaper};
+use crate::stdio::dial::Dialer;
+use crate::stdio::{self, AgentEnds, Io, Streams};
+use crate::sys::{fd, process};
+
+/// What everything in the agent shares.
+#[derive(Debug)]
+pub struct Shared {
+    /// Reaps children.
+    pub reaper: Reaper,
+    /// Reaches the host.
+    pub dialer: Dialer,
+    /// Where containers' cgroups go.
+    pub hierarchy: Hierarchy,
+    /// The agent's own pid namespace.
+    pub pid_namespace: OwnedFd,
+    /// Whether this is PID 1 of a guest.
+    pub in_guest: bool,
+}
+
+/// How a process ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Exit {
+    /// Exit code, or 128 plus the signal's number.
+    pub status: u32,
+    /// Wall clock, nanoseconds since the epoch.
+    pub at_ns: i64,
+    /// Whether the OOM killer was at work in the container meanwhile.
+    pub oom_killed: bool,
+}
+
+/// Tells about the end of a process, any number of times.
+pub type ExitWatch = watch::Receiver<Option<Exit>>;
+
+/// A process of a container, from its birth until it is forgotten.
+#[derive(Clone, Debug)]
+pub struct Process {
+    /// Process id in the guest's root pid namespace.
+    pub pid: pid_t,
+    pidfd: Arc<OwnedFd>,
+    /// The terminal's master, once it has arrived.
+    pub terminal: Option<Arc<AsyncFd<OwnedFd>>>,
+    /// Set when the process has ended and its output is drained.
+    pub exit: ExitWatch,
+}
+
+impl Process {
+    /// Sends a signal.
+    ///
+    /// # Errors
+    /// [`AgentError::NotFound`] when the process has ended.
+    pub fn signal(&self, signal: i32) -> Result<()> {
+        match process::pidfd_send_signal(self.pidfd.as_fd(), signal) {
+            Err(Errno::ESRCH) => Err(AgentError::NotFound(format!("process {}", self.pid))),
+            Err(Errno::EINVAL) => Err(AgentError::Invalid(format!("signal: {signal}"))),
+            other => other.step(|| format!("send signal {signal} to {}", self.pid)),
+        }
+    }
+
+    /// Whether the process has ended and its end has been told.
+    pub fn has_ended(&self) -> bool {
+        self.exit.borrow().is_some()
+    }
+
+    /// The pidfd, to join the process's namespaces.
+    pub fn pidfd(&self) -> &Arc<OwnedFd> {
+        &self.pidfd
+    }
+}
+
+/// A child that is setting itself up.
+#[derive(Debug)]
+pub struct Child {
+    /// What is known of it already; its terminal is still to come.
+    pub process: Process,
+    channel: AsyncFd<OwnedFd>,
+    ends: AgentEnds,
+    reaped: oneshot::Receiver<Reaped>,
+    exit: watch::Sender<Option<Exit>>,
+    cgroup: Arc<Cgroup>,
+    oom_kills_before: u64,
+}
+
+/// A child that waits to be told to run its program.
+#[derive(Debug)]
+pub struct Gate(AsyncFd<OwnedFd>);
+
+impl Gate {
+    /// Lets the program run and tells whether it could.
+    ///
+    /// # Errors
+    /// Why the program was not executed.
+    pub async fn open(self) -> Result<()> {
+        match report::send_go(self.0.as_fd()) {
+            // It was killed while it waited; its exit says so.
+            Ok(()) | Err(Errno::EPIPE | Errno::ECONNRESET) => {}
+            Err(errno) => return Err(errno).step(|| "release process"),
+        }
+        match next_report(&self.0).await? {
+            // The socket closed with the execution of the program.
+            None => Ok(()),
+            Some(Report::Failed(failure)) => Err(failure.into()),
+            Some(_) => Err(AgentError::Internal("a child spoke out of turn".into())),
+        }
+    }
+}
+
+async fn next_report(channel: &AsyncFd<OwnedFd>) -> Result<Option<Report>> {
+    let received = channel
+        .async_io(tokio::io::Interest::READABLE, |socket| {
+            match report::receive(socket.as_fd()) {
+                // Closed with a message of ours unread: closed all the same.
+                Err(Errno::ECONNRESET) => Ok(None),
+                other => Ok(other?),
+            }
+        })
+        .await;
+    received.step(|| "receive from child")
+}
+
+/// Starts a container's first process. Nothing is awaited in here: the
+/// descriptors it makes are never seen by another child.
+///
+/// # Errors
+/// When the process cannot be made.
+pub fn spawn_init(
+    shared: &Shared,
+    plan: &ContainerPlan,
+    cgroup: &Arc<Cgroup>,
+    streams: Streams,
+) -> Result<Child> {
+    spawn(shared, cgroup, streams, |parts| {
+        process::spawn(plan.namespaces, Some(cgroup.directory().as_fd()), || {
+            run_init(plan, parts)
+        })
+        .step(|| "create process")
+    })
+}
+
+/// Starts a further process in the container whose first one is `init`.
+///
+/// # Errors
+/// When the process cannot be made.
+pub fn spawn_exec(
+    shared: &Shared,
+    container: &ContainerPlan,
+    plan: &ProcessPlan,
+    init: &Process,
+    cgroup: &Arc<Cgroup>,
+    streams: Streams,
+) -> Result<Child> {
+    let namespaces = container.namespaces
+        | if container.own_cgroup_namespace {
+            libc::CLONE_NEWCGROUP
+        } else {
+            0
+        };
+    let gone = || AgentError::Precondition("the container's first process has ended".into());
+    spawn(shared, cgroup, streams, |parts| {
+        let body = || {
+            run_exec(
+                plan,
+                container.seccomp.as_deref(),
+                init.pidfd(),
+                namespaces,
+                parts,
+            )
+        };
+        let own_pids = container.namespaces & libc::CLONE_NEWPID != 0;
+        if own_pids {
+            match process::setns(init.pidfd().as_fd(), libc::CLONE_NEWPID) {
+                Err(Errno::ESRCH) => return Err(gone()),
+                other => other.step(|| "join pid namespace")?,
+            }
+        }
+        let made = match process::spawn(0, Some(cgroup.directory().as_fd()), body) {
+            // The container manages cgroups of its own: go where its first
+            // process is.
+            Err(Errno::EBUSY) => match group_of(init.pid) {
+                Some(group) => process::spawn(0, Some(group.as_fd()), body),
+                None => Err(Errno::EBUSY),
+            },
+            other => other,
+        };
+        if own_pids {
+            process::setns(shared.pid_namespace.as_fd(), libc::CLONE_NEWPID)
+                .expect("the agent can always return to its own pid namespace");
+        }
+        match made {
+            // A pid namespace without its first process takes no more.
+            Err(Errno::ENOMEM) if own_pids => Err(gone()),
+            other => other.step(|| "create process"),
+        }
+    })
+}
+
+/// The cgroup directory that a process is in.
+fn group_of(pid: pid_t) -> Option<OwnedFd> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
+    let path = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
+    let path = PathBuf::from("/sys/fs/cgroup").join(path);
+    Some(std::fs::File::open(path).ok()?.into())
+}
+
+fn spawn(
+    shared: &Shared,
+    cgroup: &Arc<Cgroup>,
+    streams: Streams,
+    make: impl FnOnce(&Parts<'_>) -> Result<(pid_t, OwnedFd)>,
+) -> Result<Child> {
+    let (child_ends, ends) = stdio::connect(streams)?;
+    let (ours, theirs) = fd::packet_pair().step(|| "create socket to child")?;
+    let channel = fd::watched(ours).step(|| "watch child")?;
+    let oom_kills_before = stats::oom_kills(cgroup);
+    let (pid, pidfd) = make(&Parts {
+        channel: &theirs,
+        ends: &child_ends,
+        die_with_agent: !shared.in_guest,
+    })?;
+    let reaped = shared.reaper.watch(pid);
+    let (exit, exit_watch) = watch::channel(None);
+    Ok(Child {
+        process: Process {
+            pid,
+            pidfd: Arc::new(pidfd),
+            terminal: None,
+            exit: exit_watch,
+        },
+        channel,
+        ends,
+        reaped,
+        exit,
+        cgroup: cgroup.clone(),
+        oom_kills_before,
+    })
+}
+
+impl Child {
+    /// Waits until the child is ready to run its program. From then on its
+    /// input and output flow and its end is watched; `ended` is called after
+    /// the end was told to those who wait.
+    ///
+    /// # Errors
+    /// Why the child gave up. It is gone then.
+    pub async fn ready(self, ended: impl FnOnce() + Send + 'static) -> Result<(Process, Gate)> {
+        let Self {
+            mut process,
+            channel,
+            ends,
+            reaped,
+            exit,
+            cgroup,
+            oom_kills_before,
+        } = self;
+        let io = match await_ready(&channel).await {
+            Ok(master) => Io::start(ends, master),
+            Err(error) => Err(error),
+        };
+        let io = match io {
+            Ok(io) => io,
+            Err(error) => {
+                // It may be on its way out already.
+                let _ = process.signal(libc::SIGKILL);
+                if let Ok(reaped) = reaped.await {
+                    exit.send_replace(Some(Exit {
+                        status: reaped.status,
+                        at_ns: reaped.at_ns,
+                        oom_killed: false,
+                    }));
+                }
+                return Err(error);
+            }
+        };
+        process.terminal = io.terminal();
+        tokio::spawn(async move {
+            let Ok(reaped) = reaped.await else { return };
+            io.drain().await;
+            exit.send_replace(Some(Exit {
+                status: reaped.status,
+                at_ns: reaped.at_ns,
+                oom_killed: stats::oom_kills(&cgroup) > oom_kills_before,
+            }));
+            ended();
+        });
+        Ok((process, Gate(channel)))
+    }
+}
+
+/// The child's messages up to "ready"; gives the terminal if one came.
+async fn await_ready(channel: &AsyncFd<OwnedFd>) -> Result<Option<OwnedFd>> {
+    let mut master = None;
+    loop {
+        match next_report(channel).await? {
+            Some(Report::Ready) => return Ok(master),
+            Some(Report::Terminal(terminal)) => master = Some(terminal),
+            Some(Report::Failed(failure)) => return Err(failure.into()),
+            None => {
+                return Err(AgentError::Internal(
+                    "the process ended before it was set up".into(),
+                ))
+            }
+        }
+    }
+}
+
+/// Opens the streams of a process that is about to be made.
+///
+/// # Errors
+/// As [`Streams::open`].
+pub async fn open_streams(
+    shared: &Shared,
+    stdio: Option<&agent::Stdio>,
+    plan: &ProcessPlan,
+) -> Result<Streams> {
+    let none = agent::Stdio::default();
+    Streams::open(&shared.dialer, stdio.unwrap_or(&none), plan.terminal).await
+}

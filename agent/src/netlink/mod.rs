@@ -1,0 +1,358 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Interfaces, addresses, routes and neighbours of the guest, over one route
+//! netlink socket. The kernel answers each request at once, so the socket
+//! blocks.
+
+pub mod message;
+
+use std::os::fd::{AsFd, OwnedFd};
+
+use bulkhead_agent_protocol::agent;
+use nix::errno::Errno;
+
+use crate::error::{AgentError, Context, Result};
+use crate::sys::socket;
+use message::{attributes, messages, u32_at, Builder};
+
+// Kinds, flags and attributes of the kernel's uapi headers.
+const RTM_NEWLINK: u16 = 16;
+const RTM_GETLINK: u16 = 18;
+const RTM_NEWADDR: u16 = 20;
+const RTM_NEWROUTE: u16 = 24;
+const RTM_NEWNEIGH: u16 = 28;
+const NLMSG_ERROR: u16 = 2;
+const NLMSG_DONE: u16 = 3;
+const REQUEST: u16 = 1;
+const ACK: u16 = 4;
+const REPLACE: u16 = 0x100;
+const DUMP: u16 = 0x300;
+const CREATE: u16 = 0x400;
+const IFLA_ADDRESS: u16 = 1;
+const IFLA_IFNAME: u16 = 3;
+const IFLA_MTU: u16 = 4;
+const IFA_ADDRESS: u16 = 1;
+const IFA_LOCAL: u16 = 2;
+const IFA_BROADCAST: u16 = 4;
+const IFA_FLAGS: u16 = 8;
+const IFA_F_NODAD: u32 = 0x02;
+const IFA_F_PERMANENT: u32 = 0x80;
+const RTA_DST: u16 = 1;
+const RTA_OIF: u16 = 4;
+const RTA_GATEWAY: u16 = 5;
+const RTA_PRIORITY: u16 = 6;
+const RTA_PREFSRC: u16 = 7;
+const RTA_METRICS: u16 = 8;
+const RTA_TABLE: u16 = 15;
+const RTAX_MTU: u16 = 2;
+const RT_TABLE_MAIN: u32 = 254;
+const RTPROT_STATIC: u8 = 4;
+const RTN_UNICAST: u8 = 1;
+const NDA_DST: u16 = 1;
+const NDA_LLADDR: u16 = 2;
+const IFF_UP: u32 = 1;
+const IFF_NOARP: u32 = 0x80;
+const IPV4: u8 = libc::AF_INET as u8;
+const IPV6: u8 = libc::AF_INET6 as u8;
+/// Length of `struct ifinfomsg`.
+const LINK_FIXED: usize = 16;
+
+/// An interface as the kernel lists it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Link {
+    index: u32,
+    name: String,
+    mac: Vec<u8>,
+}
+
+/// A route netlink socket.
+#[derive(Debug)]
+pub struct Netlink {
+    socket: OwnedFd,
+    sequence: u32,
+}
+
+impl Netlink {
+    /// Opens the socket.
+    ///
+    /// # Errors
+    /// When the kernel has no network.
+    pub fn open() -> Result<Self> {
+        Ok(Self {
+            socket: socket::netlink_route().step(|| "open netlink socket")?,
+            sequence: 0,
+        })
+    }
+
+    /// Sends a request and waits for its acknowledgement.
+    fn request(&mut self, builder: Builder) -> nix::Result<()> {
+        self.exchange(builder, |_| {})
+    }
+
+    /// Sends a request and passes on what comes before its end.
+    fn exchange(&mut self, builder: Builder, mut each: impl FnMut(&[u8])) -> nix::Result<()> {
+        self.sequence += 1;
+        let sequence = self.sequence;
+        socket::send(self.socket.as_fd(), &builder.finish(sequence))?;
+        // The largest datagram that the kernel makes for a dump.
+        let mut buffer = vec![0; 32 * 1024];
+        loop {
+            let count = match socket::receive(self.socket.as_fd(), &mut buffer) {
+                Err(Errno::EINTR) => continue,
+                other => other?,
+            };
+            for message in messages(&buffer[..count]).filter(|m| m.sequence == sequence) {
+                match message.kind {
+                    NLMSG_DONE => return Ok(()),
+                    NLMSG_ERROR => {
+                        // 0 acknowledges; else a negative errno.
+                        let code = u32_at(message.body, 0).ok_or(Errno::EPROTO)? as i32;
+                        return match code {
+                            0 => Ok(()),
+                            code => Err(Errno::from_raw(-code)),
+                        };
+                    }
+                    _ => each(message.body),
+                }
+            }
+        }
+    }
+
+    fn links(&mut self) -> Result<Vec<Link>> {
+        let mut links = Vec::new();
+        let dump = Builder::new(RTM_GETLINK, REQUEST | DUMP, &[0; LINK_FIXED]);
+        self.exchange(dump, |body| links.extend(parse_link(body)))
+            .step(|| "list interfaces")?;
+        Ok(links)
+    }
+
+    fn index_of(&mut self, name: &str) -> Result<u32> {
+        self.links()?
+            .into_iter()
+            .find(|link| link.name == name)
+            .map(|link| link.index)
+            .ok_or_else(|| AgentError::Invalid(format!("device: no interface {name:?}")))
+    }
+
+    /// Sets `lo` up.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn loopback_up(&mut self) -> Result<()> {
+        let index = self.index_of("lo")?;
+        self.request(Builder::new(
+            RTM_NEWLINK,
+            REQUEST | ACK,
+            &link_fixed(index, IFF_UP, IFF_UP),
+        ))
+        .step(|| "set lo up")
+    }
+
+    /// Finds an interface by its hardware address, names it, gives it its MTU
+    /// and addresses, and sets it up.
+    ///
+    /// # Errors
+    /// [`AgentError::Invalid`] when there is none or a field makes no sense.
+    pub fn set_interface(&mut self, wanted: &agent::Interface) -> Result<()> {
+        let name = &wanted.name;
+        if name.is_empty() || name.len() >= libc::IFNAMSIZ || name.contains(['/', '\0']) {
+            return Err(AgentError::Invalid(format!("interfaces: bad name {name:?}")));
+        }
+        let link = self
+            .links()?
+            .into_iter()
+            .find(|link| link.mac == wanted.mac && !link.mac.is_empty())
+            .ok_or_else(|| {
+                AgentError::Invalid(format!("interfaces: none has the address {:02x?}", wanted.mac))
+            })?;
+        // A new name needs the interface down, which it is at first.
+        let mut change = Builder::new(RTM_NEWLINK, REQUEST | ACK, &link_fixed(link.index, 0, 0));
+        if link.name != *name {
+            change.attribute(IFLA_IFNAME, &c_string(name));
+        }
+        if wanted.mtu != 0 {
+            change.attribute(IFLA_MTU, &wanted.mtu.to_ne_bytes());
+        }
+        self.request(change)
+            .step(|| format!("name interface {} {name}", link.name))?;
+        for address in &wanted.addresses {
+            self.add_address(link.index, address, name)?;
+        }
+        let flags = IFF_UP | wanted.raw_flags & IFF_NOARP;
+        self.request(Builder::new(
+            RTM_NEWLINK,
+            REQUEST | ACK,
+            &link_fixed(link.index, flags, IFF_UP | IFF_NOARP),
+        ))
+        .step(|| format!("set {name} up"))
+    }
+
+    fn add_address(&mut self, index: u32, address: &agent::IpAddress, name: &str) -> Result<()> {
+        let family = family_of(&address.address, "interfaces.addresses")?;
+        let prefix = prefix_of(address, "interfaces.addresses")?;
+        let mut fixed = vec![family, prefix, 0, 0];
+        fixed.extend(index.to_ne_bytes());
+        let mut message = Builder::new(RTM_NEWADDR, REQUEST | ACK | CREATE | REPLACE, &fixed);
+        message
+            .attribute(IFA_LOCAL, &address.address)
+            .attribute(IFA_ADDRESS, &address.address);
+        if let Ok(octets) = <[u8; 4]>::try_from(address.address.as_slice()) {
+            if prefix < 31 {
+                let broadcast = u32::from_be_bytes(octets) | u32::MAX >> prefix;
+                message.attribute(IFA_BROADCAST, &broadcast.to_be_bytes());
+            }
+        } else {
+            // The host's network has the address for the pod alone; nobody
+            // should wait for the detection of duplicates.
+            let flags = IFA_F_NODAD | IFA_F_PERMANENT;
+            message.attribute(IFA_FLAGS, &flags.to_ne_bytes());
+        }
+        self.request(message)
+            .step(|| format!("add address to {name}"))
+    }
+
+    /// Adds a route, or replaces the one to the same destination.
+    ///
+    /// # Errors
+    /// As for [`Self::set_interface`].
+    pub fn add_route(&mut self, route: &agent::Route) -> Result<()> {
+        let destination = route.destination.clone().unwrap_or_default();
+        let family = if route.ipv6 { IPV6 } else { IPV4 };
+        let check = |address: &[u8], field: &str| match family_of(address, field)? {
+            found if found == family => Ok(()),
+            _ => Err(AgentError::Invalid(format!("{field}: not of the route's family"))),
+        };
+        let default = destination.address.is_empty();
+        let prefix = if default {
+            0
+        } else {
+            check(&destination.address, "routes.destination")?;
+            prefix_of(&destination, "routes.destination")?
+        };
+        let table = if route.table == 0 { RT_TABLE_MAIN } else { route.table };
+        let scope = u8::try_from(route.scope)
+            .map_err(|_| AgentError::Invalid(format!("routes.scope: {}", route.scope)))?;
+        let mut fixed = vec![
+            family,
+            prefix,
+            0,
+            0,
+            // Tables beyond the byte go by the attribute alone.
+            u8::try_from(table).unwrap_or(0),
+            RTPROT_STATIC,
+            scope,
+            RTN_UNICAST,
+        ];
+        fixed.extend(route.flags.to_ne_bytes());
+        let mut message = Builder::new(RTM_NEWROUTE, REQUEST | ACK | CREATE | REPLACE, &fixed);
+        message.attribute(RTA_TABLE, &table.to_ne_bytes());
+        if !default {
+            message.attribute(RTA_DST, &destination.address);
+        }
+        if !route.gateway.is_empty() {
+            check(&route.gateway, "routes.gateway")?;
+            message.attribute(RTA_GATEWAY, &route.gateway);
+        }
+        if !route.source.is_empty() {
+            check(&route.source, "routes.source")?;
+            message.attribute(RTA_PREFSRC, &route.source);
+        }
+        if !route.device.is_empty() {
+            let index = self.index_of(&route.device)?;
+            message.attribute(RTA_OIF, &index.to_ne_bytes());
+        }
+        if route.metric != 0 {
+            message.attribute(RTA_PRIORITY, &route.metric.to_ne_bytes());
+        }
+        if route.mtu != 0 {
+            message.nested(RTA_METRICS, |inner| {
+                inner.attribute(RTAX_MTU, &route.mtu.to_ne_bytes());
+            });
+        }
+        self.request(message).step(|| {
+            format!("add route to {:?}/{prefix}", destination.address)
+        })
+    }
+
+    /// Adds or replaces a neighbour.
+    ///
+    /// # Errors
+    /// As for [`Self::set_interface`].
+    pub fn add_neighbour(&mut self, neighbour: &agent::Neighbour) -> Result<()> {
+        let family = family_of(&neighbour.address, "neighbours.address")?;
+        let index = self.index_of(&neighbour.device)?;
+        let narrow = |value: u32, field: &str| {
+            AgentError::Invalid(format!("neighbours.{field}: {value}"))
+        };
+        let state = u16::try_from(neighbour.state)
+            .map_err(|_| narrow(neighbour.state, "state"))?;
+        let flags = u8::try_from(neighbour.flags)
+            .map_err(|_| narrow(neighbour.flags, "flags"))?;
+        let mut fixed = vec![family, 0, 0, 0];
+        fixed.extend(index.to_ne_bytes());
+        fixed.extend(state.to_ne_bytes());
+        fixed.extend([flags, 0]);
+        let mut message = Builder::new(RTM_NEWNEIGH, REQUEST | ACK | CREATE | REPLACE, &fixed);
+        message.attribute(NDA_DST, &neighbour.address);
+        if !neighbour.mac.is_empty() {
+            message.attribute(NDA_LLADDR, &neighbour.mac);
+        }
+        self.request(message)
+            .step(|| format!("add neighbour on {}", neighbour.device))
+    }
+}
+
+/// `struct ifinfomsg`: family, type, index, flags, which flags to change.
+fn link_fixed(index: u32, flags: u32, change: u32) -> [u8; LINK_FIXED] {
+    let mut fixed = [0; LINK_FIXED];
+    fixed[4..8].copy_from_slice(&index.to_ne_bytes());
+    fixed[8..12].copy_from_slice(&flags.to_ne_bytes());
+    fixed[12..16].copy_from_slice(&change.to_ne_bytes());
+    fixed
+}
+
+fn parse_link(body: &[u8]) -> Option<Link> {
+    let mut link = Link {
+        index: u32_at(body, 4)?,
+        name: String::new(),
+        mac: Vec::new(),
+    };
+    for (kind, value) in attributes(body.get(LINK_FIXED..)?) {
+        match kind {
+            IFLA_IFNAME => {
+                let name = value.strip_suffix(b"\0").unwrap_or(value);
+                link.name = String::from_utf8_lossy(name).into_owned();
+            }
+            IFLA_ADDRESS => link.mac = value.to_vec(),
+            _ => {}
+        }
+    }
+    Some(link)
+}
+
+fn c_string(text: &str) -> Vec<u8> {
+    let mut bytes = text.as_bytes().to_vec();
+    bytes.push(0);
+    bytes
+}
+
+fn family_of(address: &[u8], field: &str) -> Result<u8> {
+    match address.len() {
+        4 => Ok(IPV4),
+        16 => Ok(IPV6),
+        len => Err(AgentError::Invalid(format!("{field}: {len} bytes are no address"))),
+    }
+}
+
+fn prefix_of(address: &agent::IpAddress, field: &str) -> Result<u8> {
+    let most = address.address.len() as u32 * 8;
+    match u8::try_from(address.prefix_len) {
+        Ok(prefix) if u32::from(prefix) <= most => Ok(prefix),
+        _ => Err(AgentError::Invalid(format!(
+            "{field}: prefix length {}",
+            address.prefix_len
+        ))),
+    }
+}
+
+#[cfg(test)]
+mod tests;

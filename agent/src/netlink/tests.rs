@@ -1,0 +1,159 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Against the kernel, in a network namespace of a child process each.
+
+use super::*;
+
+// Straight to the descriptor: the child has only a copy of the capture.
+use std::io::Write;
+use std::process::Command;
+
+use nix::sched::{unshare, CloneFlags};
+use nix::sys::wait::{waitpid, WaitStatus};
+
+use crate::sys::process::{exit_now, spawn};
+
+/// Runs `body` in a child with a network namespace of its own; `false` from it
+/// fails the test. The body must not use threads.
+fn in_namespace(body: impl Fn() -> Result<bool>) {
+    let (pid, _pidfd) = spawn(0, None, || {
+        if unshare(CloneFlags::CLONE_NEWNET).is_err() {
+            exit_now(3);
+        }
+        match body() {
+            Ok(true) => exit_now(0),
+            Ok(false) => exit_now(1),
+            Err(error) => {
+                let _ = writeln!(std::io::stderr(), "{error}");
+                exit_now(2)
+            }
+        }
+    })
+    .unwrap();
+    let status = waitpid(nix::unistd::Pid::from_raw(pid), None).unwrap();
+    if matches!(status, WaitStatus::Exited(_, 3)) {
+        println!("SKIPPED: network namespaces are not allowed here");
+        return;
+    }
+    assert!(matches!(status, WaitStatus::Exited(_, 0)), "{status:?}");
+}
+
+/// What `ip` says; the tests' only other source of truth.
+fn ip(args: &[&str]) -> String {
+    let output = Command::new("ip").args(args).output().expect("iproute2");
+    assert!(output.status.success(), "ip {args:?}: {output:?}");
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+const MAC: [u8; 6] = [0x02, 0, 0, 0, 0, 0x2a];
+
+fn interface() -> agent::Interface {
+    let address = |bytes: &[u8], prefix_len| agent::IpAddress {
+        address: bytes.to_vec(),
+        prefix_len,
+        ..Default::default()
+    };
+    agent::Interface {
+        mac: MAC.to_vec(),
+        name: "eth0".into(),
+        mtu: 1400,
+        addresses: vec![
+            address(&[10, 1, 2, 3], 24),
+            address(&[0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 3], 64),
+        ],
+        ..Default::default()
+    }
+}
+
+#[test]
+fn loopback() {
+    in_namespace(|| {
+        Netlink::open()?.loopback_up()?;
+        Ok(ip(&["-o", "addr", "show", "lo"]).contains("127.0.0.1/8"))
+    });
+}
+
+#[test]
+fn an_interface_with_addresses_routes_and_neighbours() {
+    in_namespace(|| {
+        ip(&["link", "add", "v0", "address", "02:00:00:00:00:2a", "type", "veth", "peer", "name", "v1"]);
+        ip(&["link", "set", "v1", "up"]);
+        let mut netlink = Netlink::open()?;
+        netlink.set_interface(&interface())?;
+        netlink.add_route(&agent::Route {
+            gateway: vec![10, 1, 2, 1],
+            device: "eth0".into(),
+            metric: 7,
+            mtu: 1300,
+            ..Default::default()
+        })?;
+        netlink.add_route(&agent::Route {
+            destination: Some(agent::IpAddress {
+                address: vec![192, 168, 9, 0],
+                prefix_len: 24,
+                ..Default::default()
+            })
+            .into(),
+            device: "eth0".into(),
+            scope: 253,
+            source: vec![10, 1, 2, 3],
+            ..Default::default()
+        })?;
+        netlink.add_route(&agent::Route {
+            gateway: vec![0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1],
+            device: "eth0".into(),
+            ipv6: true,
+            ..Default::default()
+        })?;
+        netlink.add_neighbour(&agent::Neighbour {
+            address: vec![10, 1, 2, 1],
+            device: "eth0".into(),
+            mac: vec![2, 0, 0, 0, 0, 1],
+            state: 0x80,
+            ..Default::default()
+        })?;
+        let link = ip(&["-o", "link", "show", "eth0"]);
+        let addresses = ip(&["-o", "addr", "show", "eth0"]);
+        let routes = ip(&["route"]);
+        let routes6 = ip(&["-6", "route"]);
+        let neighbours = ip(&["neigh"]);
+        for (what, text, wanted) in [
+            ("mtu", &link, "mtu 1400"),
+            ("up", &link, ",UP"),
+            ("IPv4", &addresses, "10.1.2.3/24 brd 10.1.2.255"),
+            ("IPv6", &addresses, "fd00::3/64"),
+            ("default", &routes, "default via 10.1.2.1 dev eth0"),
+            ("metric", &routes, "metric 7 mtu 1300"),
+            ("link route", &routes, "192.168.9.0/24 dev eth0"),
+            ("source", &routes, "scope link src 10.1.2.3"),
+            ("IPv6 default", &routes6, "default via fd00::1 dev eth0"),
+            ("neighbour", &neighbours, "10.1.2.1 dev eth0 lladdr 02:00:00:00:00:01 PERMANENT"),
+        ] {
+            if !text.contains(wanted) {
+                let _ = writeln!(std::io::stderr(), "{what}: {wanted:?} not in {text:?}");
+                return Ok(false);
+            }
+        }
+        // A tentative address would not be usable at once.
+        Ok(!addresses.contains("tentative"))
+    });
+}
+
+#[test]
+fn errors_are_the_requests_or_the_kernels() {
+    in_namespace(|| {
+        let mut netlink = Netlink::open()?;
+        let unknown = netlink.set_interface(&interface());
+        let no_gateway = netlink.add_route(&agent::Route {
+            gateway: vec![10, 1, 2, 1],
+            ..Default::default()
+        });
+        let mixed = netlink.add_route(&agent::Route {
+            gateway: vec![10, 1, 2, 1],
+            ipv6: true,
+            ..Default::default()
+        });
+        Ok(matches!(unknown, Err(AgentError::Invalid(_)))
+            && matches!(no_gateway, Err(AgentError::Step { errno: Errno::ENETUNREACH, .. }))
+            && matches!(mixed, Err(AgentError::Invalid(_))))
+    });
+}

@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The connection to the host. The agent dials, and then serves ttrpc on what
+//! it dialled; when the connection ends (the virtual machine was cloned, or
+//! the host's side restarted) it dials again.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::pin::Pin;
+use std::sync::atomic::Ordering;
+use std::sync::Arc;
+use std::task::{ready, Context, Poll};
+use std::time::Duration;
+
+use bulkhead_agent_protocol::{agent_ttrpc, AGENT_PORT};
+use futures_core::Stream;
+use nix::errno::Errno;
+use tokio::io::unix::AsyncFd;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::sleep;
+use ttrpc::r#async::transport::Listener;
+use ttrpc::r#async::Server;
+
+use crate::error::{AgentError, Result};
+use crate::sandbox::Times;
+use crate::service::Service;
+use crate::stdio::dial;
+use crate::sys::{fd, host};
+
+const FIRST_PAUSE: Duration = Duration::from_millis(2);
+const LONGEST_PAUSE: Duration = Duration::from_millis(500);
+
+/// Serves the host for ever.
+///
+/// # Errors
+/// When the server cannot be started.
+pub async fn serve_host(service: Service, times: &Times) -> Result<()> {
+    let (connections, incoming) = mpsc::unbounded_channel();
+    let mut server = Server::new()
+        .add_listener(Listener::new(Incoming(incoming)))
+        .register_service(agent_ttrpc::create_agent(Arc::new(service)));
+    server
+        .start()
+        .await
+        .map_err(|error| AgentError::Internal(format!("start server: {error}")))?;
+    let mut pause = FIRST_PAUSE;
+    loop {
+        match dial::vsock(AGENT_PORT).await {
+            Ok(stream) => {
+                pause = FIRST_PAUSE;
+                times.ready_ns.store(host::monotonic_ns(), Ordering::Relaxed);
+                crate::info!("msg=\"connected to the host\" port={AGENT_PORT}");
+                let (closed, end) = oneshot::channel();
+                let connection = Connection {
+                    stream,
+                    _closed: closed,
+                };
+                if connections.send(connection).is_err() {
+                    return Err(AgentError::Internal("the server ended".into()));
+                }
+                // Ends when the server drops the connection.
+                let _ = end.await;
+                crate::info!("msg=\"connection to the host ended\"");
+            }
+            Err(error) => {
+                crate::warn_limited!(
+                    "msg=\"cannot reach the host, trying again\" port={AGENT_PORT} error=\"{error}\""
+                );
+            }
+        }
+        sleep(pause).await;
+        pause = (pause * 2).min(LONGEST_PAUSE);
+    }
+}
+
+/// Connections for the server, as a listener would give them.
+struct Incoming(mpsc::UnboundedReceiver<Connection>);
+
+impl Stream for Incoming {
+    type Item = io::Result<Connection>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        self.0.poll_recv(cx).map(|item| item.map(Ok))
+    }
+}
+
+/// A connection that tells when it is dropped.
+struct Connection {
+    stream: AsyncFd<OwnedFd>,
+    _closed: oneshot::Sender<()>,
+}
+
+impl AsyncRead for Connection {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        loop {
+            let mut guard = ready!(self.stream.poll_read_ready(cx))?;
+            match fd::read(self.stream.as_fd(), buffer.initialize_unfilled()) {
+                Ok(count) => {
+                    buffer.advance(count);
+                    return Poll::Ready(Ok(()));
+                }
+                Err(Errno::EAGAIN) => guard.clear_ready(),
+                Err(Errno::EINTR) => {}
+                Err(errno) => return Poll::Ready(Err(errno.into())),
+            }
+        }
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        data: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        loop {
+            let mut guard = ready!(self.stream.poll_write_ready(cx))?;
+            match fd::write(self.stream.as_fd(), data) {
+                Ok(count) => return Poll::Ready(Ok(count)),
+                Err(Errno::EAGAIN) => guard.clear_ready(),
+                Err(Errno::EINTR) => {}
+                Err(errno) => return Poll::Ready(Err(errno.into())),
+            }
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(fd::shutdown(self.stream.as_fd(), libc::SHUT_WR).map_err(Into::into))
+    }
+}
