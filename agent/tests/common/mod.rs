@@ -534,3 +534,16 @@ pub fn spec(rootfs: &Path, args: &[&str]) -> oci::Spec {
         ..Default::default()
     }
 }
+
+/// Drives all futures to their ends.
+pub async fn join_all<F: std::future::Future<Output = ()> + Unpin>(mut futures: Vec<F>) {
+    std::future::poll_fn(|cx| {
+        futures.retain_mut(|future| std::pin::Pin::new(future).poll(cx).is_pending());
+        if futures.is_empty() {
+            std::task::Poll::Ready(())
+        } else {
+            std::task::Poll::Pending
+        }
+    })
+    .await;
+}
