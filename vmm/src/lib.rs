@@ -4,5 +4,17 @@
 //! the `bulkhead-vmm` binary, driven over the control socket of
 //! `bulkhead-vmm-api`. It knows nothing of containers.
 
+pub mod arch;
+pub mod builder;
+pub mod bus;
+pub mod config;
+pub mod control;
 pub mod event;
+pub mod kvm;
+pub mod memory;
+pub mod pci;
+pub mod power;
+pub mod probe;
+pub mod serial;
+pub mod timeline;
 pub mod virtio;

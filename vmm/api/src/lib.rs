@@ -10,8 +10,11 @@
 //! `configure` and `boot` may be sent back to back: starting a VM costs one
 //! wake-up of the client.
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)] // channel::sys alone takes descriptors over
 
+mod channel;
+
+pub use channel::{Channel, ChannelError};
 use serde::{Deserialize, Serialize};
 
 /// Largest message in bytes, either way.

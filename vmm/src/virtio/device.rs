@@ -120,3 +120,14 @@ pub trait VirtioDevice: EventHandler {
 /// A device as the transport and the builder hold it. The same allocation
 /// serves as the loop's [`HandlerRef`] (upcast of the `Arc`).
 pub type DeviceRef = Arc<Mutex<dyn VirtioDevice>>;
+
+/// Reads from a configuration structure; what lies beyond its end is zero.
+pub fn read_bytes(config: &[u8], offset: u64, data: &mut [u8]) {
+    let rest = usize::try_from(offset)
+        .ok()
+        .and_then(|offset| config.get(offset..))
+        .unwrap_or_default();
+    let length = rest.len().min(data.len());
+    data[..length].copy_from_slice(&rest[..length]);
+    data[length..].fill(0);
+}

@@ -1,4 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Virtio devices (virtio 1.2) and what they share.
 
+pub mod blk;
+pub mod chain;
 pub mod device;
+pub mod net;
+pub mod pmem;
+pub mod rng;
+#[cfg(test)]
+mod testing;
+pub mod transport;

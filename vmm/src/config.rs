@@ -1,0 +1,285 @@
+// SPDX-License-Identifier: Apache-2.0
+//! A configuration with its descriptors, checked: what the builder works from.
+
+use std::{
+    fs::File,
+    os::fd::{AsRawFd, OwnedFd},
+};
+
+use bulkhead_vmm_api::{
+    BlkConfig, FailureKind, FdIndex, FsConfig, NetConfig, PmemConfig, VmConfig, VsockConfig,
+};
+use nix::fcntl::{fcntl, FcntlArg, OFlag};
+
+use crate::arch::x86_64::layout;
+
+/// Most vCPUs.
+const MAX_VCPUS: u8 = 64;
+/// Least and most memory in MiB.
+const MEMORY_MIB: std::ops::RangeInclusive<u32> = 32..=1 << 20;
+/// Longest virtio-fs tag (virtio 1.2 §5.11.4).
+const MAX_TAG: usize = 36;
+
+/// Why a configuration is refused. Messages name the field.
+#[derive(Debug, thiserror::Error)]
+#[error("{field}: {problem}")]
+pub struct ConfigError {
+    field: String,
+    problem: String,
+    /// For the reply.
+    pub kind: FailureKind,
+}
+
+fn invalid(field: impl Into<String>, problem: impl Into<String>) -> ConfigError {
+    ConfigError {
+        field: field.into(),
+        problem: problem.into(),
+        kind: FailureKind::InvalidRequest,
+    }
+}
+
+fn unusable(field: impl Into<String>, problem: impl Into<String>) -> ConfigError {
+    ConfigError {
+        kind: FailureKind::BadResource,
+        ..invalid(field, problem)
+    }
+}
+
+/// A checked configuration: every descriptor is where it belongs.
+#[derive(Debug)]
+pub struct Resources {
+    /// Virtual CPUs.
+    pub vcpus: u8,
+    /// Bytes of memory.
+    pub memory_size: u64,
+    /// Kernel image.
+    pub kernel: File,
+    /// Its command line.
+    pub cmdline: String,
+    /// Initial ramdisk.
+    pub initrd: Option<File>,
+    /// Serial output, non-blocking.
+    pub serial: Option<File>,
+    /// Persistent memory devices.
+    pub pmem: Vec<(PmemConfig, File)>,
+    /// Shared directories.
+    pub fs: Vec<(FsConfig, OwnedFd)>,
+    /// vsock, with its listener.
+    pub vsock: Option<(VsockConfig, Option<OwnedFd>)>,
+    /// Network interfaces.
+    pub net: Vec<(NetConfig, File)>,
+    /// Block devices.
+    pub blk: Vec<(BlkConfig, File)>,
+    /// Entropy device.
+    pub rng: bool,
+}
+
+struct Descriptors(Vec<Option<OwnedFd>>);
+
+impl Descriptors {
+    fn take(&mut self, index: FdIndex, field: &str) -> Result<OwnedFd, ConfigError> {
+        let count = self.0.len();
+        self.0
+            .get_mut(index as usize)
+            .ok_or_else(|| invalid(field, format!("descriptor {index} of {count} passed")))?
+            .take()
+            .ok_or_else(|| invalid(field, format!("descriptor {index} is used twice")))
+    }
+
+    fn file(&mut self, index: FdIndex, field: &str) -> Result<File, ConfigError> {
+        self.take(index, field).map(File::from)
+    }
+}
+
+impl Resources {
+    /// Checks a configuration and hands its descriptors out.
+    pub fn new(config: VmConfig, fds: Vec<OwnedFd>) -> Result<Self, ConfigError> {
+        let mut fds = Descriptors(fds.into_iter().map(Some).collect());
+        if config.vcpus == 0 || config.vcpus > MAX_VCPUS {
+            return Err(invalid(
+                "vcpus",
+                format!("{} is not 1 to {MAX_VCPUS}", config.vcpus),
+            ));
+        }
+        if !MEMORY_MIB.contains(&config.memory_mib) {
+            return Err(invalid(
+                "memory_mib",
+                format!(
+                    "{} is not {} to {}",
+                    config.memory_mib,
+                    MEMORY_MIB.start(),
+                    MEMORY_MIB.end()
+                ),
+            ));
+        }
+        let cmdline = config.kernel.cmdline;
+        if cmdline.len() >= layout::CMDLINE_SIZE || cmdline.contains(['\0', '\n']) {
+            return Err(invalid(
+                "kernel.cmdline",
+                format!(
+                    "{} bytes; at most {} without NUL and newline",
+                    cmdline.len(),
+                    layout::CMDLINE_SIZE - 1
+                ),
+            ));
+        }
+        let kernel = fds.file(config.kernel.image, "kernel.image")?;
+        let initrd = config
+            .kernel
+            .initrd
+            .map(|index| fds.file(index, "kernel.initrd"))
+            .transpose()?;
+        let serial = config
+            .serial
+            .map(|index| fds.file(index, "serial"))
+            .transpose()?;
+        if let Some(serial) = &serial {
+            set_nonblocking(serial).map_err(|error| unusable("serial", error.to_string()))?;
+        }
+        let mut pmem = Vec::new();
+        for device in config.pmem {
+            let field = format!("pmem {:?}", device.id);
+            let file = fds.file(device.file, &field)?;
+            let size = size_of(&file).map_err(|error| unusable(&field, error.to_string()))?;
+            if size == 0 || size % layout::WINDOW_ALIGN != 0 {
+                return Err(unusable(
+                    field,
+                    format!("{size} bytes is not a multiple of 2 MiB"),
+                ));
+            }
+            pmem.push((device, file));
+        }
+        let mut fs = Vec::new();
+        for device in config.fs {
+            let field = format!("fs {:?}", device.tag);
+            if device.tag.is_empty() || device.tag.len() > MAX_TAG {
+                return Err(invalid(field, format!("a tag has 1 to {MAX_TAG} bytes")));
+            }
+            let directory = fds.take(device.directory, &field)?;
+            fs.push((device, directory));
+        }
+        let vsock = match config.vsock {
+            Some(device) => {
+                if device.cid < 3 {
+                    return Err(invalid("vsock.cid", format!("{} is reserved", device.cid)));
+                }
+                let listener = device
+                    .listener
+                    .map(|index| fds.take(index, "vsock.listener"))
+                    .transpose()?;
+                Some((device, listener))
+            }
+            None => None,
+        };
+        let mut net = Vec::new();
+        for device in config.net {
+            let field = format!("net {:?}", device.id);
+            if device.mac[0] & 1 != 0 {
+                return Err(invalid(field, "mac is a multicast address"));
+            }
+            let tap = fds.file(device.tap, &field)?;
+            set_nonblocking(&tap).map_err(|error| unusable(&field, error.to_string()))?;
+            net.push((device, tap));
+        }
+        let mut blk = Vec::new();
+        for device in config.blk {
+            let field = format!("blk {:?}", device.id);
+            let file = fds.file(device.file, &field)?;
+            let size = size_of(&file).map_err(|error| unusable(&field, error.to_string()))?;
+            if size % 512 != 0 {
+                return Err(unusable(
+                    field,
+                    format!("{size} bytes is not a multiple of 512"),
+                ));
+            }
+            blk.push((device, file));
+        }
+        Ok(Self {
+            vcpus: config.vcpus,
+            memory_size: u64::from(config.memory_mib) << 20,
+            kernel,
+            cmdline,
+            initrd,
+            serial,
+            pmem,
+            fs,
+            vsock,
+            net,
+            blk,
+            rng: config.rng,
+        })
+    }
+}
+
+fn set_nonblocking(file: &File) -> nix::Result<()> {
+    let flags = OFlag::from_bits_retain(fcntl(file, FcntlArg::F_GETFL)?);
+    fcntl(file, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)).map(|_| ())
+}
+
+/// Size of a file or block device in bytes.
+fn size_of(file: &File) -> std::io::Result<u64> {
+    use std::io::{Seek, SeekFrom};
+    let mut file = file;
+    let size = file.seek(SeekFrom::End(0))?;
+    file.seek(SeekFrom::Start(0))?;
+    tracing::trace!(fd = file.as_raw_fd(), size, "file");
+    Ok(size)
+}
+
+#[cfg(test)]
+mod tests {
+    use bulkhead_vmm_api::KernelConfig;
+
+    use super::*;
+
+    fn config() -> VmConfig {
+        VmConfig {
+            vcpus: 1,
+            memory_mib: 128,
+            kernel: KernelConfig {
+                image: 0,
+                cmdline: String::new(),
+                initrd: None,
+            },
+            serial: None,
+            pmem: vec![],
+            fs: vec![],
+            vsock: None,
+            net: vec![],
+            blk: vec![],
+            rng: false,
+        }
+    }
+
+    fn null() -> OwnedFd {
+        File::open("/dev/null").unwrap().into()
+    }
+
+    fn refused(change: impl FnOnce(&mut VmConfig)) -> String {
+        let mut config = config();
+        change(&mut config);
+        Resources::new(config, vec![null()])
+            .unwrap_err()
+            .to_string()
+    }
+
+    #[test]
+    fn errors_name_the_field() {
+        assert!(Resources::new(config(), vec![null()]).is_ok());
+        assert!(refused(|c| c.vcpus = 0).starts_with("vcpus:"));
+        assert!(refused(|c| c.memory_mib = 1).starts_with("memory_mib:"));
+        assert!(refused(|c| c.kernel.image = 7).contains("descriptor 7 of 1"));
+        assert!(refused(|c| c.kernel.initrd = Some(0)).contains("used twice"));
+        assert!(refused(|c| c.kernel.cmdline = "a\nb".into()).starts_with("kernel.cmdline:"));
+        assert!(refused(|c| c.kernel.cmdline = "a".repeat(2048)).starts_with("kernel.cmdline:"));
+        assert!(refused(|c| {
+            c.vsock = Some(VsockConfig {
+                cid: 2,
+                listener: None,
+                uds_path: "/x".into(),
+                ready_port: None,
+            });
+        })
+        .starts_with("vsock.cid:"));
+    }
+}

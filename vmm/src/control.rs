@@ -1,0 +1,298 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Serves the control socket: the life of one VM, from `configure` to the
+//! reason it ended.
+
+use std::{
+    io,
+    os::fd::{AsFd, OwnedFd},
+    sync::{Arc, Mutex, OnceLock},
+};
+
+use bulkhead_vmm_api::{
+    Call, Channel, ChannelError, Event, ExitReason, Failure, FailureKind, FromVmm, Outcome, Reply,
+    Request, Status, VmState,
+};
+use nix::{
+    errno::Errno,
+    poll::{poll, PollFd, PollFlags, PollTimeout},
+};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::{
+    builder::{Callbacks, Machine},
+    config::Resources,
+    timeline::{Moment, Stamps},
+};
+
+/// How the machine ended, and a descriptor that says that it has.
+struct End {
+    reason: Mutex<Option<ExitReason>>,
+    event: EventFd,
+}
+
+impl End {
+    /// Keeps the first reason.
+    fn set(&self, reason: ExitReason) {
+        let mut slot = self.reason.lock().expect("no holder of the lock panics");
+        if slot.is_none() {
+            *slot = Some(reason);
+            // Cannot overflow: it happens once.
+            let _ = self.event.write(1);
+        }
+    }
+
+    fn get(&self) -> Option<ExitReason> {
+        *self.reason.lock().expect("no holder of the lock panics")
+    }
+}
+
+enum Stage {
+    Unconfigured,
+    Configured(Box<Resources>),
+    Running(Box<Machine>),
+}
+
+impl Stage {
+    fn state(&self) -> VmState {
+        match self {
+            Self::Unconfigured => VmState::Unconfigured,
+            Self::Configured(_) => VmState::Configured,
+            Self::Running(_) => VmState::Running,
+        }
+    }
+}
+
+/// A VM and its control connection.
+pub struct Server {
+    channel: Arc<Channel>,
+    stamps: Arc<Stamps>,
+    end: Arc<End>,
+    stage: Stage,
+}
+
+/// The channel, for the last words of a thread that panics.
+static LAST_WORDS: OnceLock<Arc<Channel>> = OnceLock::new();
+
+impl Server {
+    /// Serves `channel`.
+    pub fn new(channel: Channel, stamps: Arc<Stamps>) -> io::Result<Self> {
+        let channel = Arc::new(channel);
+        let _ = LAST_WORDS.set(Arc::clone(&channel));
+        Ok(Self {
+            channel,
+            stamps,
+            end: Arc::new(End {
+                reason: Mutex::new(None),
+                event: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
+            }),
+            stage: Stage::Unconfigured,
+        })
+    }
+
+    /// Serves until the VM ends; why it did. Its end has been told when this
+    /// returns.
+    pub fn run(mut self) -> ExitReason {
+        let reason = self.serve();
+        if let Stage::Running(machine) = &self.stage {
+            machine.flush_serial();
+        }
+        if reason == ExitReason::Panic {
+            self.tell(Event::GuestPanicked);
+        }
+        self.tell(Event::Ended(reason));
+        reason
+    }
+
+    fn serve(&mut self) -> ExitReason {
+        loop {
+            let mut ready = [
+                PollFd::new(self.channel.as_fd(), PollFlags::POLLIN),
+                PollFd::new(
+                    // The eventfd outlives the poll: it belongs to `self`.
+                    sys::borrow(&self.end.event),
+                    PollFlags::POLLIN,
+                ),
+            ];
+            match poll(&mut ready, PollTimeout::NONE) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(error) => {
+                    tracing::error!(%error, "poll failed");
+                    return ExitReason::VmmError;
+                }
+            }
+            let request = ready[0].any().unwrap_or(false);
+            if let Some(reason) = self.end.get() {
+                return reason;
+            }
+            if request {
+                if let Some(reason) = self.one_request() {
+                    return reason;
+                }
+            }
+        }
+    }
+
+    /// Answers one request; the reason when it, or its absence, ends the VM.
+    fn one_request(&mut self) -> Option<ExitReason> {
+        let (request, fds) = match self.channel.receive::<Request>() {
+            Ok(received) => received,
+            Err(ChannelError::Closed) => return Some(ExitReason::ClientGone),
+            Err(error) if error.would_block() => return None,
+            Err(error @ (ChannelError::Malformed(_) | ChannelError::TooLarge)) => {
+                self.reply(0, failure(FailureKind::InvalidRequest, &error));
+                return None;
+            }
+            Err(error) => {
+                tracing::error!(error = %chain(&error), "control socket failed");
+                return Some(ExitReason::ClientGone);
+            }
+        };
+        let stop = request.call == Call::Shutdown;
+        let outcome = self.handle(request.call, fds);
+        self.reply(request.id, outcome);
+        stop.then_some(ExitReason::Stopped)
+    }
+
+    fn handle(&mut self, call: Call, fds: Vec<OwnedFd>) -> Outcome {
+        match call {
+            Call::Configure(config) => {
+                if !matches!(self.stage, Stage::Unconfigured) {
+                    return wrong_state("configure", self.stage.state());
+                }
+                match Resources::new(*config, fds) {
+                    Ok(resources) => {
+                        self.stage = Stage::Configured(Box::new(resources));
+                        self.stamps.set(Moment::Configured);
+                        Outcome::Done
+                    }
+                    Err(error) => failure(error.kind, &error),
+                }
+            }
+            Call::Boot => match std::mem::replace(&mut self.stage, Stage::Unconfigured) {
+                Stage::Configured(resources) => self.boot(*resources),
+                other => {
+                    let state = other.state();
+                    self.stage = other;
+                    wrong_state("boot", state)
+                }
+            },
+            Call::Status => Outcome::Status(Box::new(Status {
+                state: self.stage.state(),
+                timeline: self.stamps.read(),
+                exits: match &self.stage {
+                    Stage::Running(machine) => machine.exits(),
+                    _ => Default::default(),
+                },
+            })),
+            Call::Shutdown => Outcome::Done,
+        }
+    }
+
+    fn boot(&mut self, resources: Resources) -> Outcome {
+        let ready_port = resources
+            .vsock
+            .as_ref()
+            .and_then(|(vsock, _)| vsock.ready_port);
+        let end = Arc::clone(&self.end);
+        let channel = Arc::clone(&self.channel);
+        let stamps = Arc::clone(&self.stamps);
+        let callbacks = Callbacks {
+            on_end: Arc::new(move |reason| end.set(reason)),
+            on_connect: Arc::new(move |port| {
+                if Some(port) == ready_port && stamps.set(Moment::GuestReady) {
+                    let event = Event::GuestReady(stamps.read());
+                    if let Err(error) = channel.send(&FromVmm::Event(event), &[]) {
+                        tracing::warn!(error = %chain(&error), "event not sent");
+                    }
+                }
+            }),
+        };
+        let built = Machine::build(resources, &callbacks, Arc::clone(&self.stamps)).and_then(
+            |mut machine| {
+                machine.start()?;
+                Ok(machine)
+            },
+        );
+        match built {
+            Ok(machine) => {
+                self.stage = Stage::Running(Box::new(machine));
+                Outcome::Done
+            }
+            Err(error) => failure(error.kind(), &error),
+        }
+    }
+
+    fn reply(&self, id: u64, outcome: Outcome) {
+        self.send(&FromVmm::Reply(Reply { id, outcome }));
+    }
+
+    fn tell(&self, event: Event) {
+        self.send(&FromVmm::Event(event));
+    }
+
+    fn send(&self, message: &FromVmm) {
+        if let Err(error) = self.channel.send(message, &[]) {
+            // A client that is gone is noticed by the next receive.
+            tracing::debug!(error = %chain(&error), "message not sent");
+        }
+    }
+}
+
+/// Makes a panic on any thread end the process at once, with its reason told:
+/// a VM whose device thread is gone must not linger.
+pub fn end_on_panic() {
+    let default = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        default(info);
+        if let Some(channel) = LAST_WORDS.get() {
+            let event = FromVmm::Event(Event::Ended(ExitReason::VmmError));
+            let _ = channel.send(&event, &[]);
+        }
+        sys::exit_now(ExitReason::VmmError.code());
+    }));
+}
+
+fn wrong_state(call: &str, state: VmState) -> Outcome {
+    Outcome::Failed(Failure {
+        kind: FailureKind::WrongState,
+        message: format!("{call} is not possible: the VM is {state:?}"),
+    })
+}
+
+fn failure(kind: FailureKind, error: &dyn std::error::Error) -> Outcome {
+    Outcome::Failed(Failure {
+        kind,
+        message: chain(error),
+    })
+}
+
+/// An error with its causes, in one line.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        next = cause.source();
+    }
+    text
+}
+
+/// What needs a word to the compiler.
+mod sys {
+    use std::os::fd::{AsRawFd, BorrowedFd};
+
+    use vmm_sys_util::eventfd::EventFd;
+
+    /// An eventfd as a borrowed descriptor.
+    pub fn borrow(event: &EventFd) -> BorrowedFd<'_> {
+        // SAFETY: the descriptor is open as long as the reference lives.
+        unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
+    }
+
+    /// Ends the process without running destructors of other threads' data.
+    pub fn exit_now(code: i32) -> ! {
+        // SAFETY: takes no pointers and does not return.
+        unsafe { libc::_exit(code) }
+    }
+}

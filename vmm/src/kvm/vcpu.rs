@@ -1,0 +1,161 @@
+// SPDX-License-Identifier: Apache-2.0
+//! vCPU threads.
+
+use std::{
+    io,
+    sync::{
+        atomic::{AtomicBool, AtomicU64, Ordering},
+        Arc,
+    },
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+use bulkhead_vmm_api::{ExitReason, Exits};
+use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use vmm_sys_util::signal::{register_signal_handler, Killable, SIGRTMIN};
+
+use crate::{bus::Bus, power::OnEnd};
+
+/// How long a vCPU may take to leave the guest when it is told to.
+const STOP_WITHIN: Duration = Duration::from_secs(1);
+
+/// The buses a vCPU's accesses go to.
+pub struct Buses {
+    /// Port I/O.
+    pub pio: Bus,
+    /// Memory-mapped I/O.
+    pub mmio: Bus,
+}
+
+/// Counters of the exits that came to user space.
+#[derive(Debug, Default)]
+pub struct ExitCounters {
+    pio: AtomicU64,
+    mmio: AtomicU64,
+    other: AtomicU64,
+}
+
+impl ExitCounters {
+    /// The figures now.
+    pub fn read(&self) -> Exits {
+        Exits {
+            pio: self.pio.load(Ordering::Relaxed),
+            mmio: self.mmio.load(Ordering::Relaxed),
+            other: self.other.load(Ordering::Relaxed),
+        }
+    }
+}
+
+/// What all vCPU threads share.
+pub struct Shared {
+    /// Address spaces.
+    pub buses: Buses,
+    /// Exit counters.
+    pub exits: ExitCounters,
+    /// Called when the guest, or KVM, ends the machine.
+    pub on_end: OnEnd,
+    /// Set to make the threads leave.
+    pub stop: AtomicBool,
+}
+
+/// A running vCPU.
+pub struct VcpuThread {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+
+/// Installs the handler of the signal that takes a vCPU out of the guest.
+pub fn install_kick_signal() -> io::Result<()> {
+    register_signal_handler(SIGRTMIN(), nothing).map_err(Into::into)
+}
+
+impl VcpuThread {
+    /// Lets vCPU `index` run on a thread of its own.
+    pub fn spawn(index: u8, vcpu: VcpuFd, shared: Arc<Shared>) -> io::Result<Self> {
+        let inner = Arc::clone(&shared);
+        let thread = std::thread::Builder::new()
+            .name(format!("vcpu{index}"))
+            .spawn(move || run(vcpu, &inner))?;
+        Ok(Self {
+            shared,
+            thread: Some(thread),
+        })
+    }
+}
+
+impl Drop for VcpuThread {
+    /// Stops the thread, without hanging on one that cannot leave the guest.
+    fn drop(&mut self) {
+        let Some(thread) = self.thread.take() else {
+            return;
+        };
+        self.shared.stop.store(true, Ordering::SeqCst);
+        if thread.thread().id() == std::thread::current().id() {
+            return;
+        }
+        let deadline = Instant::now() + STOP_WITHIN;
+        while !thread.is_finished() && Instant::now() < deadline {
+            // Repeated: a signal that comes just before KVM_RUN is lost.
+            let _ = thread.kill(SIGRTMIN());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        if thread.is_finished() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn run(mut vcpu: VcpuFd, shared: &Shared) {
+    let count = |counter: &AtomicU64| {
+        counter.fetch_add(1, Ordering::Relaxed);
+    };
+    let reason = loop {
+        if shared.stop.load(Ordering::SeqCst) {
+            return;
+        }
+        match vcpu.run() {
+            Ok(VcpuExit::IoIn(port, data)) => {
+                count(&shared.exits.pio);
+                shared.buses.pio.read(u64::from(port), data);
+            }
+            Ok(VcpuExit::IoOut(port, data)) => {
+                count(&shared.exits.pio);
+                shared.buses.pio.write(u64::from(port), data);
+            }
+            Ok(VcpuExit::MmioRead(address, data)) => {
+                count(&shared.exits.mmio);
+                shared.buses.mmio.read(address, data);
+            }
+            Ok(VcpuExit::MmioWrite(address, data)) => {
+                count(&shared.exits.mmio);
+                shared.buses.mmio.write(address, data);
+            }
+            Ok(VcpuExit::Shutdown) => break ExitReason::TripleFault,
+            Ok(VcpuExit::SystemEvent(kind, _)) => match kind {
+                KVM_SYSTEM_EVENT_SHUTDOWN => break ExitReason::PowerOff,
+                KVM_SYSTEM_EVENT_RESET => break ExitReason::Reset,
+                KVM_SYSTEM_EVENT_CRASH => break ExitReason::Panic,
+                _ => break ExitReason::KvmError,
+            },
+            Ok(VcpuExit::Intr | VcpuExit::Hlt | VcpuExit::IrqWindowOpen) => {
+                count(&shared.exits.other);
+            }
+            Ok(exit) => {
+                tracing::error!(exit = ?exit, "vCPU cannot go on");
+                break ExitReason::KvmError;
+            }
+            Err(error) => match error.errno() {
+                libc::EINTR | libc::EAGAIN => count(&shared.exits.other),
+                _ => {
+                    tracing::error!(%error, "KVM_RUN failed");
+                    break ExitReason::KvmError;
+                }
+            },
+        }
+    };
+    (shared.on_end)(reason);
+}

@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The VM's descriptor and its memory slots.
+
+use std::sync::{
+    atomic::{AtomicU32, Ordering},
+    Arc,
+};
+
+use kvm_bindings::{kvm_userspace_memory_region, CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY};
+use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
+use vm_memory::{Address, GuestMemory, GuestMemoryMmap, GuestMemoryRegion, MmapRegion};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{failed, irq::MsiRouter, KvmError};
+use crate::{arch::x86_64::layout, pci::msix::NotifyRegistrar};
+
+/// KVM_CREATE_VM fails with EINTR when a signal is pending, for no reason of
+/// the caller's.
+const CREATE_TRIES: u32 = 5;
+
+/// A KVM virtual machine.
+pub struct Vm {
+    fd: Arc<VmFd>,
+    supported_cpuid: CpuId,
+    next_slot: AtomicU32,
+    router: Arc<MsiRouter>,
+    /// Mapped into slots: must outlive the machine.
+    _memory: GuestMemoryMmap,
+}
+
+impl Vm {
+    /// Makes the machine with its interrupt controllers and gives it `memory`.
+    pub fn new(kvm: &Kvm, memory: &GuestMemoryMmap) -> Result<Self, KvmError> {
+        let mut tries = 1;
+        let fd = loop {
+            match kvm.create_vm() {
+                Err(error) if error.errno() == libc::EINTR && tries < CREATE_TRIES => tries += 1,
+                other => break other.map_err(failed("no VM can be made"))?,
+            }
+        };
+        let supported_cpuid = kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(failed("supported CPUID"))?;
+        // Needed on Intel processors, before the first vCPU.
+        fd.set_tss_address(layout::KVM_TSS as usize)
+            .map_err(failed("TSS address"))?;
+        fd.set_identity_map_address(layout::KVM_IDENTITY_MAP)
+            .map_err(failed("identity map address"))?;
+        // Local APICs and I/O APIC in the kernel. No PIT: the guest is
+        // hardware-reduced and has the TSC deadline timer and kvmclock.
+        fd.create_irq_chip()
+            .map_err(failed("interrupt controllers"))?;
+        let fd = Arc::new(fd);
+        let vm = Self {
+            router: Arc::new(MsiRouter::new(Arc::clone(&fd))),
+            fd,
+            supported_cpuid,
+            next_slot: AtomicU32::new(0),
+            _memory: memory.clone(),
+        };
+        for region in memory.iter() {
+            vm.add_slot(
+                region.start_addr().raw_value(),
+                region.len(),
+                region.as_ptr() as u64,
+                false,
+            )?;
+        }
+        Ok(vm)
+    }
+
+    /// Makes vCPU number `index`.
+    pub fn create_vcpu(&self, index: u8) -> Result<VcpuFd, KvmError> {
+        self.fd
+            .create_vcpu(u64::from(index))
+            .map_err(failed("no vCPU can be made"))
+    }
+
+    /// What CPUID may say here.
+    pub fn supported_cpuid(&self) -> &CpuId {
+        &self.supported_cpuid
+    }
+
+    /// Interrupt routes.
+    pub fn router(&self) -> &Arc<MsiRouter> {
+        &self.router
+    }
+
+    /// Maps a file's mapping at a guest-physical address (virtio-pmem). The
+    /// caller keeps `mapping` as long as the machine lives.
+    pub fn map_window(
+        &self,
+        guest_address: u64,
+        mapping: &MmapRegion,
+        read_only: bool,
+    ) -> Result<(), KvmError> {
+        self.add_slot(
+            guest_address,
+            mapping.size() as u64,
+            mapping.as_ptr() as u64,
+            read_only,
+        )
+    }
+
+    fn add_slot(
+        &self,
+        guest_address: u64,
+        size: u64,
+        host_address: u64,
+        read_only: bool,
+    ) -> Result<(), KvmError> {
+        let region = kvm_userspace_memory_region {
+            slot: self.next_slot.fetch_add(1, Ordering::Relaxed),
+            flags: if read_only { KVM_MEM_READONLY } else { 0 },
+            guest_phys_addr: guest_address,
+            memory_size: size,
+            userspace_addr: host_address,
+        };
+        // SAFETY: the range is a whole mapping of guest memory or of a file
+        // window; the former is kept by `self`, the latter by the caller, and
+        // Rust code reaches it only by volatile access.
+        unsafe { self.fd.set_user_memory_region(region) }.map_err(failed("memory slot"))
+    }
+}
+
+impl NotifyRegistrar for Vm {
+    fn register_notify(&self, event: &EventFd, address: u64) -> std::io::Result<()> {
+        self.fd
+            .register_ioevent(event, &IoEventAddress::Mmio(address), NoDatamatch)
+            .map_err(Into::into)
+    }
+
+    fn unregister_notify(&self, event: &EventFd, address: u64) -> std::io::Result<()> {
+        self.fd
+            .unregister_ioevent(event, &IoEventAddress::Mmio(address), NoDatamatch)
+            .map_err(Into::into)
+    }
+}

@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: Apache-2.0
+//! `bulkhead-vmm`: one VM, driven over an inherited control socket.
+
+use std::{os::fd::OwnedFd, process::exit};
+
+use bulkhead_vmm::{
+    control::{self, Server},
+    probe,
+    timeline::{Moment, Stamps},
+};
+use bulkhead_vmm_api::{Channel, ExitReason};
+
+const USAGE: &str = "\
+usage: bulkhead-vmm --control-fd N   serve the control socket N (SEQPACKET)
+       bulkhead-vmm --probe          say how fast KVM runs a guest's kernel mode
+       bulkhead-vmm --version
+";
+
+fn main() {
+    let stamps = Stamps::new();
+    stamps.set(Moment::VmmStart);
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match words[..] {
+        ["--control-fd", number] => match inherited(number) {
+            Ok(socket) => serve(socket, stamps),
+            Err(problem) => {
+                eprintln!("bulkhead-vmm: --control-fd {number}: {problem}");
+                exit(2);
+            }
+        },
+        ["--probe"] => match probe::instructions_per_second() {
+            Ok(speed) => println!("instructions-per-second {speed}"),
+            Err(error) => {
+                eprintln!("{}", control::chain(&error));
+                exit(1);
+            }
+        },
+        ["--version"] => println!("bulkhead-vmm {}", env!("CARGO_PKG_VERSION")),
+        ["--help" | "-h"] => print!("{USAGE}"),
+        _ => {
+            eprint!("{USAGE}");
+            exit(2);
+        }
+    }
+}
+
+fn serve(socket: OwnedFd, stamps: std::sync::Arc<Stamps>) -> ! {
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .without_time()
+        .with_target(false)
+        .init();
+    control::end_on_panic();
+    let reason = match Server::new(Channel::from_fd(socket), stamps) {
+        Ok(server) => server.run(),
+        Err(error) => {
+            tracing::error!(%error, "control socket cannot be served");
+            ExitReason::VmmError
+        }
+    };
+    exit(reason.code());
+}
+
+/// Takes an inherited descriptor by its number.
+fn inherited(number: &str) -> Result<OwnedFd, String> {
+    use std::os::fd::FromRawFd;
+
+    let fd: i32 = number
+        .parse()
+        .map_err(|_| "not a descriptor number".to_owned())?;
+    if fd < 3 {
+        return Err("standard streams cannot be the control socket".into());
+    }
+    // SAFETY: F_GETFD on any number is harmless.
+    if unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
+        return Err("no such descriptor is open".into());
+    }
+    // SAFETY: it is open, was inherited for this, and nothing else in the
+    // process knows it.
+    let owned = unsafe { OwnedFd::from_raw_fd(fd) };
+    // SAFETY: as above; the VMM starts no programs, but none should inherit it.
+    unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) };
+    Ok(owned)
+}

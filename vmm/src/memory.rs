@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Guest memory: private and anonymous, so that KSM, free page return and
+//! copy-on-write templates work on it.
+
+use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
+
+use crate::arch::x86_64::layout;
+
+/// Why guest memory could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// The host refused the mapping.
+    #[error("guest memory of {size} bytes could not be mapped")]
+    Map {
+        /// Bytes asked for.
+        size: u64,
+        /// Why.
+        #[source]
+        source: vm_memory::mmap::MmapRegionError,
+    },
+    /// The regions do not fit together.
+    #[error("guest memory regions do not fit together")]
+    Layout(#[source] vm_memory::GuestRegionCollectionError),
+    /// A region's end wraps around.
+    #[error("guest memory region wraps around")]
+    Wraps,
+}
+
+/// The ranges that `size` bytes of memory take: one below the 32-bit hole,
+/// and what does not fit there above 4 GiB.
+pub fn ranges(size: u64) -> Vec<(u64, u64)> {
+    let low = size.min(layout::MMIO_START);
+    let mut ranges = vec![(0, low)];
+    if size > low {
+        ranges.push((layout::HIGH_RAM, size - low));
+    }
+    ranges
+}
+
+/// Maps `size` bytes of guest memory. Nothing is populated.
+pub fn allocate(size: u64) -> Result<GuestMemoryMmap, MemoryError> {
+    let mut regions = Vec::new();
+    for (base, length) in ranges(size) {
+        let mapping = MmapRegion::build(
+            None,
+            length as usize,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+        )
+        .map_err(|source| MemoryError::Map { size, source })?;
+        regions.push(GuestRegionMmap::new(mapping, GuestAddress(base)).ok_or(MemoryError::Wraps)?);
+    }
+    GuestMemoryMmap::from_regions(regions).map_err(MemoryError::Layout)
+}
+
+/// Hands out guest-physical windows above all memory (virtio-pmem).
+#[derive(Debug)]
+pub struct WindowAllocator {
+    next: u64,
+}
+
+impl WindowAllocator {
+    /// For a guest with `memory_size` bytes of memory.
+    pub fn new(memory_size: u64) -> Self {
+        let end = ranges(memory_size)
+            .last()
+            .map_or(layout::HIGH_RAM, |(base, length)| base + length)
+            .max(layout::HIGH_RAM);
+        Self {
+            next: end.next_multiple_of(1 << 30),
+        }
+    }
+
+    /// Reserves `size` bytes; the guest-physical address.
+    pub fn reserve(&mut self, size: u64) -> u64 {
+        let base = self.next;
+        self.next += size.next_multiple_of(layout::WINDOW_ALIGN);
+        base
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::GuestMemory;
+
+    use super::*;
+
+    #[test]
+    fn large_memory_is_split_around_the_hole() {
+        let gib = 1 << 30;
+        assert_eq!(ranges(gib), [(0, gib)]);
+        assert_eq!(ranges(3 * gib), [(0, 3 * gib)]);
+        assert_eq!(ranges(5 * gib), [(0, 3 * gib), (4 * gib, 2 * gib)]);
+    }
+
+    #[test]
+    fn memory_is_mapped_and_windows_lie_above_it() {
+        let memory = allocate(64 << 20).unwrap();
+        assert_eq!(memory.num_regions(), 1);
+        let mut windows = WindowAllocator::new(5 << 30);
+        let first = windows.reserve(3 << 20);
+        assert_eq!(first, 6 << 30);
+        assert_eq!(windows.reserve(1), first + (4 << 20));
+        assert_eq!(WindowAllocator::new(1 << 20).reserve(1), 4 << 30);
+    }
+}

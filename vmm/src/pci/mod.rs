@@ -1,0 +1,9 @@
+// SPDX-License-Identifier: Apache-2.0
+//! PCI Express as far as virtio needs it: one root bus, configuration space
+//! by ECAM only, MSI-X only.
+
+pub mod config;
+pub mod msix;
+mod root;
+
+pub use root::{BusFull, PciFunction, PciRoot};

@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The first serial port (16550): what the guest writes goes to a descriptor,
+//! nothing comes back. Never blocks a vCPU: what cannot be written at once is
+//! dropped and counted.
+
+use std::{
+    fs::File,
+    io::{self, Write},
+    sync::{Arc, Mutex},
+};
+
+use vm_superio::{serial::NoEvents, Serial, Trigger};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::bus::BusDevice;
+
+/// Bytes gathered before they are written: one line in most cases.
+const BUFFER: usize = 512;
+
+/// The serial port.
+pub struct SerialPort {
+    serial: Mutex<Serial<Irq, NoEvents, Console>>,
+}
+
+struct Irq(EventFd);
+
+impl Trigger for Irq {
+    type E = io::Error;
+
+    fn trigger(&self) -> io::Result<()> {
+        self.0.write(1)
+    }
+}
+
+/// Gathers bytes to lines: a system call per byte would cost more than the
+/// exit that brought it.
+struct Console {
+    output: Option<File>,
+    buffer: Vec<u8>,
+    dropped: u64,
+}
+
+impl Console {
+    fn drain(&mut self) {
+        if let Some(output) = &mut self.output {
+            let written = match output.write(&self.buffer) {
+                Ok(written) => written,
+                Err(_) => 0,
+            };
+            self.dropped += (self.buffer.len() - written) as u64;
+        }
+        self.buffer.clear();
+    }
+}
+
+impl Write for Console {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        if self.output.is_some() {
+            self.buffer.extend_from_slice(data);
+            if data.contains(&b'\n') || self.buffer.len() >= BUFFER {
+                self.drain();
+            }
+        }
+        Ok(data.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        // The port flushes after every byte; lines are enough.
+        Ok(())
+    }
+}
+
+impl SerialPort {
+    /// A port that writes to `output` (made non-blocking by the caller) and
+    /// interrupts by `irq`.
+    pub fn new(output: Option<File>, irq: EventFd) -> Arc<Self> {
+        let console = Console {
+            output,
+            buffer: Vec::with_capacity(BUFFER),
+            dropped: 0,
+        };
+        Arc::new(Self {
+            serial: Mutex::new(Serial::new(Irq(irq), console)),
+        })
+    }
+
+    /// Writes what has been gathered, when the VM ends.
+    pub fn flush(&self) {
+        self.lock().writer_mut().drain();
+    }
+
+    /// Bytes that could not be written.
+    pub fn dropped(&self) -> u64 {
+        self.lock().writer().dropped
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Serial<Irq, NoEvents, Console>> {
+        self.serial
+            .lock()
+            .expect("no holder of the serial port's lock panics")
+    }
+}
+
+impl BusDevice for SerialPort {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        if let [byte] = data {
+            *byte = self.lock().read(offset as u8);
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        if let [byte] = data {
+            // Fails only when the interrupt's counter overflows: it is
+            // pending then.
+            let _ = self.lock().write(offset as u8, *byte);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::Read,
+        os::{fd::OwnedFd, unix::net::UnixStream},
+    };
+
+    use super::*;
+
+    #[test]
+    fn lines_arrive_and_a_full_reader_does_not_block() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        let file = File::from(OwnedFd::from(ours));
+        let port = SerialPort::new(Some(file), EventFd::new(0).unwrap());
+        for byte in b"hello\n" {
+            port.write(0, &[*byte]);
+        }
+        let mut data = [0; 6];
+        theirs.read_exact(&mut data).unwrap();
+        assert_eq!(&data, b"hello\n");
+        for _ in 0..4 << 20 {
+            port.write(0, b"x");
+        }
+        assert!(port.dropped() > 0);
+    }
+
+    #[test]
+    fn the_last_line_comes_with_flush_and_odd_accesses_do_nothing() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let port = SerialPort::new(
+            Some(File::from(OwnedFd::from(ours))),
+            EventFd::new(0).unwrap(),
+        );
+        port.write(0, b"z");
+        port.write(0, b"zz");
+        port.read(0, &mut [0; 8]);
+        port.read(900, &mut [0; 1]);
+        port.flush();
+        let mut data = [0; 1];
+        theirs.read_exact(&mut data).unwrap();
+        assert_eq!(&data, b"z");
+    }
+}

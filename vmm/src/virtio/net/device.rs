@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The device towards the transport.
+
+use std::{fs::File, io, os::fd::AsRawFd};
+
+use bulkhead_vmm_api::NetConfig;
+use virtio_bindings::{
+    virtio_config::VIRTIO_F_VERSION_1,
+    virtio_ids::VIRTIO_ID_NET,
+    virtio_net::{
+        VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4,
+        VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MAC,
+        VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU,
+    },
+    virtio_ring::VIRTIO_RING_F_EVENT_IDX,
+};
+use vmm_sys_util::epoll::EventSet;
+
+use crate::virtio::{
+    chain::Queues,
+    device::{read_bytes, Activation, DeviceError, StateError, VirtioDevice},
+};
+
+/// Token of the tap on the event loop; the queues' are below.
+pub(super) const TAP: u32 = 2;
+/// `struct virtio_net_hdr_v1`, which the tap exchanges as it is.
+pub(super) const HEADER: usize = 12;
+
+/// A network interface.
+pub struct Net {
+    name: String,
+    config: [u8; 12],
+    features: u64,
+    pub(super) tap: File,
+    /// Whether the loop watches the tap: not while the guest has no buffers.
+    pub(super) watched: bool,
+    pub(super) active: Option<Queues>,
+}
+
+impl Net {
+    /// An interface on `tap`, a non-blocking tap with `IFF_VNET_HDR`.
+    pub fn new(config: &NetConfig, tap: File) -> io::Result<Self> {
+        let mut features = (1 << VIRTIO_F_VERSION_1)
+            | (1 << VIRTIO_RING_F_EVENT_IDX)
+            | (1 << VIRTIO_NET_F_MAC)
+            | (1 << VIRTIO_NET_F_MRG_RXBUF);
+        if set_header_size(&tap).is_ok() && set_offload(&tap, 0).is_ok() {
+            features |= (1 << VIRTIO_NET_F_CSUM)
+                | (1 << VIRTIO_NET_F_GUEST_CSUM)
+                | (1 << VIRTIO_NET_F_HOST_TSO4)
+                | (1 << VIRTIO_NET_F_HOST_TSO6)
+                | (1 << VIRTIO_NET_F_GUEST_TSO4)
+                | (1 << VIRTIO_NET_F_GUEST_TSO6);
+        }
+        // mac, status, max_virtqueue_pairs, mtu.
+        let mut space = [0; 12];
+        space[..6].copy_from_slice(&config.mac);
+        if let Some(mtu) = config.mtu {
+            features |= 1 << VIRTIO_NET_F_MTU;
+            space[10..].copy_from_slice(&mtu.to_le_bytes());
+        }
+        Ok(Self {
+            name: config.id.clone(),
+            config: space,
+            features,
+            tap,
+            watched: false,
+            active: None,
+        })
+    }
+}
+
+/// Tells the tap the size of the header before each packet.
+fn set_header_size(tap: &File) -> io::Result<()> {
+    let size = HEADER as libc::c_int;
+    // SAFETY: TUNSETVNETHDRSZ reads one int.
+    match unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const size) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Tells the tap what the guest can take.
+fn set_offload(tap: &File, flags: libc::c_uint) -> io::Result<()> {
+    // SAFETY: TUNSETOFFLOAD takes its argument by value.
+    match unsafe {
+        libc::ioctl(
+            tap.as_raw_fd(),
+            libc::TUNSETOFFLOAD,
+            libc::c_ulong::from(flags),
+        )
+    } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+impl VirtioDevice for Net {
+    fn device_id(&self) -> u16 {
+        VIRTIO_ID_NET as u16
+    }
+
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[256, 256]
+    }
+
+    fn features(&self) -> u64 {
+        self.features
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        read_bytes(&self.config, offset, data);
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
+        let queues = Queues::new(activation, 2)?;
+        let mut offload = 0;
+        for (feature, flag) in [
+            (VIRTIO_NET_F_GUEST_CSUM, libc::TUN_F_CSUM),
+            (VIRTIO_NET_F_GUEST_TSO4, libc::TUN_F_TSO4),
+            (VIRTIO_NET_F_GUEST_TSO6, libc::TUN_F_TSO6),
+        ] {
+            if queues.has_feature(feature) {
+                offload |= flag;
+            }
+        }
+        if offload != 0 {
+            set_offload(&self.tap, offload).map_err(|source| DeviceError::System {
+                action: "set the tap's offloads",
+                source,
+            })?;
+        }
+        queues
+            .event_loop
+            .register(&self.tap, EventSet::IN, queues.handler.clone(), TAP)
+            .map_err(|source| DeviceError::System {
+                action: "watch the tap",
+                source,
+            })?;
+        self.watched = true;
+        self.active = Some(queues);
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        if let Some(queues) = self.active.take() {
+            queues.event_loop.unregister(&self.tap);
+            self.watched = false;
+        }
+    }
+
+    fn save(&mut self) -> Result<Vec<u8>, StateError> {
+        self.save_state()
+    }
+
+    fn restore(&mut self, state: &[u8]) -> Result<(), StateError> {
+        self.restore_state(state)
+    }
+}

@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: Apache-2.0
+//! virtio-net (virtio 1.2 §5.1) on a tap.
+
+mod device;
+mod event;
+mod state;
+#[cfg(test)]
+mod tests;
+
+pub use device::Net;

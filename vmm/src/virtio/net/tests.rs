@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+//! A datagram socket stands for the tap: it keeps packets apart as a tap does.
+
+use std::{
+    fs::File,
+    os::{fd::OwnedFd, unix::net::UnixDatagram},
+};
+
+use bulkhead_vmm_api::NetConfig;
+use vmm_sys_util::epoll::EventSet;
+
+use super::{device::TAP, Net};
+use crate::{
+    event::EventHandler,
+    virtio::{
+        device::VirtioDevice,
+        testing::{Driver, READ_ONLY, READ_WRITE},
+    },
+};
+
+fn interface() -> (Driver<Net>, UnixDatagram) {
+    let (ours, theirs) = UnixDatagram::pair().unwrap();
+    theirs.set_nonblocking(true).unwrap();
+    ours.set_nonblocking(true).unwrap();
+    let config = NetConfig {
+        id: "eth0".into(),
+        tap: 0,
+        mac: [2, 0, 0, 0, 0, 1],
+        mtu: Some(1400),
+    };
+    let net = Net::new(&config, File::from(OwnedFd::from(theirs))).unwrap();
+    (Driver::new(net), ours)
+}
+
+#[test]
+fn packets_go_both_ways() {
+    let (mut driver, wire) = interface();
+    let packet = driver.buffer(100);
+    driver.write(packet, &[7; 100]);
+    driver.queue(1, &[(packet, 12, READ_ONLY), (packet + 12, 88, READ_ONLY)]);
+    driver.kick(1);
+    let mut received = [0; 200];
+    assert_eq!(wire.recv(&mut received).unwrap(), 100);
+    assert_eq!(received[..100], [7; 100]);
+    assert_eq!(driver.used(1), [0]);
+
+    let first = driver.buffer(64);
+    let second = driver.buffer(64);
+    driver.queue(0, &[(first, 64, READ_WRITE)]);
+    driver.queue(0, &[(second, 64, READ_WRITE)]);
+    wire.send(&[9; 100]).unwrap();
+    driver.device().handle(TAP, EventSet::IN);
+    // Merged: two buffers, and the header says so.
+    assert_eq!(driver.used(0), [64, 36]);
+    assert_eq!(driver.read(first + 10, 2), [2, 0]);
+    assert_eq!(driver.read(second, 36), [9; 36]);
+}
+
+#[test]
+fn without_buffers_the_tap_is_not_watched() {
+    let (mut driver, wire) = interface();
+    wire.send(&[1; 50]).unwrap();
+    driver.device().handle(TAP, EventSet::IN);
+    assert!(!driver.device().watched);
+    let buffer = driver.buffer(64);
+    driver.queue(0, &[(buffer, 64, READ_WRITE)]);
+    driver.kick(0);
+    assert_eq!(driver.used(0), [50]);
+}
+
+#[test]
+fn an_address_outside_memory_stops_the_device() {
+    let (mut driver, wire) = interface();
+    driver.queue(0, &[(0xffff_ffff_0000, 64, READ_WRITE)]);
+    wire.send(&[1; 50]).unwrap();
+    driver.device().handle(TAP, EventSet::IN);
+    assert!(driver.broken());
+    let (mut driver, _wire) = interface();
+    driver.queue(1, &[(0xffff_ffff_0000, 64, READ_ONLY)]);
+    driver.kick(1);
+    assert!(driver.broken());
+}
+
+#[test]
+fn the_address_and_mtu_are_told() {
+    let (mut driver, _wire) = interface();
+    let mut data = [0; 12];
+    driver.device().read_config(0, &mut data);
+    assert_eq!(data, [2, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0x78, 5]);
+}

@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Filling the driver's buffers.
+
+use vm_memory::{Bytes, GuestAddressSpace, GuestMemoryMmap};
+use vmm_sys_util::epoll::EventSet;
+
+use super::Rng;
+use crate::{
+    event::EventHandler,
+    virtio::chain::{segments, Broken, Chain},
+};
+
+/// Most bytes per request: entropy costs the host time.
+const MAX_BYTES: u32 = 64 * 1024;
+/// Most requests per wake-up.
+const ROUND: usize = 16;
+
+impl EventHandler for Rng {
+    fn handle(&mut self, token: u32, _events: EventSet) {
+        let Some(queues) = &mut self.active else {
+            return;
+        };
+        if queues.notified(token as usize) {
+            let memory = queues.memory.memory();
+            queues.drain(0, ROUND, |chain| fill(&memory, chain));
+        }
+    }
+}
+
+fn fill(memory: &GuestMemoryMmap, chain: Chain<'_>) -> Result<u32, Broken> {
+    let (_, writable) = segments(chain);
+    let mut written = 0;
+    for segment in writable {
+        let length = segment.length.min(MAX_BYTES - written);
+        let bytes = entropy(length as usize);
+        memory
+            .write_slice(&bytes, segment.address)
+            .map_err(|_| Broken)?;
+        written += length;
+    }
+    Ok(written)
+}
+
+/// The host kernel's random bytes.
+fn entropy(length: usize) -> Vec<u8> {
+    let mut bytes = vec![0_u8; length];
+    let mut filled = 0;
+    while filled < length {
+        // SAFETY: the pointer and length are those of the unfilled rest of
+        // `bytes`.
+        let got =
+            unsafe { libc::getrandom(bytes[filled..].as_mut_ptr().cast(), length - filled, 0) };
+        match usize::try_from(got) {
+            Ok(got) => filled += got,
+            // Only a signal can interrupt it once the pool is initialised.
+            Err(_) => continue,
+        }
+    }
+    bytes
+}

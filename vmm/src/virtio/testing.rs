@@ -1,0 +1,211 @@
+// SPDX-License-Identifier: Apache-2.0
+//! A driver for device tests: real queues in real guest memory, without a
+//! guest. What it queues is what a guest could queue, right or wrong.
+
+use std::sync::{
+    atomic::{AtomicBool, AtomicUsize, Ordering},
+    Arc, Mutex, MutexGuard,
+};
+
+use virtio_queue::{Queue, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryAtomic, GuestMemoryMmap};
+use vmm_sys_util::{epoll::EventSet, eventfd::EventFd};
+
+use super::device::{Activation, ActiveQueue, Interrupt, VirtioDevice};
+use crate::event::{EventHandler, EventLoop};
+
+/// A buffer the device reads.
+pub const READ_ONLY: u16 = 0;
+/// A buffer the device writes.
+pub const READ_WRITE: u16 = 2;
+const NEXT: u16 = 1;
+
+const MEMORY: usize = 16 << 20;
+/// Each queue's rings lie in a megabyte of their own.
+const QUEUE_SPACE: u64 = 1 << 20;
+const BUFFERS: u64 = 8 << 20;
+const SIZE: u16 = 64;
+
+#[derive(Default)]
+struct Recorder {
+    queues: [AtomicUsize; 8],
+    broken: AtomicBool,
+}
+
+impl Interrupt for Recorder {
+    fn signal_queue(&self, index: usize) {
+        self.queues[index].fetch_add(1, Ordering::SeqCst);
+    }
+    fn signal_config(&self) {}
+    fn device_broken(&self) {
+        self.broken.store(true, Ordering::SeqCst);
+    }
+}
+
+struct Ring {
+    next_descriptor: u16,
+    available: u16,
+    seen: u16,
+}
+
+/// A driver with its device activated.
+pub struct Driver<D: VirtioDevice + 'static> {
+    device: Arc<Mutex<D>>,
+    memory: GuestMemoryMmap,
+    recorder: Arc<Recorder>,
+    rings: Vec<Ring>,
+    next_buffer: u64,
+    _event_loop: EventLoop,
+}
+
+impl<D: VirtioDevice + 'static> Driver<D> {
+    /// Activates `device` with queues of 64.
+    pub fn new(device: D) -> Self {
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap();
+        // A loop that nobody runs events on but the test: it only holds the
+        // registrations. It is stopped before anything is registered.
+        let event_loop = EventLoop::spawn("test").unwrap();
+        let device = Arc::new(Mutex::new(device));
+        let handler: Arc<Mutex<dyn EventHandler>> = Arc::new(Mutex::new(Nothing));
+        let recorder = Arc::new(Recorder::default());
+        let (count, features) = {
+            let device = device.lock().unwrap();
+            (device.queue_sizes().len(), device.features())
+        };
+        let queues = (0..count)
+            .map(|index| {
+                let mut queue = Queue::new(SIZE).unwrap();
+                let (table, available, used) = addresses(index);
+                queue.set_desc_table_address(Some(table as u32), Some(0));
+                queue.set_avail_ring_address(Some(available as u32), Some(0));
+                queue.set_used_ring_address(Some(used as u32), Some(0));
+                queue.set_ready(true);
+                ActiveQueue {
+                    index,
+                    queue,
+                    kick: EventFd::new(libc::EFD_NONBLOCK).unwrap(),
+                }
+            })
+            .collect();
+        let activation = Activation {
+            memory: GuestMemoryAtomic::new(memory.clone()),
+            interrupt: recorder.clone(),
+            queues,
+            features,
+            event_loop: event_loop.handle(),
+            // Events of the loop go nowhere: tests call the device themselves.
+            handler: Arc::downgrade(&handler),
+        };
+        device.lock().unwrap().activate(activation).unwrap();
+        Self {
+            device,
+            memory,
+            recorder,
+            rings: (0..count)
+                .map(|_| Ring {
+                    next_descriptor: 0,
+                    available: 0,
+                    seen: 0,
+                })
+                .collect(),
+            next_buffer: BUFFERS,
+            _event_loop: event_loop,
+        }
+    }
+
+    /// The device.
+    pub fn device(&mut self) -> MutexGuard<'_, D> {
+        self.device.lock().unwrap()
+    }
+
+    /// Memory for a buffer.
+    pub fn buffer(&mut self, length: u64) -> u64 {
+        let at = self.next_buffer;
+        self.next_buffer += length.next_multiple_of(64);
+        assert!(self.next_buffer <= MEMORY as u64);
+        at
+    }
+
+    /// Writes guest memory.
+    pub fn write(&self, at: u64, data: &[u8]) {
+        self.memory.write_slice(data, GuestAddress(at)).unwrap();
+    }
+
+    /// Reads guest memory.
+    pub fn read(&self, at: u64, length: usize) -> Vec<u8> {
+        let mut data = vec![0; length];
+        self.memory.read_slice(&mut data, GuestAddress(at)).unwrap();
+        data
+    }
+
+    /// Makes a chain of (address, length, flags) available in a queue.
+    pub fn queue(&mut self, index: usize, chain: &[(u64, u32, u16)]) {
+        let (table, available, _) = addresses(index);
+        let ring = &mut self.rings[index];
+        let head = ring.next_descriptor;
+        for (position, (address, length, flags)) in chain.iter().enumerate() {
+            let slot = ring.next_descriptor;
+            ring.next_descriptor = (slot + 1) % SIZE;
+            let last = position + 1 == chain.len();
+            let flags = flags | if last { 0 } else { NEXT };
+            let at = table + u64::from(slot) * 16;
+            let mut descriptor = Vec::new();
+            descriptor.extend_from_slice(&address.to_le_bytes());
+            descriptor.extend_from_slice(&length.to_le_bytes());
+            descriptor.extend_from_slice(&flags.to_le_bytes());
+            descriptor.extend_from_slice(&ring.next_descriptor.to_le_bytes());
+            self.memory
+                .write_slice(&descriptor, GuestAddress(at))
+                .unwrap();
+        }
+        let slot = available + 4 + u64::from(ring.available % SIZE) * 2;
+        self.memory.write_obj(head, GuestAddress(slot)).unwrap();
+        ring.available = ring.available.wrapping_add(1);
+        self.memory
+            .write_obj(ring.available, GuestAddress(available + 2))
+            .unwrap();
+    }
+
+    /// Notifies the device of a queue, and lets it work.
+    pub fn kick(&mut self, index: usize) {
+        self.device
+            .lock()
+            .unwrap()
+            .handle(index as u32, EventSet::IN);
+    }
+
+    /// Lengths of the chains used since the last call.
+    pub fn used(&mut self, index: usize) -> Vec<u32> {
+        let (_, _, used) = addresses(index);
+        let ring = &mut self.rings[index];
+        let now: u16 = self.memory.read_obj(GuestAddress(used + 2)).unwrap();
+        let mut lengths = Vec::new();
+        while ring.seen != now {
+            let slot = used + 4 + u64::from(ring.seen % SIZE) * 8;
+            lengths.push(self.memory.read_obj(GuestAddress(slot + 4)).unwrap());
+            ring.seen = ring.seen.wrapping_add(1);
+        }
+        lengths
+    }
+
+    /// Interrupts of a queue so far.
+    pub fn interrupts(&self, index: usize) -> usize {
+        self.recorder.queues[index].load(Ordering::SeqCst)
+    }
+
+    /// Whether the device gave up on its driver.
+    pub fn broken(&self) -> bool {
+        self.recorder.broken.load(Ordering::SeqCst)
+    }
+}
+
+struct Nothing;
+
+impl EventHandler for Nothing {
+    fn handle(&mut self, _token: u32, _events: EventSet) {}
+}
+
+fn addresses(index: usize) -> (u64, u64, u64) {
+    let base = index as u64 * QUEUE_SPACE;
+    (base, base + 0x10000, base + 0x20000)
+}

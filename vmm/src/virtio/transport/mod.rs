@@ -1,0 +1,366 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The virtio-pci transport (virtio 1.2 §4.1), modern only.
+
+mod common;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    io,
+    sync::{
+        atomic::{AtomicBool, AtomicU16, AtomicU8, Ordering},
+        Arc, Mutex,
+    },
+};
+
+use vmm_sys_util::eventfd::EventFd;
+
+use self::common::Registers;
+use vm_memory::GuestAddressSpace;
+
+use super::device::{Activation, ActiveQueue, DeviceRef, GuestRam, Interrupt};
+use crate::{
+    bus::BusDevice,
+    event::{HandlerRef, LoopHandle},
+    pci::{
+        config::{ConfigSpace, Identity, VIRTIO_VENDOR},
+        msix::{self, InterruptRouter, Msix, NotifyRegistrar},
+        PciFunction,
+    },
+};
+
+/// BAR 0 of every device.
+pub const BAR_SIZE: u64 = 0x8000;
+const COMMON: u64 = 0x0000;
+const ISR: u64 = 0x1000;
+const DEVICE: u64 = 0x2000;
+const NOTIFY: u64 = 0x3000;
+const TABLE: u64 = 0x4000;
+const PENDING: u64 = 0x5000;
+const REGION_SIZE: u64 = 0x1000;
+/// Bytes between the notification addresses of two queues.
+const NOTIFY_STRIDE: u64 = 4;
+
+/// Vendor-specific capability (virtio 1.2 §4.1.4).
+const VENDOR_CAPABILITY: u8 = 0x09;
+const CFG_COMMON: u8 = 1;
+const CFG_NOTIFY: u8 = 2;
+const CFG_ISR: u8 = 3;
+const CFG_DEVICE: u8 = 4;
+
+/// No vector (virtio 1.2 §4.1.5.1.2.1).
+const NO_VECTOR: u16 = 0xffff;
+
+/// Device status bits (virtio 1.2 §2.1).
+mod status {
+    pub const ACKNOWLEDGE: u8 = 1;
+    pub const DRIVER: u8 = 2;
+    pub const DRIVER_OK: u8 = 4;
+    pub const FEATURES_OK: u8 = 8;
+    pub const NEEDS_RESET: u8 = 64;
+    pub const FAILED: u8 = 128;
+}
+
+/// A virtio device on the PCI bus: its configuration space and BAR 0.
+pub struct VirtioPci {
+    device: DeviceRef,
+    handler: HandlerRef,
+    memory: GuestRam,
+    event_loop: LoopHandle,
+    kicks: Vec<EventFd>,
+    lines: Arc<Lines>,
+    config: Mutex<ConfigSpace>,
+    msix_control: usize,
+    registers: Mutex<Registers>,
+}
+
+/// The way from device to driver: used from the device's event loop, without
+/// any lock of the transport.
+struct Lines {
+    msix: Msix,
+    /// The driver's choice of vector, by queue; the last is configuration's.
+    vectors: Vec<AtomicU16>,
+    generation: AtomicU8,
+    broken: AtomicBool,
+}
+
+impl Interrupt for Lines {
+    fn signal_queue(&self, index: usize) {
+        if let Some(vector) = self.vectors[..self.vectors.len() - 1].get(index) {
+            self.msix.signal(vector.load(Ordering::Relaxed));
+        }
+    }
+
+    fn signal_config(&self) {
+        self.generation.fetch_add(1, Ordering::SeqCst);
+        if let Some(vector) = self.vectors.last() {
+            self.msix.signal(vector.load(Ordering::Relaxed));
+        }
+    }
+
+    fn device_broken(&self) {
+        if !self.broken.swap(true, Ordering::SeqCst) {
+            self.signal_config();
+        }
+    }
+}
+
+/// What a transport needs of the VM.
+pub struct Wiring<'a> {
+    /// Interrupt routes.
+    pub router: Arc<dyn InterruptRouter>,
+    /// Notifications.
+    pub notify: &'a dyn NotifyRegistrar,
+    /// Guest memory.
+    pub memory: GuestRam,
+    /// The loop the device works on.
+    pub event_loop: LoopHandle,
+}
+
+impl VirtioPci {
+    /// Puts `device` behind registers at `bar`. `handler` is the same device
+    /// as the event loop holds it.
+    pub fn new(
+        device: DeviceRef,
+        handler: HandlerRef,
+        bar: u32,
+        class: u32,
+        wiring: Wiring<'_>,
+    ) -> io::Result<Self> {
+        let (id, sizes, features) = {
+            let device = device.lock().expect("a new device's lock is whole");
+            (
+                device.device_id(),
+                device.queue_sizes().to_vec(),
+                device.features(),
+            )
+        };
+        let mut kicks = Vec::with_capacity(sizes.len());
+        for index in 0..sizes.len() {
+            let kick = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
+            let address = u64::from(bar) + NOTIFY + index as u64 * NOTIFY_STRIDE;
+            wiring.notify.register_notify(&kick, address)?;
+            kicks.push(kick);
+        }
+        let msix = Msix::new(wiring.router, sizes.len() as u16 + 1)?;
+
+        let mut config = ConfigSpace::new(Identity {
+            vendor: VIRTIO_VENDOR,
+            device: 0x1040 + id,
+            class,
+            revision: 1,
+            subsystem: 0x40,
+        });
+        config.set_bar(bar, BAR_SIZE as u32);
+        for (kind, offset) in [(CFG_COMMON, COMMON), (CFG_ISR, ISR), (CFG_DEVICE, DEVICE)] {
+            config.add_capability(VENDOR_CAPABILITY, &vendor_capability(kind, offset, None));
+        }
+        config.add_capability(
+            VENDOR_CAPABILITY,
+            &vendor_capability(CFG_NOTIFY, NOTIFY, Some(NOTIFY_STRIDE as u32)),
+        );
+        let at = config.add_capability(
+            msix::CAPABILITY,
+            &msix.capability(TABLE as u32, PENDING as u32),
+        );
+        config.allow_writes(at + 2, &msix::CONTROL_WRITABLE.to_le_bytes());
+
+        let vectors = (0..=sizes.len())
+            .map(|_| AtomicU16::new(NO_VECTOR))
+            .collect();
+        Ok(Self {
+            device,
+            handler,
+            memory: wiring.memory,
+            event_loop: wiring.event_loop,
+            kicks,
+            lines: Arc::new(Lines {
+                msix,
+                vectors,
+                generation: AtomicU8::new(0),
+                broken: AtomicBool::new(false),
+            }),
+            config: Mutex::new(config),
+            msix_control: at + 2,
+            registers: Mutex::new(Registers::new(features, &sizes)),
+        })
+    }
+
+    /// The device's interrupts, for what changes outside of a queue.
+    pub fn interrupt(&self) -> Arc<dyn Interrupt> {
+        self.lines.clone()
+    }
+
+    fn registers(&self) -> std::sync::MutexGuard<'_, Registers> {
+        self.registers
+            .lock()
+            .expect("no holder of the registers' lock panics")
+    }
+
+    fn write_status(&self, registers: &mut Registers, value: u8) {
+        if value == 0 {
+            self.reset(registers);
+            return;
+        }
+        let added = value & !registers.status;
+        // Bits are only ever added, in the order of virtio 1.2 §3.1.1.
+        if registers.status & !value != 0 {
+            return;
+        }
+        if added & status::FEATURES_OK != 0 && !registers.features_acceptable() {
+            // Left clear: the driver reads it back and gives up.
+            registers.status |= value & !(status::FEATURES_OK | status::DRIVER_OK);
+            return;
+        }
+        registers.status = value & !status::NEEDS_RESET;
+        let ready = status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK | status::DRIVER_OK;
+        if added & status::DRIVER_OK != 0
+            && registers.status & ready == ready
+            && registers.status & status::FAILED == 0
+        {
+            self.activate(registers);
+        }
+    }
+
+    fn activate(&self, registers: &Registers) {
+        let memory = self.memory.memory();
+        let mut queues = Vec::new();
+        for (index, setup) in registers.queues.iter().enumerate() {
+            if !setup.enabled {
+                continue;
+            }
+            let Some(queue) = setup.build(&memory, registers.event_idx()) else {
+                tracing::warn!(queue = index, "driver set a queue up wrongly");
+                self.lines.device_broken();
+                return;
+            };
+            let kick = match self.kicks[index].try_clone() {
+                Ok(kick) => kick,
+                Err(error) => {
+                    tracing::error!(%error, "no descriptor for a queue");
+                    self.lines.device_broken();
+                    return;
+                }
+            };
+            queues.push(ActiveQueue { index, queue, kick });
+        }
+        let activation = Activation {
+            memory: self.memory.clone(),
+            interrupt: self.lines.clone(),
+            queues,
+            features: registers.driver_features,
+            event_loop: self.event_loop.clone(),
+            handler: self.handler.clone(),
+        };
+        let mut device = self
+            .device
+            .lock()
+            .expect("a device that panicked ended the process");
+        if let Err(error) = device.activate(activation) {
+            tracing::error!(device = device.name(), %error, "device not activated");
+            self.lines.device_broken();
+        }
+    }
+
+    fn reset(&self, registers: &mut Registers) {
+        self.device
+            .lock()
+            .expect("a device that panicked ended the process")
+            .reset();
+        for kick in &self.kicks {
+            // Empties it; it may be empty.
+            let _ = kick.read();
+        }
+        for vector in &self.lines.vectors {
+            vector.store(NO_VECTOR, Ordering::Relaxed);
+        }
+        self.lines.broken.store(false, Ordering::SeqCst);
+        registers.reset();
+    }
+
+    fn status(&self, registers: &Registers) -> u8 {
+        let broken = self.lines.broken.load(Ordering::SeqCst);
+        registers.status | if broken { status::NEEDS_RESET } else { 0 }
+    }
+
+    /// A vector the driver may use, or none.
+    fn checked_vector(&self, value: u16) -> u16 {
+        if usize::from(value) < self.lines.vectors.len() {
+            value
+        } else {
+            NO_VECTOR
+        }
+    }
+}
+
+impl PciFunction for VirtioPci {
+    fn read_config(&self, offset: usize, data: &mut [u8]) {
+        self.config
+            .lock()
+            .expect("no holder of the configuration's lock panics")
+            .read(offset, data);
+    }
+
+    fn write_config(&self, offset: usize, data: &[u8]) {
+        let mut config = self
+            .config
+            .lock()
+            .expect("no holder of the configuration's lock panics");
+        let before = config.u16_at(self.msix_control);
+        config.write(offset, data);
+        let after = config.u16_at(self.msix_control);
+        if before != after {
+            self.lines.msix.set_control(after);
+        }
+    }
+}
+
+impl BusDevice for VirtioPci {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        match offset & !(REGION_SIZE - 1) {
+            COMMON => self.read_common(offset - COMMON, data),
+            DEVICE => self
+                .device
+                .lock()
+                .expect("a device that panicked ended the process")
+                .read_config(offset - DEVICE, data),
+            TABLE => self.lines.msix.read_table(offset - TABLE, data),
+            PENDING => self.lines.msix.read_pending(offset - PENDING, data),
+            // ISR: nothing, there are no lines to interrupt by.
+            _ => {}
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        match offset & !(REGION_SIZE - 1) {
+            COMMON => self.write_common(offset - COMMON, data),
+            DEVICE => self
+                .device
+                .lock()
+                .expect("a device that panicked ended the process")
+                .write_config(offset - DEVICE, data),
+            // Normally an ioeventfd takes it.
+            NOTIFY => {
+                let index = ((offset - NOTIFY) / NOTIFY_STRIDE) as usize;
+                if let Some(kick) = self.kicks.get(index) {
+                    let _ = kick.write(1);
+                }
+            }
+            TABLE => self.lines.msix.write_table(offset - TABLE, data),
+            _ => {}
+        }
+    }
+}
+
+/// `struct virtio_pci_cap` after id and next pointer; BAR 0.
+fn vendor_capability(kind: u8, offset: u64, notify_multiplier: Option<u32>) -> Vec<u8> {
+    let length = if notify_multiplier.is_some() { 20 } else { 16 };
+    let mut body = vec![length, kind, 0, 0, 0, 0];
+    body.extend_from_slice(&(offset as u32).to_le_bytes());
+    body.extend_from_slice(&(REGION_SIZE as u32).to_le_bytes());
+    if let Some(multiplier) = notify_multiplier {
+        body.extend_from_slice(&multiplier.to_le_bytes());
+    }
+    body
+}
