@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: Apache-2.0
+use super::*;
+use crate::error::chain;
+
+struct Files {
+    dir: tempfile::TempDir,
+}
+
+impl Files {
+    fn new(main: &str) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("config.toml"), main).unwrap();
+        Self { dir }
+    }
+
+    fn drop_in(self, name: &str, text: &str) -> Self {
+        let dir = self.dir.path().join("config.d");
+        std::fs::create_dir_all(&dir).unwrap();
+        std::fs::write(dir.join(name), text).unwrap();
+        self
+    }
+
+    fn load(&self) -> Result<Config, ConfigError> {
+        Config::load(Some(&self.dir.path().join("config.toml")))
+    }
+
+    fn refused(&self) -> String {
+        chain(&self.load().unwrap_err())
+    }
+}
+
+#[test]
+fn what_is_not_named_has_its_default() {
+    let config = Files::new("[hypervisor]\nvcpus = 4\n").load().unwrap();
+    assert_eq!(config.hypervisor.vcpus, 4);
+    let defaults = Config::default();
+    assert_eq!(config.hypervisor.memory_mib, defaults.hypervisor.memory_mib);
+    assert_eq!(config.runtime, defaults.runtime);
+}
+
+#[test]
+fn drop_ins_override_in_the_order_of_their_names() {
+    let config = Files::new("[hypervisor]\nvcpus = 1\nmemory_mib = 512\n")
+        .drop_in("20.toml", "[hypervisor]\nvcpus = 3\n")
+        .drop_in("10.toml", "[hypervisor]\nvcpus = 2\n")
+        .drop_in("notes", "not toml")
+        .load()
+        .unwrap();
+    assert_eq!(config.hypervisor.vcpus, 3);
+    assert_eq!(config.hypervisor.memory_mib, 512);
+}
+
+#[test]
+fn an_unknown_key_is_named_with_its_nearest() {
+    let text = Files::new("[hypervisor]\nmemory_mb = 1\n").refused();
+    assert!(text.contains("config.toml: unknown key \"hypervisor.memory_mb\""), "{text}");
+    assert!(text.contains("did you mean \"hypervisor.memory_mib\""), "{text}");
+    let text = Files::new("vcpus = 1\n").refused();
+    assert!(text.contains("did you mean \"hypervisor.vcpus\""), "{text}");
+    let text = Files::new("[hipervisor]\nvcpus = 1\n").refused();
+    assert!(text.contains("did you mean \"hypervisor\""), "{text}");
+    let text = Files::new("").drop_in("x.toml", "[agent]\nqwertyuiop = 1").refused();
+    assert!(text.contains("x.toml: unknown key") && !text.contains("mean"), "{text}");
+}
+
+#[test]
+fn wrong_types_and_values_are_named() {
+    let text = Files::new("[hypervisor]\nvcpus = \"two\"\n").refused();
+    assert!(text.contains("vcpus = \"two\"") && text.contains("line 2"), "{text}");
+    let text = Files::new("[hypervisor]\nvcpus = 0\n").refused();
+    assert!(text.ends_with("hypervisor.vcpus: 0 is not within 1 to 64"), "{text}");
+    let text = Files::new("[hypervisor]\nkernel = \"vmlinux\"\n").refused();
+    assert!(text.contains("hypervisor.kernel: \"vmlinux\" is not an absolute path"), "{text}");
+    let text = Files::new("[runtime]\nlog_level = \"loud\"\n").refused();
+    assert!(text.contains("loud"), "{text}");
+    let text = Files::new("[hypervisor\n").refused();
+    assert!(text.contains("config.toml"), "{text}");
+}
+
+#[test]
+fn a_named_file_must_exist_and_the_default_need_not() {
+    let absent = Path::new("/nonexistent/config.toml");
+    assert!(matches!(
+        Config::load(Some(absent)),
+        Err(ConfigError::Read { .. })
+    ));
+    assert_eq!(Config::load_from(absent, false).unwrap(), Config::default());
+}
