@@ -3,10 +3,12 @@
 //! nothing left behind.
 
 use std::env;
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -27,7 +29,9 @@ const LIMIT: Duration = Duration::from_secs(60);
 /// A running containerd.
 pub struct Containerd {
     dir: PathBuf,
-    child: Option<Child>,
+    search: OsString,
+    bulkhead_config: PathBuf,
+    child: Mutex<Option<Child>>,
     snapshotter: &'static str,
 }
 
@@ -60,7 +64,6 @@ impl Containerd {
         } else {
             "native"
         };
-        let log = File::create(dir.join("containerd.log")).context("make containerd's log")?;
         let system = env::var_os("PATH").unwrap_or_default();
         let search = env::join_paths(
             [bin_dir.to_owned()]
@@ -69,12 +72,33 @@ impl Containerd {
                 .chain(["/usr/sbin", "/usr/bin", "/sbin", "/bin"].map(PathBuf::from)),
         )
         .context("put PATH together")?;
+        let started = Self {
+            dir: dir.to_owned(),
+            search,
+            bulkhead_config: bulkhead_config.to_owned(),
+            child: Mutex::new(None),
+            snapshotter,
+        };
+        started.spawn()?;
+        Ok(started)
+    }
+
+    fn child(&self) -> MutexGuard<'_, Option<Child>> {
+        self.child.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn spawn(&self) -> Result<()> {
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(self.dir.join("containerd.log"))
+            .context("open containerd's log")?;
         let mut command = Command::new("containerd");
         command
             .arg("--config")
-            .arg(&file)
-            .env("PATH", search)
-            .env("BULKHEAD_CONFIG", bulkhead_config)
+            .arg(self.dir.join("containerd.toml"))
+            .env("PATH", &self.search)
+            .env("BULKHEAD_CONFIG", &self.bulkhead_config)
             .stdin(Stdio::null())
             .stdout(log.try_clone().context("share the log")?)
             .stderr(log);
@@ -82,20 +106,29 @@ impl Containerd {
         let child = command
             .spawn()
             .context("run containerd (package containerd)")?;
-        let mut started = Self {
-            dir: dir.to_owned(),
-            child: Some(child),
-            snapshotter,
-        };
-        started.wait_until_serving()?;
-        Ok(started)
+        *self.child() = Some(child);
+        self.wait_until_serving()
     }
 
-    fn wait_until_serving(&mut self) -> Result<()> {
+    /// Kills it and starts it again, as after a crash. Its shims live on.
+    ///
+    /// # Errors
+    /// As [`Containerd::start`].
+    pub fn restart(&self) -> Result<()> {
+        if let Some(mut child) = self.child().take() {
+            child.kill().context("kill containerd")?;
+            child.wait().context("wait for containerd")?;
+        }
+        // Left behind by the killed one; a connection to it is refused.
+        fs::remove_file(self.dir.join("sock")).context("remove its socket")?;
+        self.spawn()
+    }
+
+    fn wait_until_serving(&self) -> Result<()> {
         let begin = Instant::now();
         let socket = self.dir.join("sock");
         while UnixStream::connect(&socket).is_err() {
-            let ended = match &mut self.child {
+            let ended = match &mut *self.child() {
                 Some(child) => child.try_wait().context("look at containerd")?,
                 None => None,
             };
@@ -122,7 +155,7 @@ impl Containerd {
 
     /// Its process id.
     pub fn pid(&self) -> Option<u32> {
-        self.child.as_ref().map(Child::id)
+        self.child().as_ref().map(Child::id)
     }
 
     /// The snapshotter that works here.
@@ -204,12 +237,12 @@ impl Containerd {
     ///
     /// # Errors
     /// When something cannot be removed.
-    pub fn stop(mut self) -> Result<()> {
+    pub fn stop(self) -> Result<()> {
         self.end()
     }
 
-    fn end(&mut self) -> Result<()> {
-        let Some(mut child) = self.child.take() else {
+    fn end(&self) -> Result<()> {
+        let Some(mut child) = self.child().take() else {
             return Ok(());
         };
         if self.dir.join("sock").exists() {

@@ -3,7 +3,8 @@
 //! groups, and a file with a megabyte that is hard to confuse.
 
 use std::fs::{self, File};
-use std::path::Path;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use serde_json::{json, Value};
@@ -43,6 +44,36 @@ pub fn pattern() -> Vec<u8> {
     bytes
 }
 
+/// The archive in the cache, made when busybox or this crate has changed. A
+/// box reads the one that was made outside.
+///
+/// # Errors
+/// As [`write`].
+pub fn cached() -> Result<PathBuf> {
+    let busybox = busybox()?;
+    let meta = fs::metadata(&busybox).with_context(|| format!("read {}", busybox.display()))?;
+    let recipe = format!("{PASSWD}{GROUP}{}", env!("CARGO_PKG_VERSION"));
+    let key = format!(
+        "1 {} {}.{:09} {recipe}",
+        meta.size(),
+        meta.mtime(),
+        meta.mtime_nsec()
+    );
+    let name = format!("image-{}.tar", &sha256(key.as_bytes())[..16]);
+    let dir = crate::boxed::cache_dir()?;
+    let path = dir.join(name);
+    if !path.exists() {
+        let part = dir.join(format!(".image-{}", std::process::id()));
+        write(&part)?;
+        fs::rename(&part, &path).context("move the image to the cache")?;
+    }
+    Ok(path)
+}
+
+fn busybox() -> Result<PathBuf> {
+    which("busybox").context("busybox is missing (package busybox-static)")
+}
+
 /// Writes the images as one OCI archive for `ctr image import`. Equal busybox
 /// gives equal bytes.
 ///
@@ -50,7 +81,7 @@ pub fn pattern() -> Vec<u8> {
 /// When busybox is not there (package busybox-static) or the file cannot be
 /// written.
 pub fn write(path: &Path) -> Result<()> {
-    let busybox = which("busybox").context("busybox is missing (package busybox-static)")?;
+    let busybox = busybox()?;
     let program = fs::read(&busybox).with_context(|| format!("read {}", busybox.display()))?;
     let list = proc::run(
         std::process::Command::new(&busybox).arg("--list"),

@@ -44,7 +44,8 @@ pub fn in_a_box(limit: Duration, booted: impl FnOnce(&KvmBox)) -> Result<i32> {
     let argv = std::iter::once(exe.to_string_lossy().into_owned()).chain(env::args().skip(1));
     let mut command = Command::new(argv).timeout(limit);
     for (name, value) in env::vars() {
-        if name.starts_with("BULKHEAD_") || name.starts_with("RUST_") {
+        // HOME, because the cache is there.
+        if name.starts_with("BULKHEAD_") || name.starts_with("RUST_") || name == "HOME" {
             command = command.env(name, value);
         }
     }

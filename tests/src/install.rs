@@ -84,7 +84,7 @@ impl Products {
     }
 
     /// Everything that containers in a box read all the time: our products,
-    /// this program, the container engine and their libraries.
+    /// this program, the image, the container engine and their libraries.
     ///
     /// # Errors
     /// When this program or `ldd` cannot be found.
@@ -121,6 +121,7 @@ impl Products {
             .into_iter()
             .filter(|p| p.exists()),
         );
+        hot.push(crate::image::cached()?);
         hot.sort();
         hot.dedup();
         Ok(hot)

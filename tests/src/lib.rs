@@ -23,4 +23,4 @@ pub mod proc;
 mod sys;
 pub mod timeline;
 
-pub use sys::{kvm_create_vm, window_size};
+pub use sys::{in_terminal, kvm_create_vm, set_window_size, window_size};

@@ -65,6 +65,12 @@ pub fn own_session(command: &mut Command, cgroup_procs: Option<File>, tty: bool)
     unsafe { command.pre_exec(prepare) };
 }
 
+/// Makes the command's standard input its controlling terminal, in a session
+/// of its own.
+pub fn in_terminal(command: &mut Command) {
+    own_session(command, None, true);
+}
+
 /// Inserts a kernel module with its parameters.
 ///
 /// # Errors

@@ -87,10 +87,8 @@ fn run(progress: &Progress, products: &Products, runtime: &str, dir: &Path) -> R
 
     progress.step("starting a private containerd");
     let containerd = Containerd::start(&dir.join("c"), &products.bin_dir(), &config)?;
-    progress.step("making and importing an image");
-    let archive = dir.join("image.tar");
-    image::write(&archive)?;
-    containerd.import(&archive)?;
+    progress.step("importing the image");
+    containerd.import(&image::cached()?)?;
     progress.step(&format!("ctr run --rm --runtime {runtime}"));
     let begin = Instant::now();
     let mut command = containerd.run(runtime, &["--rm"]);

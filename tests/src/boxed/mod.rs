@@ -31,6 +31,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+pub use cache::dir as cache_dir;
 pub use command::{Command, Output};
 pub use error::BoxError;
 pub use kernel::{fetch as fetch_kernel, Kernel};

@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: Apache-2.0
+//! End-to-end tests: containers through a real containerd, where microVMs run.
+//!
+//! This program boots a box if it must, starts itself in it, and there runs
+//! every test against one containerd. Arguments select tests by parts of their
+//! names. `BULKHEAD_TEST_RUNTIME=io.containerd.runc.v2` checks the tests
+//! themselves with runc.
+#![forbid(unsafe_code)]
+
+mod basic;
+mod context;
+mod failure;
+mod host;
+mod kill;
+mod lifecycle;
+mod memory;
+mod network;
+mod runner;
+mod stdio;
+
+use std::process::exit;
+use std::time::Duration;
+
+use anyhow::Result;
+use bulkhead_tests::inside::{in_a_box, is_here};
+use bulkhead_tests::install::Products;
+
+use runner::{Selection, Test};
+
+/// How long all of it may take in a box.
+const LIMIT: Duration = Duration::from_secs(30 * 60);
+
+fn all() -> Vec<Test> {
+    [
+        basic::TESTS,
+        stdio::TESTS,
+        lifecycle::TESTS,
+        memory::TESTS,
+        network::TESTS,
+        failure::TESTS,
+        kill::TESTS,
+        host::TESTS,
+    ]
+    .concat()
+}
+
+fn main() {
+    match run() {
+        Ok(status) => exit(status),
+        Err(error) => {
+            eprintln!("e2e: {error:#}");
+            exit(1);
+        }
+    }
+}
+
+fn run() -> Result<i32> {
+    let selection = Selection::from_arguments()?;
+    let tests: Vec<Test> = selection.of(all());
+    if selection.list {
+        for test in tests {
+            println!("{}: test", test.name);
+        }
+        return Ok(0);
+    }
+    if context::runtime() == bulkhead_tests::containerd::BULKHEAD {
+        Products::find()?.check()?;
+    }
+    if is_here() {
+        return runner::run(&tests);
+    }
+    in_a_box(LIMIT, |machine| {
+        println!(
+            "in a box: kernel {}, up after {:.1} s",
+            machine.ready().release,
+            machine.boot_time().as_secs_f64()
+        );
+    })
+}
