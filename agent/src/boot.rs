@@ -40,12 +40,7 @@ fn mounts() -> [Mount; 8] {
         ("tmpfs", "/dev/shm", memory, "mode=1777"),
         ("tmpfs", "/run", memory, "mode=755"),
         ("tmpfs", "/tmp", memory, "mode=1777"),
-        (
-            "cgroup2",
-            CGROUPS,
-            quiet,
-            "nsdelegate,memory_recursiveprot",
-        ),
+        ("cgroup2", CGROUPS, quiet, "nsdelegate,memory_recursiveprot"),
     ]
 }
 
@@ -134,9 +129,7 @@ fn raise_descriptor_limit() {
     // The kernel's ceiling (fs.nr_open); children get what their
     // specification says, or the usual 1024 and 4096.
     let most = 1 << 20;
-    if let Err(errno) =
-        crate::sys::process::setrlimit(libc::RLIMIT_NOFILE as i32, most, most)
-    {
+    if let Err(errno) = crate::sys::process::setrlimit(libc::RLIMIT_NOFILE as i32, most, most) {
         crate::warn!("msg=\"descriptor limit stays\" errno={errno}");
     }
 }

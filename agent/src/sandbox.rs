@@ -73,8 +73,14 @@ fn change_guest(request: &agent::SetupSandboxRequest) -> Result<()> {
     if request.shm_size != 0 {
         let options = format!("size={}", request.shm_size);
         let flags = MsFlags::MS_REMOUNT | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
-        mount(None::<&str>, "/dev/shm", None::<&str>, flags, Some(options.as_str()))
-            .step(|| "resize /dev/shm")?;
+        mount(
+            None::<&str>,
+            "/dev/shm",
+            None::<&str>,
+            flags,
+            Some(options.as_str()),
+        )
+        .step(|| "resize /dev/shm")?;
     }
     set_sysctls(request)?;
     set_network(request)
@@ -85,8 +91,14 @@ fn mount_shared(tag: &str) -> Result<()> {
     fs::create_dir_all(target).step(|| format!("create {SHARED_MOUNT}"))?;
     // Containers' root file systems are below and take over the mount's flags:
     // set-uid programs and devices in an image must work.
-    mount(Some(tag), target, Some("virtiofs"), MsFlags::empty(), None::<&str>)
-        .step(|| format!("mount virtiofs {tag:?} on {SHARED_MOUNT}"))
+    mount(
+        Some(tag),
+        target,
+        Some("virtiofs"),
+        MsFlags::empty(),
+        None::<&str>,
+    )
+    .step(|| format!("mount virtiofs {tag:?} on {SHARED_MOUNT}"))
 }
 
 fn set_sysctls(request: &agent::SetupSandboxRequest) -> Result<()> {
@@ -101,9 +113,8 @@ fn set_sysctls(request: &agent::SetupSandboxRequest) -> Result<()> {
 
 /// Interfaces, then routes (gateways must be reachable first), then neighbours.
 fn set_network(request: &agent::SetupSandboxRequest) -> Result<()> {
-    let nothing = request.interfaces.is_empty()
-        && request.routes.is_empty()
-        && request.neighbours.is_empty();
+    let nothing =
+        request.interfaces.is_empty() && request.routes.is_empty() && request.neighbours.is_empty();
     if nothing {
         return Ok(());
     }

@@ -51,7 +51,11 @@ impl agent_ttrpc::Agent for Service {
         _: &TtrpcContext,
         request: agent::SetupSandboxRequest,
     ) -> ttrpc::Result<agent::SetupSandboxReply> {
-        Ok(sandbox::set_up(&request, &self.times, self.containers.shared().in_guest)?)
+        Ok(sandbox::set_up(
+            &request,
+            &self.times,
+            self.containers.shared().in_guest,
+        )?)
     }
 
     async fn create_container(
@@ -96,7 +100,8 @@ impl agent_ttrpc::Agent for Service {
         request: agent::SignalProcessRequest,
     ) -> ttrpc::Result<agent::Empty> {
         let id = request.container_id.clone();
-        self.empty(&id, |reply| Message::Signal(request, reply)).await
+        self.empty(&id, |reply| Message::Signal(request, reply))
+            .await
     }
 
     async fn wait_process(
@@ -128,7 +133,8 @@ impl agent_ttrpc::Agent for Service {
         request: agent::ResizePtyRequest,
     ) -> ttrpc::Result<agent::Empty> {
         let id = request.container_id.clone();
-        self.empty(&id, |reply| Message::Resize(request, reply)).await
+        self.empty(&id, |reply| Message::Resize(request, reply))
+            .await
     }
 
     async fn list_processes(
@@ -202,11 +208,7 @@ impl agent_ttrpc::Agent for Service {
         .await
     }
 
-    async fn shutdown(
-        &self,
-        _: &TtrpcContext,
-        _: agent::Empty,
-    ) -> ttrpc::Result<agent::Empty> {
+    async fn shutdown(&self, _: &TtrpcContext, _: agent::Empty) -> ttrpc::Result<agent::Empty> {
         // The receiver lives as long as the agent.
         let _ = self.shutdown.send(());
         Ok(agent::Empty::new())

@@ -44,11 +44,15 @@ pub async fn serve_host(service: Service, times: &Times) -> Result<()> {
         .await
         .map_err(|error| AgentError::Internal(format!("start server: {error}")))?;
     let mut pause = FIRST_PAUSE;
+    let mut failures: u64 = 0;
     loop {
         match dial::vsock(AGENT_PORT).await {
             Ok(stream) => {
                 pause = FIRST_PAUSE;
-                times.ready_ns.store(host::monotonic_ns(), Ordering::Relaxed);
+                failures = 0;
+                times
+                    .ready_ns
+                    .store(host::monotonic_ns(), Ordering::Relaxed);
                 crate::info!("msg=\"connected to the host\" port={AGENT_PORT}");
                 let (closed, end) = oneshot::channel();
                 let connection = Connection {
@@ -63,9 +67,13 @@ pub async fn serve_host(service: Service, times: &Times) -> Result<()> {
                 crate::info!("msg=\"connection to the host ended\"");
             }
             Err(error) => {
-                crate::warn_limited!(
-                    "msg=\"cannot reach the host, trying again\" port={AGENT_PORT} error=\"{error}\""
-                );
+                failures += 1;
+                // Often enough to be seen, seldom enough to be read.
+                if failures.is_power_of_two() {
+                    crate::warn!(
+                        "msg=\"cannot reach the host, trying again\" port={AGENT_PORT} attempts={failures} error=\"{error}\""
+                    );
+                }
             }
         }
         sleep(pause).await;

@@ -156,10 +156,8 @@ async fn resource_limits() {
             hard,
             ..Default::default()
         };
-        spec.process.mut_or_insert_default().rlimits = vec![
-            limit("RLIMIT_NOFILE", 100, 200),
-            limit("RLIMIT_CORE", 0, 0),
-        ];
+        spec.process.mut_or_insert_default().rlimits =
+            vec![limit("RLIMIT_NOFILE", 100, 200), limit("RLIMIT_CORE", 0, 0)];
     })
     .await;
     assert_eq!(printed, "100\n200\n0\n");
@@ -168,10 +166,19 @@ async fn resource_limits() {
 #[tokio::test]
 async fn descriptors_and_signals_are_a_fresh_programs() {
     let rig = Rig::start().await;
-    let mut spec = rig.spec("c", &["sh", "-c", "ls /proc/$$/fd; grep -E 'Sig(Blk|Ign|Cgt)' /proc/self/status"]);
+    let mut spec = rig.spec(
+        "c",
+        &[
+            "sh",
+            "-c",
+            "ls /proc/$$/fd; grep -E 'Sig(Blk|Ign|Cgt)' /proc/self/status",
+        ],
+    );
     // The shell itself would add to what is caught.
     spec.process.mut_or_insert_default().args =
-        ["grep", "-E", "Sig(Blk|Ign|Cgt)", "/proc/self/status"].map(String::from).to_vec();
+        ["grep", "-E", "Sig(Blk|Ign|Cgt)", "/proc/self/status"]
+            .map(String::from)
+            .to_vec();
     let printed = rig.run("c", spec).await.success();
     for line in printed.lines() {
         assert!(line.ends_with("0000000000000000"), "{printed}");
@@ -341,13 +348,18 @@ async fn links_in_the_image_do_not_lead_mounts_outside() {
     fs::create_dir(&source).unwrap();
     fs::write(source.join("file"), "mine").unwrap();
     let target = outside.clone();
-    let printed = script(&rig, "cat /absolute/file /relative/deep/file", move |spec| {
-        let root = spec.root.path.clone();
-        symlink(&target, format!("{root}/absolute")).unwrap();
-        symlink("../../../../../../..", format!("{root}/relative")).unwrap();
-        spec.mounts.push(bind(&source, "/absolute", &["rbind"]));
-        spec.mounts.push(bind(&source, "/relative/deep", &["rbind"]));
-    })
+    let printed = script(
+        &rig,
+        "cat /absolute/file /relative/deep/file",
+        move |spec| {
+            let root = spec.root.path.clone();
+            symlink(&target, format!("{root}/absolute")).unwrap();
+            symlink("../../../../../../..", format!("{root}/relative")).unwrap();
+            spec.mounts.push(bind(&source, "/absolute", &["rbind"]));
+            spec.mounts
+                .push(bind(&source, "/relative/deep", &["rbind"]));
+        },
+    )
     .await;
     assert_eq!(printed, "minemine");
     assert_eq!(fs::read_dir(&outside).unwrap().count(), 0);
@@ -363,7 +375,10 @@ async fn proc_is_not_mounted_through_a_link() {
     symlink("/tmp", root.join("proc")).unwrap();
     let (code, text) = status(rig.create("c", spec).await.map(drop));
     assert_eq!(code, Code::INVALID_ARGUMENT, "{text}");
-    assert!(text.contains("/proc") && text.contains("symbolic link"), "{text}");
+    assert!(
+        text.contains("/proc") && text.contains("symbolic link"),
+        "{text}"
+    );
 }
 
 #[tokio::test]
@@ -375,7 +390,10 @@ async fn mounts_do_not_reach_the_guest() {
     rig.start_container("c").await.unwrap();
     let root = rig.directory.path().to_str().unwrap().to_owned();
     let during = fs::read_to_string("/proc/self/mountinfo").unwrap();
-    assert!(!during.contains(&root), "before: {before}\nduring: {during}");
+    assert!(
+        !during.contains(&root),
+        "before: {before}\nduring: {during}"
+    );
 }
 
 #[tokio::test]
@@ -383,9 +401,13 @@ async fn errors_name_the_step_and_the_path() {
     let rig = Rig::start().await;
     let missing = |name: &str| rig.directory.path().join(name);
     let mut no_source = rig.spec("c", &["true"]);
-    no_source.mounts.push(bind(&missing("nosuch"), "/data", &["bind"]));
+    no_source
+        .mounts
+        .push(bind(&missing("nosuch"), "/data", &["bind"]));
     let mut bad_option = rig.spec("c", &["true"]);
-    bad_option.mounts.push(mount("/t", "tmpfs", &["nosuchoption=1"]));
+    bad_option
+        .mounts
+        .push(mount("/t", "tmpfs", &["nosuchoption=1"]));
     let mut no_root = rig.spec("c", &["true"]);
     no_root.root.mut_or_insert_default().path = missing("noroot").to_str().unwrap().into();
     for (spec, wanted) in [
@@ -406,10 +428,13 @@ async fn requests_that_make_no_sense() {
     let (code, text) = status(rig.create("../x", rig.spec("c", &["true"])).await.map(drop));
     assert_eq!(code, Code::INVALID_ARGUMENT, "{text}");
     let mut spec = rig.spec("c", &["true"]);
-    spec.linux.mut_or_insert_default().namespaces.push(oci::Namespace {
-        type_: "user".into(),
-        ..Default::default()
-    });
+    spec.linux
+        .mut_or_insert_default()
+        .namespaces
+        .push(oci::Namespace {
+            type_: "user".into(),
+            ..Default::default()
+        });
     let (code, text) = status(rig.create("c", spec).await.map(drop));
     assert_eq!(code, Code::INVALID_ARGUMENT, "{text}");
     assert!(text.contains("user"), "{text}");
@@ -418,7 +443,10 @@ async fn requests_that_make_no_sense() {
         ..Default::default()
     };
     let (code, text) = status(rig.client.create_container(rig.context(), &request).await);
-    assert_eq!((code, text.as_str()), (Code::INVALID_ARGUMENT, "spec: missing"));
+    assert_eq!(
+        (code, text.as_str()),
+        (Code::INVALID_ARGUMENT, "spec: missing")
+    );
 }
 
 #[tokio::test]
@@ -428,13 +456,22 @@ async fn the_life_cycle_refuses_what_does_not_fit() {
     assert_eq!(status(rig.wait("c", "").await).0, Code::NOT_FOUND);
     let spec = rig.spec("c", &["sleep", "100"]);
     rig.create("c", spec.clone()).await.unwrap();
-    assert_eq!(status(rig.create("c", spec).await.map(drop)).0, Code::ALREADY_EXISTS);
+    assert_eq!(
+        status(rig.create("c", spec).await.map(drop)).0,
+        Code::ALREADY_EXISTS
+    );
     rig.start_container("c").await.unwrap();
-    assert_eq!(status(rig.start_container("c").await).0, Code::FAILED_PRECONDITION);
+    assert_eq!(
+        status(rig.start_container("c").await).0,
+        Code::FAILED_PRECONDITION
+    );
     let (code, text) = status(rig.delete("c").await);
     assert_eq!(
         (code, text.as_str()),
-        (Code::FAILED_PRECONDITION, "container c is running and cannot be deleted")
+        (
+            Code::FAILED_PRECONDITION,
+            "container c is running and cannot be deleted"
+        )
     );
     rig.signal("c", "", libc::SIGKILL, false).await.unwrap();
     rig.wait("c", "").await.unwrap();
@@ -449,7 +486,7 @@ async fn a_container_that_was_never_started_can_be_deleted() {
     let rig = Rig::start().await;
     let spec = rig.spec("c", &["sleep", "100"]);
     let streams = rig.create("c", spec).await.unwrap();
-    assert_eq!(std::path::Path::new(&format!("/proc/{}", streams.pid)).exists(), true);
+    assert!(std::path::Path::new(&format!("/proc/{}", streams.pid)).exists());
     rig.delete("c").await.unwrap();
     assert!(!rig.cgroup_of("c").exists());
     assert!(!std::path::Path::new(&format!("/proc/{}/exe", streams.pid)).exists());
@@ -458,13 +495,23 @@ async fn a_container_that_was_never_started_can_be_deleted() {
 #[tokio::test]
 async fn pause_and_resume() {
     let rig = Rig::start().await;
-    let spec = rig.spec("c", &["sh", "-c", "i=0; while true; do i=$((i+1)); echo $i; sleep 0.02; done"]);
+    let spec = rig.spec(
+        "c",
+        &[
+            "sh",
+            "-c",
+            "i=0; while true; do i=$((i+1)); echo $i; sleep 0.02; done",
+        ],
+    );
     let mut streams = rig.create("c", spec).await.unwrap();
     rig.start_container("c").await.unwrap();
     let stdout = streams.stdout.as_mut().unwrap();
     read_until(stdout, "3\n").await;
     let request = rig.container("c");
-    rig.client.pause_container(rig.context(), &request).await.unwrap();
+    rig.client
+        .pause_container(rig.context(), &request)
+        .await
+        .unwrap();
     let exec = rig.exec("c", "e", process(&["true"])).await.map(drop);
     assert_eq!(status(exec).0, Code::FAILED_PRECONDITION);
     let twice = rig.client.pause_container(rig.context(), &request).await;
@@ -476,10 +523,16 @@ async fn pause_and_resume() {
         .await
         .is_ok()
     {}
-    rig.client.resume_container(rig.context(), &request).await.unwrap();
+    rig.client
+        .resume_container(rig.context(), &request)
+        .await
+        .unwrap();
     read_until(stdout, "\n").await;
     // A paused container can be killed.
-    rig.client.pause_container(rig.context(), &request).await.unwrap();
+    rig.client
+        .pause_container(rig.context(), &request)
+        .await
+        .unwrap();
     rig.signal("c", "", libc::SIGKILL, false).await.unwrap();
     assert_eq!(rig.wait("c", "").await.unwrap().exit_status, 137);
     rig.delete("c").await.unwrap();
@@ -491,7 +544,11 @@ async fn lists_and_stats() {
     let spec = rig.spec("c", &["sleep", "100"]);
     let init = rig.create("c", spec).await.unwrap().pid;
     rig.start_container("c").await.unwrap();
-    let exec = rig.exec("c", "e", process(&["sleep", "100"])).await.unwrap().pid;
+    let exec = rig
+        .exec("c", "e", process(&["sleep", "100"]))
+        .await
+        .unwrap()
+        .pid;
     let list = rig
         .client
         .list_processes(rig.context(), &rig.container("c"))
@@ -545,14 +602,26 @@ async fn many_containers_leave_nothing() {
     tokio::time::sleep(Duration::from_millis(300)).await;
     assert!(descriptors() <= before, "{} > {before}", descriptors());
     assert!(!rig.cgroup_of("c").exists());
-    let children = fs::read_to_string(format!(
-        "/proc/{0}/task/{0}/children",
-        rig.agent_pid()
-    ))
-    .unwrap();
-    assert_eq!(children, "", "zombies or orphans");
-    let threads = fs::read_dir(format!("/proc/{}/task", rig.agent_pid())).unwrap().count();
+    assert_eq!(children_of(rig.agent_pid()), [""; 0], "zombies or orphans");
+    let threads = fs::read_dir(format!("/proc/{}/task", rig.agent_pid()))
+        .unwrap()
+        .count();
     assert_eq!(threads, 1, "the agent has one thread");
+}
+
+/// The names of a process's children, dead or alive.
+fn children_of(parent: u32) -> Vec<String> {
+    let parent = parent.to_string();
+    fs::read_dir("/proc")
+        .unwrap()
+        .flatten()
+        .filter_map(|entry| fs::read_to_string(entry.path().join("stat")).ok())
+        .filter(|stat| {
+            // Behind the name, which ends with the last bracket: state, parent.
+            let rest = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
+            rest.split_whitespace().nth(1) == Some(parent.as_str())
+        })
+        .collect()
 }
 
 #[tokio::test]
@@ -567,7 +636,10 @@ async fn a_hundred_execs_at_once() {
         let exec = process(&["sh", "-c", &format!("echo {number}; exit {number}")]);
         let streams = rig.exec("c", &id, exec).await.unwrap();
         let outcome = rig.outcome("c", &id, streams).await;
-        assert_eq!((outcome.status, outcome.stdout), (number, format!("{number}\n")));
+        assert_eq!(
+            (outcome.status, outcome.stdout),
+            (number, format!("{number}\n"))
+        );
     });
     let all: Vec<_> = runs.collect();
     let mut set = Vec::new();

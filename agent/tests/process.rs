@@ -30,7 +30,10 @@ async fn stdout_and_stderr_are_kept_apart() {
     let rig = Rig::start().await;
     let spec = rig.spec("c", &["sh", "-c", "echo out; echo err >&2"]);
     let outcome = rig.run("c", spec).await;
-    assert_eq!((outcome.stdout.as_str(), outcome.stderr.as_str()), ("out\n", "err\n"));
+    assert_eq!(
+        (outcome.stdout.as_str(), outcome.stderr.as_str()),
+        ("out\n", "err\n")
+    );
 }
 
 #[tokio::test]
@@ -102,7 +105,11 @@ async fn a_terminal_with_resize() {
     let mut streams = rig.create("c", spec).await.unwrap();
     rig.start_container("c").await.unwrap();
     let terminal = streams.stdin.as_mut().unwrap();
-    write(terminal, "stty size; tty; test -c /dev/console && echo console''ok\n").await;
+    write(
+        terminal,
+        "stty size; tty; test -c /dev/console && echo console''ok\n",
+    )
+    .await;
     let text = read_until(terminal, "consoleok").await;
     assert!(text.contains("24 80"), "{text}");
     assert!(text.contains("/dev/pts/0"), "{text}");
@@ -142,7 +149,11 @@ async fn exec_with_its_own_user_environment_and_exit_code() {
     let spec = rig.spec("c", &["sleep", "100"]);
     rig.create("c", spec).await.unwrap();
     rig.start_container("c").await.unwrap();
-    let mut exec = process(&["sh", "-c", "id -u; id -G; pwd; echo $WHAT $HOME; cat /proc/1/comm; exit 9"]);
+    let mut exec = process(&[
+        "sh",
+        "-c",
+        "id -u; id -G; pwd; echo $WHAT $HOME; cat /proc/1/comm; exit 9",
+    ]);
     exec.env.push("WHAT=this".into());
     exec.cwd = "/tmp".into();
     exec.user = Some(bulkhead_agent_protocol::oci::User {
@@ -168,7 +179,10 @@ async fn exec_with_its_own_user_environment_and_exit_code() {
         exec_id: "e".into(),
         ..Default::default()
     };
-    rig.client.delete_process(rig.context(), &request).await.unwrap();
+    rig.client
+        .delete_process(rig.context(), &request)
+        .await
+        .unwrap();
     assert_eq!(status(rig.wait("c", "e").await).0, Code::NOT_FOUND);
 }
 
@@ -192,8 +206,14 @@ async fn exec_with_a_terminal() {
 async fn commands_that_cannot_run() {
     let rig = Rig::start().await;
     let cases = [
-        ("nosuch", "exec: \"nosuch\": executable file not found in $PATH"),
-        ("/nosuch", "exec: \"/nosuch\": stat /nosuch: no such file or directory"),
+        (
+            "nosuch",
+            "exec: \"nosuch\": executable file not found in $PATH",
+        ),
+        (
+            "/nosuch",
+            "exec: \"/nosuch\": stat /nosuch: no such file or directory",
+        ),
         ("/etc/passwd", "exec: \"/etc/passwd\": permission denied"),
         ("/etc", "exec: \"/etc\": is a directory"),
     ];
@@ -223,7 +243,10 @@ async fn a_file_that_is_no_program_fails_at_start() {
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
     rig.create("c", spec).await.unwrap();
     let (code, text) = status(rig.start_container("c").await);
-    assert_eq!((code, text.as_str()), (Code::INVALID_ARGUMENT, "exec /junk: exec format error"));
+    assert_eq!(
+        (code, text.as_str()),
+        (Code::INVALID_ARGUMENT, "exec /junk: exec format error")
+    );
     assert_eq!(rig.wait("c", "").await.unwrap().exit_status, 127);
     rig.delete("c").await.unwrap();
 }
@@ -247,7 +270,10 @@ async fn signals_and_waiters() {
     assert_eq!(read_all(streams.stdout.take()).await, b"term\n");
     // One who comes late is told at once, and there is nobody left to signal.
     assert_eq!(rig.wait("c", "").await.unwrap().exit_status, 3);
-    assert_eq!(status(rig.signal("c", "", libc::SIGTERM, false).await).0, Code::NOT_FOUND);
+    assert_eq!(
+        status(rig.signal("c", "", libc::SIGTERM, false).await).0,
+        Code::NOT_FOUND
+    );
 }
 
 #[tokio::test]
@@ -269,7 +295,9 @@ async fn an_exec_can_be_signalled_alone() {
     let spec = rig.spec("c", &["sleep", "100"]);
     rig.create("c", spec).await.unwrap();
     rig.start_container("c").await.unwrap();
-    rig.exec("c", "e", process(&["sleep", "100"])).await.unwrap();
+    rig.exec("c", "e", process(&["sleep", "100"]))
+        .await
+        .unwrap();
     rig.signal("c", "e", libc::SIGTERM, false).await.unwrap();
     assert_eq!(rig.wait("c", "e").await.unwrap().exit_status, 143);
     rig.signal("c", "", libc::SIGKILL, false).await.unwrap();
@@ -296,7 +324,11 @@ async fn a_daemon_left_by_an_exec_does_not_hold_its_exit() {
     let streams = rig.exec("c", "e", exec).await.unwrap();
     let outcome = rig.outcome("c", "e", streams).await;
     assert_eq!(outcome.success(), "started\n");
-    assert!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
+    assert!(
+        begin.elapsed() < Duration::from_secs(10),
+        "{:?}",
+        begin.elapsed()
+    );
     // The daemon lives on.
     let list = rig
         .client
@@ -328,7 +360,10 @@ async fn a_process_without_streams() {
         spec: Some(spec).into(),
         ..Default::default()
     };
-    rig.client.create_container(rig.context(), &request).await.unwrap();
+    rig.client
+        .create_container(rig.context(), &request)
+        .await
+        .unwrap();
     rig.start_container("c").await.unwrap();
     assert_eq!(rig.wait("c", "").await.unwrap().exit_status, 4);
 }

@@ -237,7 +237,13 @@ mod tests {
         }
     }
 
-    fn rule(allow: bool, kind: &str, major: Option<i64>, minor: Option<i64>, access: &str) -> oci::DeviceRule {
+    fn rule(
+        allow: bool,
+        kind: &str,
+        major: Option<i64>,
+        minor: Option<i64>,
+        access: &str,
+    ) -> oci::DeviceRule {
         oci::DeviceRule {
             allow,
             type_: kind.into(),
@@ -251,12 +257,18 @@ mod tests {
     #[test]
     fn defaults_hold_under_deny_all() {
         let program = compile(&[rule(false, "a", None, None, "rwm")]).unwrap();
-        assert!(run(&program, TYPE_CHAR, ACCESS_READ | ACCESS_WRITE, 1, 3), "null");
+        assert!(
+            run(&program, TYPE_CHAR, ACCESS_READ | ACCESS_WRITE, 1, 3),
+            "null"
+        );
         assert!(run(&program, TYPE_CHAR, ACCESS_READ, 136, 7), "pts/7");
         assert!(run(&program, TYPE_BLOCK, ACCESS_MKNOD, 8, 0), "mknod sda");
         assert!(!run(&program, TYPE_BLOCK, ACCESS_READ, 8, 0), "read sda");
         assert!(!run(&program, TYPE_CHAR, ACCESS_READ, 1, 1), "mem");
-        assert!(!run(&program, TYPE_BLOCK, ACCESS_READ, 1, 3), "a block device 1:3");
+        assert!(
+            !run(&program, TYPE_BLOCK, ACCESS_READ, 1, 3),
+            "a block device 1:3"
+        );
     }
 
     #[test]

@@ -144,7 +144,9 @@ mod tests {
 
     #[test]
     fn io_lines() {
-        let stats = io_stats("8:16 rbytes=1459200 wbytes=314773504 rios=192 wios=353 dbytes=0 dios=0\nbad\n");
+        let stats = io_stats(
+            "8:16 rbytes=1459200 wbytes=314773504 rios=192 wios=353 dbytes=0 dios=0\nbad\n",
+        );
         assert_eq!(stats.len(), 1);
         assert_eq!((stats[0].major, stats[0].minor), (8, 16));
         assert_eq!((stats[0].rbytes, stats[0].wios), (1_459_200, 353));

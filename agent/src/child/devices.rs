@@ -37,9 +37,10 @@ const LINKS: [(&str, &str); 6] = [
 /// Makes nodes and links, unless the specification brings a /dev from outside.
 pub fn make_all(plan: &ContainerPlan, root: BorrowedFd<'_>) -> Done<()> {
     let dev = Path::new("/dev");
-    let from_outside = plan.mounts.iter().any(|mount| {
-        mount.destination == dev && matches!(mount.source, Source::Bind { .. })
-    });
+    let from_outside = plan
+        .mounts
+        .iter()
+        .any(|mount| mount.destination == dev && matches!(mount.source, Source::Bind { .. }));
     if from_outside {
         return Ok(());
     }

@@ -144,10 +144,7 @@ fn end(result: Done<program::Program>, plan: &ProcessPlan, parts: &Parts<'_>) ->
             }
             let told = report::send_ready(channel).and_then(|()| report::await_go(channel));
             match told {
-                Ok(true) => match fd::cloexec_from_three() {
-                    Ok(()) => program.execute(plan),
-                    Err(errno) => Failure::step("close descriptors", Path::new(""), errno),
-                },
+                Ok(true) => program.execute(plan),
                 // The agent has given up on this process.
                 _ => exit_now(EXIT_FAILED),
             }

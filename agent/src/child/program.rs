@@ -15,6 +15,7 @@ use nix::unistd::{chdir, faccessat, getcwd, setresgid, setresuid, AccessFlags, G
 use super::report::{At, Done, Failure};
 use crate::container::plan::{Capabilities, ProcessPlan};
 use crate::seccomp::Filter;
+use crate::sys::fd::cloexec_from_three;
 use crate::sys::process::{self, CapSets};
 
 /// Where programs are looked for when the environment does not say it.
@@ -51,6 +52,8 @@ pub fn limit(plan: &ProcessPlan) -> Done<()> {
 /// finds the program. The seccomp filter goes in on the way: before the
 /// privileges that installing it needs are gone, or last of all.
 pub fn become_user(plan: &ProcessPlan, seccomp: Option<&Filter>) -> Done<Program> {
+    // Now: the profile need not allow it later.
+    cloexec_from_three().at("close descriptors", "")?;
     if plan.no_new_privileges {
         process::prctl(libc::PR_SET_NO_NEW_PRIVS, 1).at("set no_new_privs", "")?;
     } else if let Some(filter) = seccomp {
@@ -212,7 +215,11 @@ fn find(plan: &ProcessPlan, env: &[CString]) -> Done<CString> {
     }
     let search = variable(env, "PATH").unwrap_or(DEFAULT_PATH.as_bytes());
     for directory in search.split(|byte| *byte == b':') {
-        let directory = if directory.is_empty() { b"." } else { directory };
+        let directory = if directory.is_empty() {
+            b"."
+        } else {
+            directory
+        };
         let path = PathBuf::from(OsStr::from_bytes(directory)).join(OsStr::from_bytes(name));
         if check(&path).is_ok() {
             if let Ok(path) = CString::new(path.into_os_string().as_bytes()) {
@@ -235,12 +242,17 @@ fn check(path: &Path) -> nix::Result<()> {
     if meta.permissions().mode() & 0o111 == 0 {
         return Err(Errno::EACCES);
     }
-    faccessat(
+    let access = faccessat(
         crate::sys::mount::cwd(),
         path,
         AccessFlags::X_OK,
         nix::fcntl::AtFlags::AT_EACCESS,
-    )
+    );
+    match access {
+        // A profile that does not know faccessat2: execve will tell.
+        Err(Errno::EPERM | Errno::ENOSYS) => Ok(()),
+        other => other,
+    }
 }
 
 #[cfg(test)]

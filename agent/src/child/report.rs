@@ -114,24 +114,30 @@ const TERMINAL: u8 = b'T';
 const FAILED: u8 = b'F';
 const GO: u8 = b'G';
 
+/// From the child by plain write(2): a seccomp profile that is in force by now
+/// need not allow more.
+fn say(socket: BorrowedFd<'_>, message: &[u8]) -> nix::Result<()> {
+    fd::write(socket, message).map(drop)
+}
+
 /// Sends [`Report::Ready`].
 pub fn send_ready(socket: BorrowedFd<'_>) -> nix::Result<()> {
-    fd::send_with_fd(socket, &[READY], None)
+    say(socket, &[READY])
 }
 
 /// Sends [`Report::Terminal`].
 pub fn send_terminal(socket: BorrowedFd<'_>, master: BorrowedFd<'_>) -> nix::Result<()> {
-    fd::send_with_fd(socket, &[TERMINAL], Some(master))
+    fd::send_with_fd(socket, &[TERMINAL], master)
 }
 
 /// Sends [`Report::Failed`].
 pub fn send_failure(socket: BorrowedFd<'_>, failure: &Failure) -> nix::Result<()> {
-    fd::send_with_fd(socket, &encode(failure), None)
+    say(socket, &encode(failure))
 }
 
 /// Answers [`Report::Ready`].
 pub fn send_go(socket: BorrowedFd<'_>) -> nix::Result<()> {
-    fd::send_with_fd(socket, &[GO], None)
+    crate::sys::socket::send(socket, &[GO])
 }
 
 /// Waits for "go" (in the child). `false`: the agent is gone.
@@ -158,7 +164,9 @@ pub fn receive(socket: BorrowedFd<'_>) -> nix::Result<Option<Report>> {
     match (*letter, passed) {
         (READY, None) => Ok(Some(Report::Ready)),
         (TERMINAL, Some(master)) => Ok(Some(Report::Terminal(master))),
-        (FAILED, None) => decode(rest).map(|f| Some(Report::Failed(f))).ok_or(Errno::EPROTO),
+        (FAILED, None) => decode(rest)
+            .map(|f| Some(Report::Failed(f)))
+            .ok_or(Errno::EPROTO),
         _ => Err(Errno::EPROTO),
     }
 }
@@ -166,7 +174,13 @@ pub fn receive(socket: BorrowedFd<'_>) -> nix::Result<Option<Report>> {
 fn encode(failure: &Failure) -> Vec<u8> {
     let mut bytes = vec![FAILED, u8::from(failure.invalid)];
     bytes.extend(failure.errno.to_le_bytes());
-    bytes.extend(failure.step.bytes().filter(|byte| *byte != 0).take(LONGEST / 2));
+    bytes.extend(
+        failure
+            .step
+            .bytes()
+            .filter(|byte| *byte != 0)
+            .take(LONGEST / 2),
+    );
     bytes.push(0);
     bytes.extend(failure.path.bytes().take(LONGEST / 2 - 8));
     bytes

@@ -117,8 +117,8 @@ fn mount_point(plan: &MountPlan, root: BorrowedFd<'_>) -> Done<OwnedFd> {
                 // checks on /proc do not look.
                 let real = fs::read_link(format!("/proc/self/fd/{}", raw(&place)))
                     .at("inspect", destination)?;
-                let top = fs::read_link(format!("/proc/self/fd/{}", raw(&root)))
-                    .at("inspect", "root")?;
+                let top =
+                    fs::read_link(format!("/proc/self/fd/{}", raw(&root))).at("inspect", "root")?;
                 let wanted = top.join(destination.strip_prefix("/").unwrap_or(destination));
                 if real != wanted {
                     return Err(Failure::invalid(format!(
@@ -279,6 +279,8 @@ fn null_device(root: BorrowedFd<'_>) -> Done<OwnedFd> {
     if meta.file_type().is_char_device() && meta.rdev() == NULL {
         Ok(null)
     } else {
-        Err(Failure::invalid("/dev/null of the container is not the null device"))
+        Err(Failure::invalid(
+            "/dev/null of the container is not the null device",
+        ))
     }
 }

@@ -85,7 +85,11 @@ fn give_to_user(plan: &ProcessPlan) -> Done<()> {
     const NULL: u64 = libc::makedev(1, 3);
     for number in 0..3 {
         let stream = super::standard(number);
-        let file = File::from(stream.try_clone_to_owned().at("inspect", "standard stream")?);
+        let file = File::from(
+            stream
+                .try_clone_to_owned()
+                .at("inspect", "standard stream")?,
+        );
         let meta = file.metadata().at("inspect", "standard stream")?;
         if meta.rdev() == NULL || meta.uid() == plan.uid {
             continue;

@@ -281,8 +281,7 @@ impl Actor {
         tokio::spawn(async move {
             let launch = async {
                 let shared = containers.shared();
-                let streams =
-                    process::open_streams(shared, job.stdio.as_ref(), &job.plan).await?;
+                let streams = process::open_streams(shared, job.stdio.as_ref(), &job.plan).await?;
                 let child =
                     process::spawn_exec(shared, &plan, &job.plan, &job.init, &cgroup, streams)?;
                 let (process, gate) = child.ready(|| {}).await?;

@@ -120,9 +120,7 @@ impl Containers {
         let not_found = || AgentError::NotFound(format!("container {id}"));
         let mailbox = mailbox.ok_or_else(not_found)?;
         let (reply, answer) = oneshot::channel();
-        mailbox
-            .send(message(reply))
-            .map_err(|_| not_found())?;
+        mailbox.send(message(reply)).map_err(|_| not_found())?;
         match answer.await {
             Ok(result) => result,
             // Deleted while the message was on its way.
@@ -150,7 +148,10 @@ pub fn check_name(name: &str, field: &str) -> Result<()> {
     let letters = name
         .bytes()
         .all(|byte| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte));
-    let first = name.bytes().next().is_some_and(|byte| byte.is_ascii_alphanumeric());
+    let first = name
+        .bytes()
+        .next()
+        .is_some_and(|byte| byte.is_ascii_alphanumeric());
     if letters && first && name.len() <= 128 {
         Ok(())
     } else {
@@ -167,7 +168,17 @@ mod tests {
         for good in ["a", "web-1", "0f.e_d", &"x".repeat(128)] {
             assert!(check_name(good, "id").is_ok(), "{good}");
         }
-        for bad in ["", ".", "..", "a/b", "../x", "-x", "a\0", "é", &"x".repeat(129)] {
+        for bad in [
+            "",
+            ".",
+            "..",
+            "a/b",
+            "../x",
+            "-x",
+            "a\0",
+            "é",
+            &"x".repeat(129),
+        ] {
             assert!(check_name(bad, "id").is_err(), "{bad}");
         }
     }

@@ -91,7 +91,10 @@ pub fn plan(mount: &oci::Mount) -> Result<MountPlan> {
     let source = if bind {
         check_proc(&destination).map_err(&invalid)?;
         if !mount.source.starts_with('/') {
-            return Err(invalid(format!("source {:?} is not absolute", mount.source)));
+            return Err(invalid(format!(
+                "source {:?} is not absolute",
+                mount.source
+            )));
         }
         Source::Bind {
             path: PathBuf::from(&mount.source),
@@ -162,7 +165,11 @@ pub fn normalise(path: &str) -> PathBuf {
 
 fn check_proc(destination: &Path) -> std::result::Result<(), String> {
     let below = destination.starts_with("/proc") && destination != Path::new("/proc");
-    if below && !PROC_ALLOWED.iter().any(|path| destination == Path::new(path)) {
+    if below
+        && !PROC_ALLOWED
+            .iter()
+            .any(|path| destination == Path::new(path))
+    {
         return Err("only some files of /proc can be mounted over".into());
     }
     Ok(())
@@ -298,12 +305,23 @@ mod tests {
     #[test]
     fn bind_is_known_by_its_option_too() {
         let plan = plan(&mount("none", "/data", &["bind"])).unwrap();
-        assert!(matches!(plan.source, Source::Bind { recursive: false, .. }));
+        assert!(matches!(
+            plan.source,
+            Source::Bind {
+                recursive: false,
+                ..
+            }
+        ));
     }
 
     #[test]
     fn recursive_attributes_are_kept_apart() {
-        let plan = plan(&mount("bind", "/data", &["rbind", "rro", "rnoexec", "relatime", "rw"])).unwrap();
+        let plan = plan(&mount(
+            "bind",
+            "/data",
+            &["rbind", "rro", "rnoexec", "relatime", "rw"],
+        ))
+        .unwrap();
         assert_eq!(plan.recursive_attr.set, ATTR_RDONLY | ATTR_NOEXEC);
         assert_eq!(plan.attr.set, 0);
         assert_eq!(plan.attr.clear, ATTR_RDONLY | ATTR_ATIME_MASK);
@@ -311,7 +329,12 @@ mod tests {
 
     #[test]
     fn tmpfs_options_go_to_the_file_system() {
-        let plan = plan(&mount("tmpfs", "/dev", &["nosuid", "strictatime", "mode=755", "size=65536k", "ro"])).unwrap();
+        let plan = plan(&mount(
+            "tmpfs",
+            "/dev",
+            &["nosuid", "strictatime", "mode=755", "size=65536k", "ro"],
+        ))
+        .unwrap();
         assert_eq!(plan.attr.set, ATTR_NOSUID | ATTR_STRICTATIME);
         assert!(plan.read_only_later);
         let Source::New { options, .. } = plan.source else {
@@ -328,15 +351,28 @@ mod tests {
 
     #[test]
     fn the_last_of_contrary_options_wins() {
-        let plan = plan(&mount("bind", "/x", &["bind", "noexec", "exec", "noatime", "strictatime"])).unwrap();
+        let plan = plan(&mount(
+            "bind",
+            "/x",
+            &["bind", "noexec", "exec", "noatime", "strictatime"],
+        ))
+        .unwrap();
         assert_eq!(plan.attr.set, ATTR_STRICTATIME);
         assert_eq!(plan.attr.clear, ATTR_NOEXEC | ATTR_ATIME_MASK);
     }
 
     #[test]
     fn cgroup_becomes_version_two() {
-        let plan = plan(&mount("cgroup", "/sys/fs/cgroup", &["nosuid", "ro", "memory"])).unwrap();
-        let Source::New { fs_type, options, .. } = plan.source else {
+        let plan = plan(&mount(
+            "cgroup",
+            "/sys/fs/cgroup",
+            &["nosuid", "ro", "memory"],
+        ))
+        .unwrap();
+        let Source::New {
+            fs_type, options, ..
+        } = plan.source
+        else {
             panic!("not a file system");
         };
         assert_eq!((fs_type.as_str(), options.len()), ("cgroup2", 0));

@@ -132,7 +132,10 @@ pub fn container(spec: &oci::Spec) -> Result<ContainerPlan> {
         .ok_or_else(|| invalid("process: missing"))?;
     let root = spec.root.as_ref().ok_or_else(|| invalid("root: missing"))?;
     if !root.path.starts_with('/') {
-        return Err(invalid(format!("root.path: {:?} is not absolute", root.path)));
+        return Err(invalid(format!(
+            "root.path: {:?} is not absolute",
+            root.path
+        )));
     }
     let linux = spec.linux.clone().unwrap_or_default();
     let namespaces = namespaces(&linux)?;
@@ -141,7 +144,13 @@ pub fn container(spec: &oci::Spec) -> Result<ContainerPlan> {
         crate::warn_limited!("msg=\"host name left alone: the UTS namespace is the pod's\"");
     }
     let own_uts = namespaces & libc::CLONE_NEWUTS != 0;
-    let own = |name: &str| if own_uts { name.to_owned() } else { String::new() };
+    let own = |name: &str| {
+        if own_uts {
+            name.to_owned()
+        } else {
+            String::new()
+        }
+    };
     let (initial_propagation, root_propagation) = root_propagation(&linux.rootfs_propagation)?;
     let personality = personality(linux.personality.as_ref())?;
     let cgroup_flag = libc::CLONE_NEWCGROUP;
@@ -175,7 +184,11 @@ pub fn container(spec: &oci::Spec) -> Result<ContainerPlan> {
             .map(mounts::plan)
             .collect::<Result<_>>()?,
         devices: linux.devices.iter().map(device).collect::<Result<_>>()?,
-        masked_paths: linux.masked_paths.iter().map(|p| mounts::normalise(p)).collect(),
+        masked_paths: linux
+            .masked_paths
+            .iter()
+            .map(|p| mounts::normalise(p))
+            .collect(),
         read_only_paths: linux
             .readonly_paths
             .iter()
@@ -189,7 +202,7 @@ pub fn container(spec: &oci::Spec) -> Result<ContainerPlan> {
             ..self::process(process, None)?
         },
         seccomp: match linux.seccomp.as_ref() {
-            Some(profile) => seccomp::compile(profile)?.map(std::sync::Arc::new),
+            Some(profile) => Some(std::sync::Arc::new(seccomp::compile(profile)?)),
             None => None,
         },
         resources: linux.resources.clone().unwrap_or_default(),
@@ -551,16 +564,27 @@ mod tests {
     #[test]
     fn the_error_names_the_field() {
         assert!(refused(|s| s.process = None.into()).starts_with("process:"));
-        assert!(refused(|s| s.root.mut_or_insert_default().path = "x".into()).starts_with("root.path"));
-        assert!(refused(|s| s.process.mut_or_insert_default().args.clear()).starts_with("process.args"));
-        assert!(refused(|s| s.process.mut_or_insert_default().cwd = "x".into()).starts_with("process.cwd"));
-        assert!(refused(|s| s.linux.mut_or_insert_default().namespaces.clear())
-            .contains("mount namespace"));
+        assert!(
+            refused(|s| s.root.mut_or_insert_default().path = "x".into()).starts_with("root.path")
+        );
+        assert!(
+            refused(|s| s.process.mut_or_insert_default().args.clear()).starts_with("process.args")
+        );
+        assert!(
+            refused(|s| s.process.mut_or_insert_default().cwd = "x".into())
+                .starts_with("process.cwd")
+        );
+        assert!(
+            refused(|s| s.linux.mut_or_insert_default().namespaces.clear())
+                .contains("mount namespace")
+        );
         let user = oci::Namespace {
             type_: "user".into(),
             ..Default::default()
         };
-        assert!(refused(|s| s.linux.mut_or_insert_default().namespaces.push(user)).contains("user"));
+        assert!(
+            refused(|s| s.linux.mut_or_insert_default().namespaces.push(user)).contains("user")
+        );
         assert!(refused(|s| {
             s.process.mut_or_insert_default().args = vec!["a\0b".into()];
         })

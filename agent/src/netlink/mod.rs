@@ -155,14 +155,19 @@ impl Netlink {
     pub fn set_interface(&mut self, wanted: &agent::Interface) -> Result<()> {
         let name = &wanted.name;
         if name.is_empty() || name.len() >= libc::IFNAMSIZ || name.contains(['/', '\0']) {
-            return Err(AgentError::Invalid(format!("interfaces: bad name {name:?}")));
+            return Err(AgentError::Invalid(format!(
+                "interfaces: bad name {name:?}"
+            )));
         }
         let link = self
             .links()?
             .into_iter()
             .find(|link| link.mac == wanted.mac && !link.mac.is_empty())
             .ok_or_else(|| {
-                AgentError::Invalid(format!("interfaces: none has the address {:02x?}", wanted.mac))
+                AgentError::Invalid(format!(
+                    "interfaces: none has the address {:02x?}",
+                    wanted.mac
+                ))
             })?;
         // A new name needs the interface down, which it is at first.
         let mut change = Builder::new(RTM_NEWLINK, REQUEST | ACK, &link_fixed(link.index, 0, 0));
@@ -219,7 +224,9 @@ impl Netlink {
         let family = if route.ipv6 { IPV6 } else { IPV4 };
         let check = |address: &[u8], field: &str| match family_of(address, field)? {
             found if found == family => Ok(()),
-            _ => Err(AgentError::Invalid(format!("{field}: not of the route's family"))),
+            _ => Err(AgentError::Invalid(format!(
+                "{field}: not of the route's family"
+            ))),
         };
         let default = destination.address.is_empty();
         let prefix = if default {
@@ -228,7 +235,11 @@ impl Netlink {
             check(&destination.address, "routes.destination")?;
             prefix_of(&destination, "routes.destination")?
         };
-        let table = if route.table == 0 { RT_TABLE_MAIN } else { route.table };
+        let table = if route.table == 0 {
+            RT_TABLE_MAIN
+        } else {
+            route.table
+        };
         let scope = u8::try_from(route.scope)
             .map_err(|_| AgentError::Invalid(format!("routes.scope: {}", route.scope)))?;
         let mut fixed = vec![
@@ -268,9 +279,8 @@ impl Netlink {
                 inner.attribute(RTAX_MTU, &route.mtu.to_ne_bytes());
             });
         }
-        self.request(message).step(|| {
-            format!("add route to {:?}/{prefix}", destination.address)
-        })
+        self.request(message)
+            .step(|| format!("add route to {:?}/{prefix}", destination.address))
     }
 
     /// Adds or replaces a neighbour.
@@ -280,13 +290,10 @@ impl Netlink {
     pub fn add_neighbour(&mut self, neighbour: &agent::Neighbour) -> Result<()> {
         let family = family_of(&neighbour.address, "neighbours.address")?;
         let index = self.index_of(&neighbour.device)?;
-        let narrow = |value: u32, field: &str| {
-            AgentError::Invalid(format!("neighbours.{field}: {value}"))
-        };
-        let state = u16::try_from(neighbour.state)
-            .map_err(|_| narrow(neighbour.state, "state"))?;
-        let flags = u8::try_from(neighbour.flags)
-            .map_err(|_| narrow(neighbour.flags, "flags"))?;
+        let narrow =
+            |value: u32, field: &str| AgentError::Invalid(format!("neighbours.{field}: {value}"));
+        let state = u16::try_from(neighbour.state).map_err(|_| narrow(neighbour.state, "state"))?;
+        let flags = u8::try_from(neighbour.flags).map_err(|_| narrow(neighbour.flags, "flags"))?;
         let mut fixed = vec![family, 0, 0, 0];
         fixed.extend(index.to_ne_bytes());
         fixed.extend(state.to_ne_bytes());
@@ -339,7 +346,9 @@ fn family_of(address: &[u8], field: &str) -> Result<u8> {
     match address.len() {
         4 => Ok(IPV4),
         16 => Ok(IPV6),
-        len => Err(AgentError::Invalid(format!("{field}: {len} bytes are no address"))),
+        len => Err(AgentError::Invalid(format!(
+            "{field}: {len} bytes are no address"
+        ))),
     }
 }
 

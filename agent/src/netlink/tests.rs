@@ -75,7 +75,18 @@ fn loopback() {
 #[test]
 fn an_interface_with_addresses_routes_and_neighbours() {
     in_namespace(|| {
-        ip(&["link", "add", "v0", "address", "02:00:00:00:00:2a", "type", "veth", "peer", "name", "v1"]);
+        ip(&[
+            "link",
+            "add",
+            "v0",
+            "address",
+            "02:00:00:00:00:2a",
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "v1",
+        ]);
         ip(&["link", "set", "v1", "up"]);
         let mut netlink = Netlink::open()?;
         netlink.set_interface(&interface())?;
@@ -126,7 +137,11 @@ fn an_interface_with_addresses_routes_and_neighbours() {
             ("link route", &routes, "192.168.9.0/24 dev eth0"),
             ("source", &routes, "scope link src 10.1.2.3"),
             ("IPv6 default", &routes6, "default via fd00::1 dev eth0"),
-            ("neighbour", &neighbours, "10.1.2.1 dev eth0 lladdr 02:00:00:00:00:01 PERMANENT"),
+            (
+                "neighbour",
+                &neighbours,
+                "10.1.2.1 dev eth0 lladdr 02:00:00:00:00:01 PERMANENT",
+            ),
         ] {
             if !text.contains(wanted) {
                 let _ = writeln!(std::io::stderr(), "{what}: {wanted:?} not in {text:?}");
@@ -154,7 +169,13 @@ fn errors_are_the_requests_or_the_kernels() {
             ..Default::default()
         });
         Ok(matches!(unknown, Err(AgentError::Invalid(_)))
-            && matches!(no_gateway, Err(AgentError::Step { errno: Errno::ENETUNREACH, .. }))
+            && matches!(
+                no_gateway,
+                Err(AgentError::Step {
+                    errno: Errno::ENETUNREACH,
+                    ..
+                })
+            )
             && matches!(mixed, Err(AgentError::Invalid(_))))
     });
 }

@@ -134,10 +134,7 @@ pub fn connect(streams: Streams) -> Result<(ChildEnds, AgentEnds)> {
             outputs.push((fd::watched(read).step(|| "watch output")?, stream));
         }
     }
-    Ok((
-        ChildEnds::Pipes(child),
-        AgentEnds::Pipes { stdin, outputs },
-    ))
+    Ok((ChildEnds::Pipes(child), AgentEnds::Pipes { stdin, outputs }))
 }
 
 /// The tasks that move a process's input and output.
@@ -227,7 +224,8 @@ impl Io {
 /// Sizes beyond what a terminal can have.
 pub fn resize(terminal: BorrowedFd<'_>, height: u32, width: u32) -> Result<()> {
     let narrow = |value: u32, field: &str| {
-        u16::try_from(value).map_err(|_| AgentError::Invalid(format!("{field}: {value} is too big")))
+        u16::try_from(value)
+            .map_err(|_| AgentError::Invalid(format!("{field}: {value} is too big")))
     };
     crate::sys::tty::set_size(terminal, narrow(height, "height")?, narrow(width, "width")?)
         .step(|| "resize terminal")

@@ -135,11 +135,7 @@ pub async fn output(
 }
 
 /// Whether the source came to its end.
-async fn forward(
-    pipe: &AsyncFd<OwnedFd>,
-    stream: &AsyncFd<OwnedFd>,
-    ending: &mut Ending,
-) -> bool {
+async fn forward(pipe: &AsyncFd<OwnedFd>, stream: &AsyncFd<OwnedFd>, ending: &mut Ending) -> bool {
     let mut turn = 0;
     loop {
         ending.observe(|| fd::waiting(pipe.as_fd()).unwrap_or(0));

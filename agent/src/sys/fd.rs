@@ -120,12 +120,8 @@ fn close_range(first: u32, last: u32, flags: u32) -> nix::Result<()> {
     Errno::result(unsafe { libc::syscall(libc::SYS_close_range, first, last, flags) }).map(drop)
 }
 
-/// Sends `data` and at most one descriptor over a Unix socket.
-pub fn send_with_fd(
-    socket: BorrowedFd<'_>,
-    data: &[u8],
-    fd: Option<BorrowedFd<'_>>,
-) -> nix::Result<()> {
+/// Sends `data` and a descriptor over a Unix socket.
+pub fn send_with_fd(socket: BorrowedFd<'_>, data: &[u8], fd: BorrowedFd<'_>) -> nix::Result<()> {
     let mut iov = libc::iovec {
         iov_base: data.as_ptr().cast_mut().cast(),
         iov_len: data.len(),
@@ -137,16 +133,14 @@ pub fn send_with_fd(
         let mut message: libc::msghdr = std::mem::zeroed();
         message.msg_iov = &mut iov;
         message.msg_iovlen = 1;
-        if let Some(fd) = fd {
-            let payload = size_of::<RawFd>() as u32;
-            message.msg_control = control.as_mut_ptr().cast();
-            message.msg_controllen = libc::CMSG_SPACE(payload) as usize;
-            let header = libc::CMSG_FIRSTHDR(&message);
-            (*header).cmsg_level = libc::SOL_SOCKET;
-            (*header).cmsg_type = libc::SCM_RIGHTS;
-            (*header).cmsg_len = libc::CMSG_LEN(payload) as usize;
-            ptr::write_unaligned(libc::CMSG_DATA(header).cast::<RawFd>(), fd.as_raw_fd());
-        }
+        let payload = size_of::<RawFd>() as u32;
+        message.msg_control = control.as_mut_ptr().cast();
+        message.msg_controllen = libc::CMSG_SPACE(payload) as usize;
+        let header = libc::CMSG_FIRSTHDR(&message);
+        (*header).cmsg_level = libc::SOL_SOCKET;
+        (*header).cmsg_type = libc::SCM_RIGHTS;
+        (*header).cmsg_len = libc::CMSG_LEN(payload) as usize;
+        ptr::write_unaligned(libc::CMSG_DATA(header).cast::<RawFd>(), fd.as_raw_fd());
         libc::sendmsg(socket.as_raw_fd(), &message, libc::MSG_NOSIGNAL)
     };
     Errno::result(sent).map(drop)
@@ -178,8 +172,7 @@ pub fn receive_with_fd(
         ))?;
         let mut header = libc::CMSG_FIRSTHDR(&message);
         while !header.is_null() {
-            if (*header).cmsg_level == libc::SOL_SOCKET && (*header).cmsg_type == libc::SCM_RIGHTS
-            {
+            if (*header).cmsg_level == libc::SOL_SOCKET && (*header).cmsg_type == libc::SCM_RIGHTS {
                 let payload = (*header).cmsg_len as usize - libc::CMSG_LEN(0) as usize;
                 for index in 0..payload / size_of::<RawFd>() {
                     let place = libc::CMSG_DATA(header).cast::<RawFd>().add(index);

@@ -123,7 +123,9 @@ pub fn reap_one() -> nix::Result<Option<Ended>> {
 /// prctl(2) with up to one argument.
 pub fn prctl(option: c_int, argument: c_ulong) -> nix::Result<c_int> {
     // SAFETY: callers pass options whose arguments are integers.
-    Errno::result(unsafe { libc::prctl(option, argument, 0 as c_ulong, 0 as c_ulong, 0 as c_ulong) })
+    Errno::result(unsafe {
+        libc::prctl(option, argument, 0 as c_ulong, 0 as c_ulong, 0 as c_ulong)
+    })
 }
 
 /// PR_CAP_AMBIENT with an operation and a capability.
@@ -270,7 +272,12 @@ pub fn setrlimit(resource: c_int, soft: u64, hard: u64) -> nix::Result<()> {
     };
     // SAFETY: `limit` is alive; a null old limit is allowed.
     Errno::result(unsafe {
-        libc::prlimit64(0, resource as libc::__rlimit_resource_t, &limit, ptr::null_mut())
+        libc::prlimit64(
+            0,
+            resource as libc::__rlimit_resource_t,
+            &limit,
+            ptr::null_mut(),
+        )
     })
     .map(drop)
 }

@@ -19,11 +19,7 @@ fn socket(family: c_int, kind: c_int, protocol: c_int) -> nix::Result<OwnedFd> {
 /// Starts a non-blocking stream connection to a vsock address. The connection
 /// stands, or has failed ([`take_error`]), when the socket becomes writable.
 pub fn vsock_connect(cid: u32, port: u32) -> nix::Result<OwnedFd> {
-    let fd = socket(
-        libc::AF_VSOCK,
-        libc::SOCK_STREAM | libc::SOCK_NONBLOCK,
-        0,
-    )?;
+    let fd = socket(libc::AF_VSOCK, libc::SOCK_STREAM | libc::SOCK_NONBLOCK, 0)?;
     // SAFETY: sockaddr_vm is plain integers; zero is valid for each.
     let mut address: libc::sockaddr_vm = unsafe { zeroed() };
     address.svm_family = libc::AF_VSOCK as libc::sa_family_t;

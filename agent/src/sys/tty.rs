@@ -17,9 +17,8 @@ pub fn open_slave(master: BorrowedFd<'_>) -> nix::Result<(OwnedFd, u32)> {
     Errno::result(unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCGPTN, &mut number) })?;
     let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC;
     // SAFETY: TIOCGPTPEER takes open flags by value.
-    let slave = Errno::result(unsafe {
-        libc::ioctl(master.as_raw_fd(), libc::TIOCGPTPEER, flags)
-    })?;
+    let slave =
+        Errno::result(unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCGPTPEER, flags) })?;
     // SAFETY: a new descriptor, which nobody else owns.
     Ok((unsafe { OwnedFd::from_raw_fd(slave) }, number))
 }

@@ -118,15 +118,53 @@ impl Rig {
         if root.exists() {
             return root;
         }
-        for directory in ["bin", "dev", "etc", "proc", "root", "sys", "tmp", "home/user"] {
+        for directory in [
+            "bin",
+            "dev",
+            "etc",
+            "proc",
+            "root",
+            "sys",
+            "tmp",
+            "home/user",
+        ] {
             fs::create_dir_all(root.join(directory)).unwrap();
         }
         fs::copy("/bin/busybox", root.join("bin/busybox")).unwrap();
         for applet in [
-            "cat", "chmod", "dd", "echo", "env", "false", "grep", "head", "hostname", "id", "kill",
-            "ls", "mknod", "mount", "ps", "pwd", "readlink", "seq", "setsid", "sh", "sha256sum",
-            "sleep", "stat", "stty", "test", "touch", "tr", "true", "tty", "ulimit", "umount",
-            "wc", "yes",
+            "cat",
+            "chmod",
+            "dd",
+            "echo",
+            "env",
+            "false",
+            "grep",
+            "head",
+            "hostname",
+            "id",
+            "kill",
+            "ls",
+            "mknod",
+            "mount",
+            "ps",
+            "pwd",
+            "readlink",
+            "seq",
+            "setsid",
+            "sh",
+            "sha256sum",
+            "sleep",
+            "stat",
+            "stty",
+            "test",
+            "touch",
+            "tr",
+            "true",
+            "tty",
+            "ulimit",
+            "umount",
+            "wc",
+            "yes",
         ] {
             symlink("busybox", root.join("bin").join(applet)).unwrap();
         }
@@ -135,7 +173,11 @@ impl Rig {
             "root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000::/home/user:/bin/sh\n",
         )
         .unwrap();
-        fs::write(root.join("etc/group"), "root:x:0:\nuser:x:1000:\nextra:x:2000:\n").unwrap();
+        fs::write(
+            root.join("etc/group"),
+            "root:x:0:\nuser:x:1000:\nextra:x:2000:\n",
+        )
+        .unwrap();
         fs::set_permissions(root.join("tmp"), fs::Permissions::from_mode(0o1777)).unwrap();
         root
     }
@@ -163,7 +205,10 @@ impl Rig {
             stdio: Some(stdio).into(),
             ..Default::default()
         };
-        let reply = self.client.create_container(self.context(), &request).await?;
+        let reply = self
+            .client
+            .create_container(self.context(), &request)
+            .await?;
         Ok(pending.arrive(reply.pid).await)
     }
 
@@ -229,7 +274,13 @@ impl Rig {
         self.client.wait_process(self.context(), &request).await
     }
 
-    pub async fn signal(&self, id: &str, exec_id: &str, signal: i32, all: bool) -> ttrpc::Result<()> {
+    pub async fn signal(
+        &self,
+        id: &str,
+        exec_id: &str,
+        signal: i32,
+        all: bool,
+    ) -> ttrpc::Result<()> {
         let request = agent::SignalProcessRequest {
             container_id: id.into(),
             exec_id: exec_id.into(),
@@ -495,7 +546,13 @@ pub fn spec(rootfs: &Path, args: &[&str]) -> oci::Spec {
         "/sys/firmware",
         "/proc/scsi",
     ];
-    let read_only = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
+    let read_only = [
+        "/proc/bus",
+        "/proc/fs",
+        "/proc/irq",
+        "/proc/sys",
+        "/proc/sysrq-trigger",
+    ];
     oci::Spec {
         version: "1.1.0".into(),
         process: Some(process(args)).into(),
@@ -506,17 +563,40 @@ pub fn spec(rootfs: &Path, args: &[&str]) -> oci::Spec {
         .into(),
         mounts: vec![
             mount("/proc", "proc", &["nosuid", "noexec", "nodev"]),
-            mount("/dev", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"]),
+            mount(
+                "/dev",
+                "tmpfs",
+                &["nosuid", "strictatime", "mode=755", "size=65536k"],
+            ),
             mount(
                 "/dev/pts",
                 "devpts",
-                &["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"],
+                &[
+                    "nosuid",
+                    "noexec",
+                    "newinstance",
+                    "ptmxmode=0666",
+                    "mode=0620",
+                    "gid=5",
+                ],
             ),
-            mount("/dev/shm", "tmpfs", &["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"]),
+            mount(
+                "/dev/shm",
+                "tmpfs",
+                &["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"],
+            ),
             mount("/dev/mqueue", "mqueue", &["nosuid", "noexec", "nodev"]),
             mount("/sys", "sysfs", &["nosuid", "noexec", "nodev", "ro"]),
-            mount("/run", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"]),
-            mount("/sys/fs/cgroup", "cgroup", &["ro", "nosuid", "noexec", "nodev"]),
+            mount(
+                "/run",
+                "tmpfs",
+                &["nosuid", "strictatime", "mode=755", "size=65536k"],
+            ),
+            mount(
+                "/sys/fs/cgroup",
+                "cgroup",
+                &["ro", "nosuid", "noexec", "nodev"],
+            ),
         ],
         linux: Some(oci::Linux {
             namespaces: namespaces
