@@ -34,6 +34,7 @@ use crate::{
         pmem::Pmem,
         rng::Rng,
         transport::{self, VirtioPci, Wiring},
+        vsock::Vsock,
     },
 };
 
@@ -317,6 +318,11 @@ impl Plug<'_> {
             let name = format!("pmem {}", config.id);
             let device = self.pmem(&config.id, file, config.read_only, &mut windows, &name)?;
             self.plug(device, class::OTHER_MEMORY, &io.handle(), &name)?;
+        }
+        if let Some((config, listener)) = resources.vsock {
+            let device = Vsock::new(&config, listener, callbacks.on_connect.clone())
+                .map_err(named("vsock".into()))?;
+            self.plug(device, class::OTHER_NETWORK, &io.handle(), "vsock")?;
         }
         for (config, tap) in resources.net {
             let name = format!("net {}", config.id);

@@ -10,3 +10,4 @@ pub mod rng;
 #[cfg(test)]
 mod testing;
 pub mod transport;
+pub mod vsock;
