@@ -16,7 +16,7 @@
 
 mod cache;
 mod command;
-mod cpio;
+use bulkhead_rootfs_builder::cpio;
 pub mod daemon;
 mod error;
 pub mod hot;
