@@ -21,7 +21,13 @@ fn main() {
             async_all: true,
             ..Default::default()
         })
-        .rust_protobuf_customize(ProtobufCustomize::default().gen_mod_rs(false))
+        .rust_protobuf_customize(
+            // No reflection: nobody prints or walks messages, and its tables
+            // would be guest memory.
+            ProtobufCustomize::default()
+                .gen_mod_rs(false)
+                .lite_runtime(true),
+        )
         .run()
         .expect("the protocol's .proto files compile");
 

@@ -4,7 +4,7 @@
 //!     bulkhead-rootfs-builder --agent FILE --out DIR
 //!
 //! writes `rootfs.erofs` and `rootfs.cpio` to DIR. A file whose bytes would
-//! not change is left alone.
+//! not change is left alone. The initrd form boots with `rdinit=/sbin/init`.
 
 #![forbid(unsafe_code)]
 
@@ -51,17 +51,6 @@ fn main() -> Result<()> {
             tree::Entry::Character { path, mode, number } => {
                 archive.char_dev(path, *mode, number.0, number.1);
             }
-        }
-    }
-    // The kernel starts /init of an initrd.
-    for entry in &entries {
-        if let tree::Entry::File {
-            path: "sbin/init",
-            mode,
-            content,
-        } = entry
-        {
-            archive.file("init", *mode, content);
         }
     }
     replace(&out.join("rootfs.cpio"), &archive.finish())

@@ -78,7 +78,7 @@ fn the_image_and_the_initrd_hold_the_agent_as_init() {
     match listing {
         Ok(listing) => {
             let names = String::from_utf8(listing.stdout).unwrap();
-            for name in ["sbin/init", "init", "dev/console", "etc/passwd", "proc"] {
+            for name in ["sbin/init", "dev/console", "etc/passwd", "proc"] {
                 assert!(names.lines().any(|line| line == name), "{name} in {names}");
             }
         }

@@ -19,6 +19,7 @@ pub mod io;
 pub mod oci;
 pub mod resource;
 pub mod sandbox;
+mod sys;
 pub mod timeline;
 
 pub use error::{Error, ErrorKind};

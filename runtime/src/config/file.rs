@@ -18,7 +18,14 @@ const TIMEOUT_MS: RangeInclusive<u64> = 1..=3_600_000;
 const KNOWN: [(&str, &[&str]); 3] = [
     (
         "hypervisor",
-        &["path", "kernel", "image", "vcpus", "memory_mib", "kernel_params"],
+        &[
+            "path",
+            "kernel",
+            "image",
+            "vcpus",
+            "memory_mib",
+            "kernel_params",
+        ],
     ),
     ("agent", &["ready_timeout_ms", "rpc_timeout_ms"]),
     ("runtime", &["state_dir", "log_level", "guest_console"]),
@@ -82,11 +89,12 @@ impl File {
             });
         }
         let file: Self = toml::from_str(text).map_err(syntax)?;
-        file.check().map_err(|(key, problem)| ConfigError::BadValue {
-            path: path.into(),
-            key,
-            problem,
-        })?;
+        file.check()
+            .map_err(|(key, problem)| ConfigError::BadValue {
+                path: path.into(),
+                key,
+                problem,
+            })?;
         Ok(file)
     }
 
@@ -104,9 +112,21 @@ impl File {
         }
         let numbers = [
             ("hypervisor.vcpus", self.hypervisor.vcpus, VCPUS),
-            ("hypervisor.memory_mib", self.hypervisor.memory_mib, MEMORY_MIB),
-            ("agent.ready_timeout_ms", self.agent.ready_timeout_ms, TIMEOUT_MS),
-            ("agent.rpc_timeout_ms", self.agent.rpc_timeout_ms, TIMEOUT_MS),
+            (
+                "hypervisor.memory_mib",
+                self.hypervisor.memory_mib,
+                MEMORY_MIB,
+            ),
+            (
+                "agent.ready_timeout_ms",
+                self.agent.ready_timeout_ms,
+                TIMEOUT_MS,
+            ),
+            (
+                "agent.rpc_timeout_ms",
+                self.agent.rpc_timeout_ms,
+                TIMEOUT_MS,
+            ),
         ];
         for (key, value, range) in numbers {
             if let Some(value) = value.filter(|value| !range.contains(value)) {
@@ -148,11 +168,17 @@ impl File {
             self.hypervisor.memory_mib.and_then(|n| n.try_into().ok()),
         );
         set(&mut to.kernel_params, self.hypervisor.kernel_params);
-        set(&mut config.agent.ready_timeout_ms, self.agent.ready_timeout_ms);
+        set(
+            &mut config.agent.ready_timeout_ms,
+            self.agent.ready_timeout_ms,
+        );
         set(&mut config.agent.rpc_timeout_ms, self.agent.rpc_timeout_ms);
         set(&mut config.runtime.state_dir, self.runtime.state_dir);
         set(&mut config.runtime.log_level, self.runtime.log_level);
-        set(&mut config.runtime.guest_console, self.runtime.guest_console);
+        set(
+            &mut config.runtime.guest_console,
+            self.runtime.guest_console,
+        );
     }
 }
 
@@ -160,7 +186,10 @@ impl File {
 fn unknown_key(table: &Table) -> Option<(String, Option<String>)> {
     let sections: Vec<String> = KNOWN.iter().map(|(name, _)| (*name).into()).collect();
     let keys = |section: &str, names: &[&str]| -> Vec<String> {
-        names.iter().map(|name| format!("{section}.{name}")).collect()
+        names
+            .iter()
+            .map(|name| format!("{section}.{name}"))
+            .collect()
     };
     for (section, value) in table {
         let Some((_, names)) = KNOWN.iter().find(|(name, _)| name == section) else {
@@ -169,7 +198,10 @@ fn unknown_key(table: &Table) -> Option<(String, Option<String>)> {
             let moved = inside
                 .filter(|key| key.ends_with(&format!(".{section}")))
                 .next();
-            return Some((section.clone(), moved.or_else(|| nearest(section, &sections))));
+            return Some((
+                section.clone(),
+                moved.or_else(|| nearest(section, &sections)),
+            ));
         };
         let Some(inner) = value.as_table() else {
             continue; // serde says what is expected

@@ -53,24 +53,44 @@ fn drop_ins_override_in_the_order_of_their_names() {
 #[test]
 fn an_unknown_key_is_named_with_its_nearest() {
     let text = Files::new("[hypervisor]\nmemory_mb = 1\n").refused();
-    assert!(text.contains("config.toml: unknown key \"hypervisor.memory_mb\""), "{text}");
-    assert!(text.contains("did you mean \"hypervisor.memory_mib\""), "{text}");
+    assert!(
+        text.contains("config.toml: unknown key \"hypervisor.memory_mb\""),
+        "{text}"
+    );
+    assert!(
+        text.contains("did you mean \"hypervisor.memory_mib\""),
+        "{text}"
+    );
     let text = Files::new("vcpus = 1\n").refused();
     assert!(text.contains("did you mean \"hypervisor.vcpus\""), "{text}");
     let text = Files::new("[hipervisor]\nvcpus = 1\n").refused();
     assert!(text.contains("did you mean \"hypervisor\""), "{text}");
-    let text = Files::new("").drop_in("x.toml", "[agent]\nqwertyuiop = 1").refused();
-    assert!(text.contains("x.toml: unknown key") && !text.contains("mean"), "{text}");
+    let text = Files::new("")
+        .drop_in("x.toml", "[agent]\nqwertyuiop = 1")
+        .refused();
+    assert!(
+        text.contains("x.toml: unknown key") && !text.contains("mean"),
+        "{text}"
+    );
 }
 
 #[test]
 fn wrong_types_and_values_are_named() {
     let text = Files::new("[hypervisor]\nvcpus = \"two\"\n").refused();
-    assert!(text.contains("vcpus = \"two\"") && text.contains("line 2"), "{text}");
+    assert!(
+        text.contains("vcpus = \"two\"") && text.contains("line 2"),
+        "{text}"
+    );
     let text = Files::new("[hypervisor]\nvcpus = 0\n").refused();
-    assert!(text.ends_with("hypervisor.vcpus: 0 is not within 1 to 64"), "{text}");
+    assert!(
+        text.ends_with("hypervisor.vcpus: 0 is not within 1 to 64"),
+        "{text}"
+    );
     let text = Files::new("[hypervisor]\nkernel = \"vmlinux\"\n").refused();
-    assert!(text.contains("hypervisor.kernel: \"vmlinux\" is not an absolute path"), "{text}");
+    assert!(
+        text.contains("hypervisor.kernel: \"vmlinux\" is not an absolute path"),
+        "{text}"
+    );
     let text = Files::new("[runtime]\nlog_level = \"loud\"\n").refused();
     assert!(text.contains("loud"), "{text}");
     let text = Files::new("[hypervisor\n").refused();

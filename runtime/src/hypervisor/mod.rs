@@ -1,13 +1,92 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Virtual machines: what the sandbox needs of one, and the drivers.
 
+pub mod bulkhead;
+pub mod cmdline;
+pub mod console;
 mod error;
+mod tail;
 
-use std::fmt;
+use std::{fmt, os::fd::OwnedFd, path::PathBuf, time::Duration};
 
-use bulkhead_vmm_api::ExitReason;
+use async_trait::async_trait;
+use bulkhead_vmm_api::{ExitReason, Timeline};
+use tokio::sync::watch;
 
 pub use self::error::HypervisorError;
+
+/// A virtual machine to be booted. Everything it uses is handed over open.
+#[derive(Debug)]
+pub struct Machine {
+    /// Virtual processors.
+    pub vcpus: u8,
+    /// Guest memory in MiB.
+    pub memory_mib: u32,
+    /// The guest kernel's command line.
+    pub cmdline: String,
+    /// The guest kernel.
+    pub kernel: OwnedFd,
+    /// The guest image, the first persistent memory device.
+    pub image: OwnedFd,
+    /// Where the serial console writes.
+    pub console: OwnedFd,
+    /// The directory shared with the guest.
+    pub shared: OwnedFd,
+    /// Sockets to and from the guest.
+    pub vsock: Vsock,
+    /// Network interfaces.
+    pub nics: Vec<NicDevice>,
+}
+
+/// The vsock device.
+#[derive(Debug)]
+pub struct Vsock {
+    /// Listening Unix socket for connections to the guest.
+    pub listener: OwnedFd,
+    /// Connections of the guest to port P go to the Unix socket `<path>_<P>`.
+    pub path: PathBuf,
+    /// The guest's first connection to this port means that it is ready.
+    pub ready_port: u32,
+}
+
+/// One network interface.
+#[derive(Debug)]
+pub struct NicDevice {
+    /// Name in logs.
+    pub id: String,
+    /// Tap with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`.
+    pub tap: OwnedFd,
+    /// The guest's hardware address.
+    pub mac: [u8; 6],
+    /// MTU in bytes.
+    pub mtu: u16,
+}
+
+/// A process that runs one virtual machine.
+#[async_trait]
+pub trait Hypervisor: Send + Sync {
+    /// Its process id on the host.
+    fn pid(&self) -> u32;
+
+    /// Builds the machine and lets it run; returns once it does.
+    ///
+    /// # Errors
+    /// What is wrong with the machine, or why the process ended.
+    async fn boot(&self, machine: Machine) -> Result<(), HypervisorError>;
+
+    /// Changes from none once, when the process has ended.
+    fn ending(&self) -> watch::Receiver<Option<Ending>>;
+
+    /// When things happened, as far as is known.
+    fn timeline(&self) -> Timeline;
+
+    /// Ends the machine without the guest's help: asks, kills after
+    /// `patience`, and returns when the process is gone.
+    async fn shutdown(&self, patience: Duration);
+
+    /// Kills the process.
+    fn kill(&self);
+}
 
 /// How a virtual machine's process ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -16,20 +95,34 @@ pub struct Ending {
     pub reason: Option<ExitReason>,
     /// The signal that ended the process.
     pub signal: Option<i32>,
+    /// Its exit code.
+    pub code: Option<i32>,
     /// The last lines that the VMM wrote to its standard error.
     pub stderr: String,
 }
 
+impl Ending {
+    /// Whether somebody wanted this.
+    pub fn is_orderly(&self) -> bool {
+        self.signal.is_none()
+            && matches!(
+                self.reason,
+                Some(ExitReason::PowerOff | ExitReason::Stopped)
+            )
+    }
+}
+
 impl fmt::Display for Ending {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("virtual machine ended: ")?;
-        match (self.signal, self.reason) {
-            (Some(signal), _) => write!(f, "killed by signal {signal}")?,
-            (None, Some(reason)) => f.write_str(describe(reason))?,
-            (None, None) => f.write_str("for an unknown reason")?,
+        f.write_str("the virtual machine has ended: ")?;
+        match (self.signal, self.reason, self.code) {
+            (Some(signal), _, _) => write!(f, "its VMM was killed by signal {signal}")?,
+            (None, Some(reason), _) => f.write_str(describe(reason))?,
+            (None, None, Some(code)) => write!(f, "its VMM exited with code {code}")?,
+            (None, None, None) => f.write_str("for an unknown reason")?,
         }
-        if !self.stderr.is_empty() {
-            write!(f, "; it said: {}", self.stderr)?;
+        if !self.is_orderly() && !self.stderr.is_empty() {
+            write!(f, "; the VMM said: {}", self.stderr)?;
         }
         Ok(())
     }

@@ -1,7 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //! A process's standard streams on the host's side.
 
+mod copies;
+mod endpoint;
+mod pump;
+
 use std::os::fd::OwnedFd;
+
+pub use self::copies::{Copies, GuestStreams};
 
 /// The host's ends of a process's standard streams. The runtime copies
 /// between them and the guest, and closes each when it is done with it: input

