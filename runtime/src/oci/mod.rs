@@ -1,7 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0
 //! A bundle's config.json, and what of it goes into the guest.
 
-use std::{io, path::PathBuf};
+mod guest;
+mod process;
+mod resources;
+mod seccomp;
+mod size;
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
+
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use serde::Serialize;
+
+pub use self::{
+    guest::{container, role, Prepared, Role, Volume},
+    process::process,
+    resources::resources,
+    size::Size,
+};
 
 /// Why a bundle's config.json cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -33,4 +52,46 @@ pub enum SpecError {
         /// What is wrong with it.
         problem: String,
     },
+}
+
+impl SpecError {
+    fn field(field: impl Into<String>, problem: impl Into<String>) -> Self {
+        Self::Field {
+            field: field.into(),
+            problem: problem.into(),
+        }
+    }
+}
+
+/// Reads a bundle's config.json.
+///
+/// # Errors
+/// It is not there, or not a container specification.
+pub fn load(bundle: &Path) -> Result<Spec, SpecError> {
+    let path = bundle.join("config.json");
+    let text = match std::fs::read(&path) {
+        Ok(text) => text,
+        Err(source) => return Err(SpecError::Read { path, source }),
+    };
+    serde_json::from_slice(&text).map_err(|source| SpecError::Syntax { path, source })
+}
+
+/// The network namespace to attach to: the path of the spec's network
+/// namespace. None: the pod has no network.
+pub fn network_namespace(spec: &Spec) -> Option<&Path> {
+    let namespaces = spec.linux().as_ref()?.namespaces().as_ref()?;
+    namespaces
+        .iter()
+        .find(|namespace| namespace.typ() == LinuxNamespaceType::Network)?
+        .path()
+        .as_deref()
+}
+
+/// The spec's name of an enumeration's value.
+fn name<T: Serialize>(value: &T) -> String {
+    match serde_json::to_value(value) {
+        Ok(serde_json::Value::String(name)) => name,
+        // The enumerations of the specification are all names.
+        other => unreachable!("not a name: {other:?}"),
+    }
 }

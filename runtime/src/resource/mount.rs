@@ -4,7 +4,10 @@
 use std::{
     ffi::OsString,
     io,
-    os::unix::ffi::OsStringExt,
+    os::{
+        fd::{AsFd, AsRawFd, OwnedFd},
+        unix::ffi::OsStringExt,
+    },
     path::{Path, PathBuf},
 };
 
@@ -12,6 +15,60 @@ use nix::{
     errno::Errno,
     mount::{umount2, MntFlags},
 };
+use rustix::{
+    fs::{openat2, Mode, OFlags, ResolveFlags, CWD},
+    mount::{move_mount, open_tree, MoveMountFlags, OpenTreeFlags},
+};
+
+use crate::sys;
+
+/// Mounts the file or directory `source` on `target` as well. The copy has
+/// nothing to do with the original's later mounts, in either direction: so
+/// unmounting it never unmounts anything of others.
+///
+/// # Errors
+/// What the kernel says.
+pub fn bind(source: &Path, target: &Path, recursive: bool, read_only: bool) -> io::Result<()> {
+    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    if recursive {
+        flags |= OpenTreeFlags::AT_RECURSIVE;
+    }
+    let tree = open_tree(CWD, source, flags)?;
+    // Before it is attached anywhere.
+    sys::isolate_mount(tree.as_fd(), recursive, read_only)?;
+    move_mount(
+        &tree,
+        "",
+        CWD,
+        target,
+        MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
+    )?;
+    Ok(())
+}
+
+/// A path below `root` that does not lead out of it, whatever symbolic links
+/// are in there; valid as long as the descriptor is open.
+///
+/// # Errors
+/// What the kernel says.
+pub fn inside(root: &Path, path: &Path) -> io::Result<(OwnedFd, PathBuf)> {
+    let root = openat2(
+        CWD,
+        root,
+        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+        ResolveFlags::empty(),
+    )?;
+    let found = openat2(
+        &root,
+        path,
+        OFlags::PATH | OFlags::CLOEXEC,
+        Mode::empty(),
+        ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS,
+    )?;
+    let name = PathBuf::from(format!("/proc/self/fd/{}", found.as_raw_fd()));
+    Ok((found, name))
+}
 
 /// Unmounts everything stacked on `target`; nothing when there is nothing.
 /// Detaches, so that an open file in it does not keep it.

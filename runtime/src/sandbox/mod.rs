@@ -1,42 +1,166 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The pod: one virtual machine and the containers in it.
+//!
+//! [`boot`] starts the machine, [`container`] makes and removes containers,
+//! [`process`] is about what runs in them, [`state`] is what the host knows
+//! of all that, [`directory`] is where it keeps it.
 
+mod boot;
+mod container;
+mod directory;
+mod process;
+mod rootfs;
+mod state;
 mod types;
 
-use std::path::Path;
+use std::{
+    future::Future,
+    path::Path,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
 use bulkhead_agent_protocol::agent::StatsReply;
 use oci_spec::runtime::{LinuxResources, Process};
-use tokio::sync::mpsc::UnboundedReceiver;
+use tokio::{
+    sync::{mpsc::UnboundedReceiver, watch},
+    time::timeout,
+};
 
 pub use self::types::*;
-use crate::{config::Config, error::Error, io::Stdio};
+use self::{directory::Directory, state::Pod};
+use crate::{
+    agent::{Agent, Streams},
+    config::Config,
+    error::{Error, ErrorKind},
+    hypervisor::{bulkhead::BulkheadVmm, Ending, Hypervisor},
+    io::Stdio,
+    resource::journal::Journal,
+    timeline::Timeline,
+};
 
-/// A running pod. A handle: clones are the same pod.
+/// How long an ending machine may take to be seen to have ended, once its
+/// agent does not answer any more.
+const LAST_MOMENT: Duration = Duration::from_secs(1);
+
+/// How long the VMM may take to stop before it is killed.
+const STOP: Duration = Duration::from_secs(2);
+
+/// A running pod. A handle: clones are the same pod. When the last one is
+/// dropped the virtual machine ends; [`Sandbox::shutdown`] gives back what
+/// else was taken from the host.
 #[derive(Debug, Clone)]
-pub struct Sandbox {}
-
-fn later<T>() -> Result<T, Error> {
-    Err(Error::Unimplemented("this".into()))
+pub struct Sandbox {
+    inner: Arc<Inner>,
 }
 
-#[allow(missing_docs, unused_variables)]
+/// What the pod is made of.
+struct Inner {
+    id: String,
+    directory: Directory,
+    journal: Journal,
+    vm: BulkheadVmm,
+    agent: Agent,
+    streams: Streams,
+    timeline: Timeline,
+    pod: Mutex<Pod>,
+    /// Set once everything has been given back: what could not be.
+    closed: watch::Sender<Option<Option<String>>>,
+}
+
+impl std::fmt::Debug for Inner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Inner")
+            .field("id", &self.id)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Inner {
+    /// The state, for a moment: never across an await.
+    fn pod(&self) -> MutexGuard<'_, Pod> {
+        self.pod.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Says that the machine has ended where an error is a consequence of it.
+    async fn explain(&self, error: Error) -> Error {
+        if error.kind() != ErrorKind::Unavailable {
+            return error;
+        }
+        let mut ending = self.vm.ending();
+        let ended = timeout(LAST_MOMENT, ending.wait_for(Option::is_some)).await;
+        match ended {
+            Ok(Ok(ending)) => {
+                Error::VmEnded(ending.as_ref().map_or_else(String::new, Ending::to_string))
+            }
+            _ => error,
+        }
+    }
+
+    fn first_output(&self) {
+        self.timeline.first_output(&self.id, self.vm.timeline());
+    }
+}
+
+/// Runs blocking work of the host on a thread of its own.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Error> + Send + 'static,
+) -> Result<T, Error> {
+    finished(tokio::task::spawn_blocking(work)).await
+}
+
+async fn finished<T>(task: tokio::task::JoinHandle<Result<T, Error>>) -> Result<T, Error> {
+    match task.await {
+        Ok(result) => result,
+        Err(error) => Err(Error::Internal(format!("a task ended early: {error}"))),
+    }
+}
+
 impl Sandbox {
+    /// Boots the pod's virtual machine and sets its guest up: network, host
+    /// name, shared directory. Containers follow with [`Sandbox::create`].
+    /// What happens in the pod arrives at the receiver.
+    ///
+    /// # Errors
+    /// What is wrong with the bundle, the configuration or the host; the
+    /// machine's last words where it died. Nothing is left behind then.
     pub async fn start(
         config: Config,
         request: SandboxRequest,
     ) -> Result<(Sandbox, UnboundedReceiver<Event>), Error> {
-        later()
+        boot::start(config, request).await
     }
+
+    /// Process id of the VMM, which stands for every process of the pod.
     pub fn hypervisor_pid(&self) -> u32 {
-        0
+        self.inner.vm.pid()
     }
+
+    /// Makes a container, up to its waiting first process. Returns the
+    /// process id that stands for it.
+    ///
+    /// # Errors
+    /// What is wrong with the bundle or the host, or the agent's answer.
+    /// Nothing is left of the container then.
     pub async fn create(&self, request: CreateRequest) -> Result<u32, Error> {
-        later()
+        let inner = self.inner.clone();
+        self.whole(container::create(inner, request)).await
     }
+
+    /// Runs what [`Sandbox::create`] or [`Sandbox::exec`] has prepared.
+    /// Returns the process id that stands for it.
+    ///
+    /// # Errors
+    /// It runs already, or cannot be run.
     pub async fn start_process(&self, id: &str, exec: Option<&str>) -> Result<u32, Error> {
-        later()
+        let (inner, id, exec) = (self.inner.clone(), id.into(), exec.map(Into::into));
+        self.whole(process::start(inner, id, exec)).await
     }
+
+    /// Describes a further process, for [`Sandbox::start_process`] to run.
+    ///
+    /// # Errors
+    /// There is one of that name, or the container does not run.
     pub async fn exec(
         &self,
         id: &str,
@@ -44,14 +168,29 @@ impl Sandbox {
         process: Process,
         stdio: Stdio,
     ) -> Result<(), Error> {
-        later()
+        process::describe(&self.inner, id, exec_id, &process, stdio)
     }
+
+    /// What the host knows of a process; the guest is not asked.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`].
     pub fn state(&self, id: &str, exec: Option<&str>) -> Result<ProcessState, Error> {
-        later()
+        self.inner.pod().state(id, exec)
     }
+
+    /// Waits until a process has ended.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`], also when it is deleted meanwhile.
     pub async fn wait(&self, id: &str, exec: Option<&str>) -> Result<Exit, Error> {
-        later()
+        process::wait(&self.inner, id, exec).await
     }
+
+    /// Sends a signal to a process, or to all of its container.
+    ///
+    /// # Errors
+    /// [`Error::Finished`] when it has ended.
     pub async fn kill(
         &self,
         id: &str,
@@ -59,8 +198,13 @@ impl Sandbox {
         signal: u32,
         all: bool,
     ) -> Result<(), Error> {
-        later()
+        process::kill(&self.inner, id, exec, signal, all).await
     }
+
+    /// Sets the size of a process's terminal, in characters.
+    ///
+    /// # Errors
+    /// It has none, or does not run.
     pub async fn resize_pty(
         &self,
         id: &str,
@@ -68,42 +212,131 @@ impl Sandbox {
         width: u16,
         height: u16,
     ) -> Result<(), Error> {
-        later()
+        process::resize(&self.inner, id, exec, width, height).await
     }
+
+    /// The caller writes no more to a process's standard input. What ends the
+    /// stream is that the caller closes its last write end of what it gave as
+    /// [`Stdio::stdin`]; this checks that there is such a process.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`].
     pub async fn close_stdin(&self, id: &str, exec: Option<&str>) -> Result<(), Error> {
-        later()
+        self.inner.pod().process(id, exec).map(drop)
     }
+
+    /// Process ids of a container in the guest, with the names of those that
+    /// [`Sandbox::exec`] began.
+    ///
+    /// # Errors
+    /// It does not exist, or the agent's answer.
     pub async fn pids(&self, id: &str) -> Result<Vec<(u32, Option<String>)>, Error> {
-        later()
+        container::pids(&self.inner, id).await
     }
+
+    /// A container's resource usage.
+    ///
+    /// # Errors
+    /// It does not exist, or the agent's answer.
     pub async fn stats(&self, id: &str) -> Result<StatsReply, Error> {
-        later()
+        container::stats(&self.inner, id).await
     }
+
+    /// Freezes a container.
+    ///
+    /// # Errors
+    /// It does not run.
     pub async fn pause(&self, id: &str) -> Result<(), Error> {
-        later()
+        let (inner, id) = (self.inner.clone(), id.to_owned());
+        self.whole(container::pause(inner, id)).await
     }
+
+    /// Thaws a container.
+    ///
+    /// # Errors
+    /// It is not frozen.
     pub async fn resume(&self, id: &str) -> Result<(), Error> {
-        later()
+        let (inner, id) = (self.inner.clone(), id.to_owned());
+        self.whole(container::resume(inner, id)).await
     }
+
+    /// Changes a container's limits.
+    ///
+    /// # Errors
+    /// It does not exist, or the agent's answer.
     pub async fn update(&self, id: &str, resources: LinuxResources) -> Result<(), Error> {
-        later()
+        container::update(&self.inner, id, &resources).await
     }
+
+    /// Removes a container or a further process that has ended or was never
+    /// started.
+    ///
+    /// # Errors
+    /// It runs.
     pub async fn delete(&self, id: &str, exec: Option<&str>) -> Result<Deleted, Error> {
-        later()
+        let (inner, id) = (self.inner.clone(), id.to_owned());
+        match exec {
+            None => self.whole(container::delete(inner, id)).await,
+            Some(exec) => {
+                let exec = exec.to_owned();
+                self.whole(process::delete(inner, id, exec)).await
+            }
+        }
     }
+
+    /// Ids of all containers.
     pub fn containers(&self) -> Vec<String> {
-        Vec::new()
+        self.inner.pod().containers.keys().cloned().collect()
     }
+
+    /// Ends the virtual machine and gives back everything that was taken from
+    /// the host. Any number of times.
+    ///
+    /// # Errors
+    /// What could not be given back; it stays in the journal for
+    /// [`recover`].
     pub async fn shutdown(&self) -> Result<(), Error> {
-        later()
+        let first = !std::mem::replace(&mut self.inner.pod().closing, true);
+        if first {
+            let inner = self.inner.clone();
+            tokio::spawn(async move {
+                inner.vm.shutdown(STOP).await;
+                let directory = inner.directory.clone();
+                let released = blocking(move || directory.release()).await;
+                let left = released.err().map(|error| crate::error::chain(&error));
+                inner.closed.send_replace(Some(left));
+            });
+        }
+        let mut closed = self.inner.closed.subscribe();
+        let left = match closed.wait_for(Option::is_some).await {
+            Ok(closed) => closed.clone().flatten(),
+            Err(_) => None,
+        };
+        match left {
+            Some(left) => Err(Error::Internal(left)),
+            None => Ok(()),
+        }
+    }
+
+    /// Runs an operation to its end even when the caller gives up on it: half
+    /// of one would leave things behind.
+    async fn whole<T: Send + 'static>(
+        &self,
+        operation: impl Future<Output = Result<T, Error>> + Send + 'static,
+    ) -> Result<T, Error> {
+        let result = finished(tokio::spawn(operation)).await;
+        match result {
+            Ok(value) => Ok(value),
+            Err(error) => Err(self.inner.explain(error).await),
+        }
     }
 }
 
-/// Gives back everything that a dead sandbox had taken.
+/// Gives back everything that a sandbox whose front end died had taken: its
+/// VMM is killed if it still runs. Any number of times; blocks.
 ///
 /// # Errors
-/// What could not be given back.
+/// What could not be given back; it stays in the journal for another try.
 pub fn recover(state_dir: &Path, namespace: &str, id: &str) -> Result<(), Error> {
-    let _ = (state_dir, namespace, id);
-    later()
+    Directory::of(state_dir, namespace, id).release()
 }

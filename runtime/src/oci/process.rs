@@ -1,0 +1,104 @@
+// SPDX-License-Identifier: Apache-2.0
+//! A process of a specification (config.md, "Process") for the agent.
+
+use bulkhead_agent_protocol::oci;
+use oci_spec::runtime::{Capabilities, Process};
+
+use super::{name, SpecError};
+
+/// Translates a process.
+///
+/// Labels of AppArmor and SELinux are the host's: its policies do not exist in
+/// the guest, whose kernel is the boundary here. They are left out.
+///
+/// # Errors
+/// A value that does not fit, naming the field.
+pub fn process(process: &Process) -> Result<oci::Process, SpecError> {
+    let user = process.user();
+    let mut out = oci::Process {
+        terminal: process.terminal().unwrap_or(false),
+        user: Some(oci::User {
+            uid: user.uid(),
+            gid: user.gid(),
+            umask: user.umask(),
+            additional_gids: user.additional_gids().clone().unwrap_or_default(),
+            username: user.username().clone().unwrap_or_default(),
+            ..Default::default()
+        })
+        .into(),
+        args: process.args().clone().unwrap_or_default(),
+        env: process.env().clone().unwrap_or_default(),
+        cwd: process.cwd().to_string_lossy().into_owned(),
+        no_new_privileges: process.no_new_privileges().unwrap_or(false),
+        oom_score_adj: process.oom_score_adj(),
+        ..Default::default()
+    };
+    if out.args.is_empty() {
+        return Err(SpecError::field("process.args", "is empty"));
+    }
+    if let Some(size) = process.console_size() {
+        let narrow = |value: u64, field: &str| {
+            u32::try_from(value).map_err(|_| {
+                SpecError::field(
+                    format!("process.consoleSize.{field}"),
+                    format!("{value} is too big"),
+                )
+            })
+        };
+        out.console_size = Some(oci::Box {
+            height: narrow(size.height(), "height")?,
+            width: narrow(size.width(), "width")?,
+            ..Default::default()
+        })
+        .into();
+    }
+    if let Some(sets) = process.capabilities() {
+        out.capabilities = Some(oci::Capabilities {
+            bounding: capabilities(sets.bounding()),
+            effective: capabilities(sets.effective()),
+            inheritable: capabilities(sets.inheritable()),
+            permitted: capabilities(sets.permitted()),
+            ambient: capabilities(sets.ambient()),
+            ..Default::default()
+        })
+        .into();
+    }
+    for limit in process.rlimits().iter().flatten() {
+        out.rlimits.push(oci::Rlimit {
+            type_: name(&limit.typ()),
+            hard: limit.hard(),
+            soft: limit.soft(),
+            ..Default::default()
+        });
+    }
+    if let Some(scheduler) = process.scheduler() {
+        out.scheduler = Some(oci::Scheduler {
+            policy: name(scheduler.policy()),
+            nice: scheduler.nice().unwrap_or(0),
+            priority: scheduler.priority().unwrap_or(0),
+            flags: scheduler.flags().iter().flatten().map(name).collect(),
+            runtime: scheduler.runtime().unwrap_or(0),
+            deadline: scheduler.deadline().unwrap_or(0),
+            period: scheduler.period().unwrap_or(0),
+            ..Default::default()
+        })
+        .into();
+    }
+    if let Some(priority) = process.io_priority() {
+        out.io_priority = Some(oci::IoPriority {
+            class: name(&priority.class()),
+            priority: i32::try_from(priority.priority())
+                .map_err(|_| SpecError::field("process.ioPriority.priority", "is out of range"))?,
+            ..Default::default()
+        })
+        .into();
+    }
+    Ok(out)
+}
+
+/// In an order that does not change from run to run.
+fn capabilities(set: &Option<Capabilities>) -> Vec<String> {
+    let mut names: Vec<String> = set.iter().flatten().map(name).collect();
+    names.sort_unstable();
+    names
+}

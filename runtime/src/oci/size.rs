@@ -1,0 +1,194 @@
+// SPDX-License-Identifier: Apache-2.0
+//! How big a pod's virtual machine is.
+
+use std::collections::HashMap;
+
+use oci_spec::runtime::Spec;
+
+use super::SpecError;
+use crate::config::{Hypervisor, MEMORY_MIB, VCPUS};
+
+/// Guest memory in MiB; overrides everything else.
+const MEMORY_ANNOTATION: &str = "io.bulkhead.hypervisor.memory_mib";
+/// Virtual processors; overrides everything else.
+const VCPUS_ANNOTATION: &str = "io.bulkhead.hypervisor.vcpus";
+/// The sum of a pod's limits, as containerd's CRI plugin tells it: bytes.
+const CRI_MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
+/// Microseconds of processor time per period.
+const CRI_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
+/// Microseconds.
+const CRI_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
+
+/// What the guest's kernel and agent need beside the containers, MiB.
+const GUEST_MIB: u64 = 64;
+/// Period of a processor quota when none is given (config-linux.md, "CPU").
+const DEFAULT_PERIOD: u64 = 100_000;
+
+/// Size of a virtual machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Size {
+    /// Virtual processors.
+    pub vcpus: u8,
+    /// Guest memory, MiB.
+    pub memory_mib: u32,
+}
+
+impl Size {
+    /// Of the pod whose first container has this spec: its annotations, else
+    /// the pod's sums as the CRI tells them, else the container's limits, else
+    /// the configuration's.
+    ///
+    /// # Errors
+    /// An annotation is not a number, or out of bounds.
+    pub fn of(spec: &Spec, config: &Hypervisor) -> Result<Self, SpecError> {
+        let none = HashMap::new();
+        let annotations = spec.annotations().as_ref().unwrap_or(&none);
+        let number = |key: &str| -> Result<Option<i64>, SpecError> {
+            let Some(text) = annotations.get(key) else {
+                return Ok(None);
+            };
+            let parsed = text.trim().parse();
+            parsed
+                .map(Some)
+                .map_err(|_| field(key, format!("{text:?} is not a number")))
+        };
+        let bounded = |key: &str, range: &std::ops::RangeInclusive<u64>| {
+            let Some(value) = number(key)? else {
+                return Ok(None);
+            };
+            match u64::try_from(value) {
+                Ok(value) if range.contains(&value) => Ok(Some(value)),
+                _ => Err(field(
+                    key,
+                    format!("{value} is not from {} to {}", range.start(), range.end()),
+                )),
+            }
+        };
+
+        let resources = spec.linux().as_ref().and_then(|l| l.resources().as_ref());
+        let memory = match bounded(MEMORY_ANNOTATION, &MEMORY_MIB)? {
+            Some(mib) => mib,
+            None => {
+                let limit = match number(CRI_MEMORY)? {
+                    Some(bytes) => Some(bytes),
+                    None => resources
+                        .and_then(|r| r.memory().as_ref())
+                        .and_then(|m| m.limit()),
+                };
+                match limit.and_then(positive) {
+                    // A limit beyond all memory means none.
+                    Some(bytes) if bytes >> 20 < *MEMORY_MIB.end() - GUEST_MIB => {
+                        bytes.div_ceil(1 << 20) + GUEST_MIB
+                    }
+                    _ => config.memory_mib.into(),
+                }
+            }
+        };
+
+        let vcpus = match bounded(VCPUS_ANNOTATION, &VCPUS)? {
+            Some(count) => count,
+            None => {
+                let (quota, period) = match number(CRI_QUOTA)? {
+                    Some(quota) => (Some(quota), number(CRI_PERIOD)?.and_then(positive)),
+                    None => {
+                        let cpu = resources.and_then(|r| r.cpu().as_ref());
+                        (cpu.and_then(|c| c.quota()), cpu.and_then(|c| c.period()))
+                    }
+                };
+                let period = period.filter(|period| *period > 0);
+                match quota.and_then(positive) {
+                    Some(quota) => quota
+                        .div_ceil(period.unwrap_or(DEFAULT_PERIOD))
+                        .clamp(*VCPUS.start(), host_processors().min(*VCPUS.end())),
+                    None => config.vcpus.into(),
+                }
+            }
+        };
+        Ok(Self {
+            // Within the bounds, which fit.
+            vcpus: u8::try_from(vcpus).unwrap_or(u8::MAX),
+            memory_mib: u32::try_from(memory.max(*MEMORY_MIB.start())).unwrap_or(u32::MAX),
+        })
+    }
+}
+
+fn field(key: &str, problem: String) -> SpecError {
+    SpecError::field(format!("annotations: {key}"), problem)
+}
+
+fn positive(value: i64) -> Option<u64> {
+    u64::try_from(value).ok().filter(|value| *value > 0)
+}
+
+fn host_processors() -> u64 {
+    std::thread::available_parallelism().map_or(1, |count| count.get() as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn size(json: &str) -> Result<Size, SpecError> {
+        let spec: Spec = serde_json::from_str(json).unwrap();
+        Size::of(&spec, &Hypervisor::default())
+    }
+
+    fn annotated(key: &str, value: &str) -> Result<Size, SpecError> {
+        size(&format!(
+            r#"{{"ociVersion":"1.0.2","annotations":{{"{key}":"{value}"}}}}"#
+        ))
+    }
+
+    #[test]
+    fn the_configuration_is_the_last_resort() {
+        let size = size(r#"{"ociVersion":"1.0.2"}"#).unwrap();
+        let config = Hypervisor::default();
+        assert_eq!(size.memory_mib, config.memory_mib);
+        assert_eq!(size.vcpus, config.vcpus);
+    }
+
+    #[test]
+    fn a_limit_gets_room_for_the_guest() {
+        let limited = size(
+            r#"{"ociVersion":"1.0.2","linux":{"resources":{"memory":{"limit":536870912},
+                "cpu":{"quota":50000,"period":100000}}}}"#,
+        )
+        .unwrap();
+        assert_eq!(limited.memory_mib, 512 + 64);
+        assert_eq!(limited.vcpus, 1);
+        let unlimited =
+            size(r#"{"ociVersion":"1.0.2","linux":{"resources":{"memory":{"limit":-1}}}}"#);
+        assert_eq!(
+            unlimited.unwrap().memory_mib,
+            Hypervisor::default().memory_mib
+        );
+        let huge = size(
+            r#"{"ociVersion":"1.0.2","linux":{"resources":{"memory":{"limit":9223372036854771712}}}}"#,
+        );
+        assert_eq!(huge.unwrap().memory_mib, Hypervisor::default().memory_mib);
+    }
+
+    #[test]
+    fn annotations_win_and_are_checked() {
+        assert_eq!(
+            annotated(MEMORY_ANNOTATION, "2048").unwrap().memory_mib,
+            2048
+        );
+        assert_eq!(annotated(VCPUS_ANNOTATION, "2").unwrap().vcpus, 2);
+        assert_eq!(
+            annotated(CRI_MEMORY, "134217728").unwrap().memory_mib,
+            128 + 64
+        );
+        for (key, value) in [
+            (MEMORY_ANNOTATION, "lots"),
+            (MEMORY_ANNOTATION, "1"),
+            (MEMORY_ANNOTATION, "-5"),
+            (VCPUS_ANNOTATION, "0"),
+            (VCPUS_ANNOTATION, "1000"),
+            (CRI_QUOTA, "x"),
+        ] {
+            let text = annotated(key, value).unwrap_err().to_string();
+            assert!(text.contains(key), "{text}");
+        }
+    }
+}

@@ -1,0 +1,357 @@
+// SPDX-License-Identifier: Apache-2.0
+//! From nothing to a guest that can take containers.
+//!
+//! Waits: one for the VMM's answer to both of its requests, one for the
+//! agent's call, one for its answer. The VMM's process starts while the host
+//! prepares sockets, cgroup and network.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    fs::File,
+    os::{fd::OwnedFd, unix::net::UnixListener},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, Weak},
+    time::Duration,
+};
+
+use bulkhead_agent_protocol::{
+    agent::{Route, SetupSandboxRequest},
+    AGENT_PORT, SHARED_TAG, STREAM_PORT,
+};
+use oci_spec::runtime::Spec;
+use rustix::rand::{getrandom, GetRandomFlags};
+use tokio::{
+    net::UnixStream,
+    sync::{
+        mpsc::{unbounded_channel, UnboundedReceiver},
+        watch,
+    },
+    time::timeout,
+};
+
+use super::{
+    blocking,
+    directory::{check_name, Directory},
+    state::Pod,
+    Event, Inner, Sandbox, SandboxRequest,
+};
+use crate::{
+    agent::{Agent, Streams},
+    clock,
+    config::Config,
+    error::{Error, Step},
+    hypervisor::{
+        bulkhead::{open_image, open_kernel, BulkheadVmm},
+        cmdline,
+        console::Console,
+        Ending, Hypervisor, HypervisorError, Machine, NicDevice, Vsock,
+    },
+    oci::{self, Size},
+    resource::{
+        cgroup::SandboxCgroup,
+        journal::{Journal, Resource},
+        network::{self, Network},
+        process,
+    },
+    timeline::Timeline,
+};
+
+/// Entropy for the guest's generator, in bytes.
+const ENTROPY: usize = 64;
+
+/// How many of the console's last lines an error tells.
+const CONSOLE_LINES: usize = 4;
+
+/// See [`Sandbox::start`].
+pub async fn start(
+    config: Config,
+    request: SandboxRequest,
+) -> Result<(Sandbox, UnboundedReceiver<Event>), Error> {
+    check_name("sandbox", &request.id)?;
+    // Before anything is taken.
+    let spec = oci::load(&request.bundle)?;
+    let size = Size::of(&spec, &config.hypervisor)?;
+    let pod_sysctls = oci::container(&spec, &request.id)?.pod_sysctls;
+    let kernel = open_kernel(&config.hypervisor.kernel)?;
+    let image = open_image(&config.hypervisor.image)?;
+
+    let directory = Directory::of(&config.runtime.state_dir, &request.namespace, &request.id);
+    directory.create()?;
+    let plan = Plan {
+        spec,
+        size,
+        pod_sysctls,
+        kernel,
+        image,
+    };
+    match boot(config, &request, directory.clone(), plan).await {
+        Ok(started) => Ok(started),
+        Err(error) => {
+            if let Err(left) = blocking(move || directory.release()).await {
+                let left = crate::error::chain(&left);
+                tracing::error!(
+                    sandbox = request.id,
+                    error = left,
+                    "remains of a failed start"
+                );
+            }
+            Err(error)
+        }
+    }
+}
+
+/// What is known before anything is taken from the host.
+struct Plan {
+    spec: Spec,
+    size: Size,
+    pod_sysctls: HashMap<String, String>,
+    kernel: OwnedFd,
+    image: OwnedFd,
+}
+
+async fn boot(
+    config: Config,
+    request: &SandboxRequest,
+    directory: Directory,
+    plan: Plan,
+) -> Result<(Sandbox, UnboundedReceiver<Event>), Error> {
+    let timeline = Timeline::new(request.shim_start_us);
+    let journal = Journal::create(directory.path())
+        .step(|| format!("create the journal in {}", directory.path().display()))?;
+    let vm = BulkheadVmm::spawn(&config.hypervisor.path)?;
+    adopt(&vm, &plan.spec, &journal)?;
+    directory
+        .identify(&request.namespace, &request.id, vm.pid())
+        .step(|| "write sandbox.json")?;
+
+    let listener = listen(directory.vsock())?;
+    let agent_listener = watched(listen(directory.vsock_port(AGENT_PORT))?)?;
+    let stream_listener = watched(listen(directory.vsock_port(STREAM_PORT))?)?;
+    let (journal, network) = attach(plan.spec.clone(), journal).await?;
+    let (console, console_writer) = Console::open(&config.runtime.guest_console, &request.id)
+        .step(|| "open the guest's console (runtime.guest_console)")?;
+    let shared = File::open(directory.shared()).step(|| "open the shared directory")?;
+
+    let Network {
+        interfaces,
+        routes,
+        neighbours,
+    } = network;
+    let mut guest_interfaces = Vec::with_capacity(interfaces.len());
+    let mut nics = Vec::with_capacity(interfaces.len());
+    for (number, nic) in interfaces.into_iter().enumerate() {
+        nics.push(NicDevice {
+            id: format!("net{number}"),
+            tap: nic.tap,
+            mac: nic.mac,
+            mtu: nic.mtu,
+        });
+        guest_interfaces.push(nic.guest);
+    }
+    let machine = Machine {
+        vcpus: plan.size.vcpus,
+        memory_mib: plan.size.memory_mib,
+        cmdline: cmdline::build(&config.hypervisor.kernel_params),
+        kernel: plan.kernel,
+        image: plan.image,
+        console: console_writer,
+        shared: shared.into(),
+        vsock: Vsock {
+            listener: listener.into(),
+            path: directory.vsock(),
+            ready_port: AGENT_PORT,
+        },
+        nics,
+    };
+    let patience = Duration::from_millis(config.agent.ready_timeout_ms);
+    let call = tokio::select! {
+        biased;
+        call = ready(&vm, machine, &agent_listener, patience) => call,
+        ending = ended(&vm) => Err(Error::VmEnded(ending)),
+    };
+    let stream = call.map_err(|error| last_words(error, &console))?;
+    timeline.agent_ready();
+
+    let rpc = Duration::from_millis(config.agent.rpc_timeout_ms);
+    let agent = Agent::new(stream, rpc);
+    let hostname = plan.spec.hostname().clone().unwrap_or_default();
+    let mut entropy = vec![0; ENTROPY];
+    getrandom(&mut entropy, GetRandomFlags::empty()).step(|| "get entropy")?;
+    let setup = agent.setup_sandbox(SetupSandboxRequest {
+        sandbox_id: request.id.clone(),
+        hostname,
+        realtime_ns: clock::realtime_ns(),
+        entropy,
+        shared_tag: SHARED_TAG.into(),
+        interfaces: guest_interfaces,
+        routes: sorted(routes),
+        neighbours,
+        sysctls: plan.pod_sysctls,
+        ..Default::default()
+    });
+    let guest = tokio::select! {
+        biased;
+        guest = setup => guest,
+        ending = ended(&vm) => Err(Error::VmEnded(ending)),
+    };
+    let guest = guest.map_err(|error| last_words(error, &console))?;
+    timeline.sandbox_ready();
+    tracing::info!(
+        sandbox = request.id,
+        namespace = request.namespace,
+        vmm = vm.pid(),
+        vcpus = plan.size.vcpus,
+        memory_mib = plan.size.memory_mib,
+        kernel = guest.kernel_release,
+        agent = guest.agent_version,
+        "sandbox started"
+    );
+
+    let (events, told) = unbounded_channel();
+    let pod = Pod {
+        containers: BTreeMap::new(),
+        ended: None,
+        closing: false,
+        events,
+        pid: vm.pid(),
+    };
+    let inner = Arc::new(Inner {
+        id: request.id.clone(),
+        directory,
+        journal,
+        vm,
+        agent,
+        streams: Streams::new(stream_listener),
+        timeline,
+        pod: Mutex::new(pod),
+        closed: watch::Sender::new(None),
+    });
+    tokio::spawn(follow(inner.vm.ending(), Arc::downgrade(&inner), console));
+    Ok((Sandbox { inner }, told))
+}
+
+/// Tells everybody when the machine has ended.
+async fn follow(mut ending: watch::Receiver<Option<Ending>>, inner: Weak<Inner>, console: Console) {
+    let why = match ending.wait_for(Option::is_some).await {
+        Ok(ending) => match ending.as_ref() {
+            Some(ending) if !ending.is_orderly() => with_console(ending.to_string(), &console),
+            Some(ending) => ending.to_string(),
+            None => return,
+        },
+        Err(_) => return,
+    };
+    if let Some(inner) = inner.upgrade() {
+        let mut pod = inner.pod();
+        if !pod.closing {
+            tracing::error!(sandbox = inner.id, why, "virtual machine ended");
+        }
+        pod.machine_ended(why);
+    }
+}
+
+/// Writes the VMM's process down, and puts it where the pod's is to be.
+fn adopt(vm: &BulkheadVmm, spec: &Spec, journal: &Journal) -> Result<(), Error> {
+    let pid = vm.pid();
+    // It dies with this process, and is found again by its start time.
+    if let Some(start_time) = process::start_time(pid).step(|| "look at the VMM")? {
+        journal
+            .record(Resource::Process { pid, start_time })
+            .step(|| "write the journal")?;
+    }
+    let path = spec
+        .linux()
+        .as_ref()
+        .and_then(|l| l.cgroups_path().as_ref());
+    if let Some(path) = path {
+        let path = path.to_string_lossy();
+        let cgroup = SandboxCgroup::create(&path, journal)
+            .step(|| format!("linux.cgroupsPath: make the cgroup {path}"))?;
+        if let Some(cgroup) = cgroup {
+            cgroup
+                .add(pid)
+                .step(|| format!("move the VMM to {}", cgroup.path().display()))?;
+        }
+    }
+    Ok(())
+}
+
+/// Takes the pod's network over, where it has one.
+async fn attach(spec: Spec, journal: Journal) -> Result<(Journal, Network), Error> {
+    if oci::network_namespace(&spec).is_none() {
+        return Ok((journal, Network::default()));
+    }
+    blocking(move || {
+        let netns = oci::network_namespace(&spec).unwrap_or_else(|| Path::new(""));
+        let network = network::attach(netns, &journal)?;
+        Ok((journal, network))
+    })
+    .await
+}
+
+/// Routes without a gateway first: the others are reached through them.
+fn sorted(mut routes: Vec<Route>) -> Vec<Route> {
+    routes.sort_by_key(|route| !route.gateway.is_empty());
+    routes
+}
+
+fn listen(path: PathBuf) -> Result<UnixListener, Error> {
+    UnixListener::bind(&path).step(|| format!("listen on {} (runtime.state_dir)", path.display()))
+}
+
+fn watched(listener: UnixListener) -> Result<tokio::net::UnixListener, Error> {
+    let set_up = || {
+        listener.set_nonblocking(true)?;
+        tokio::net::UnixListener::from_std(listener)
+    };
+    set_up().step(|| "watch a socket")
+}
+
+/// Boots, and waits for the agent's call.
+async fn ready(
+    vm: &BulkheadVmm,
+    machine: Machine,
+    listener: &tokio::net::UnixListener,
+    patience: Duration,
+) -> Result<UnixStream, Error> {
+    vm.boot(machine).await?;
+    match timeout(patience, listener.accept()).await {
+        Ok(call) => Ok(call.step(|| "take the agent's call")?.0),
+        Err(_) => Err(Error::Timeout(format!(
+            "the guest's agent did not call within {} ms (agent.ready_timeout_ms)",
+            patience.as_millis()
+        ))),
+    }
+}
+
+/// Why the machine has ended, once it has; not before what it was asked last
+/// has had its chance to fail with a better reason.
+async fn ended(vm: &BulkheadVmm) -> String {
+    let mut ending = vm.ending();
+    let why = match ending.wait_for(Option::is_some).await {
+        Ok(ending) => ending.as_ref().map(Ending::to_string),
+        Err(_) => None,
+    };
+    tokio::time::sleep(Duration::from_millis(1)).await;
+    why.unwrap_or_default()
+}
+
+/// Adds what the guest wrote last, if the machine is what failed.
+fn last_words(error: Error, console: &Console) -> Error {
+    match error {
+        Error::VmEnded(why) => Error::VmEnded(with_console(why, console)),
+        Error::Timeout(why) => Error::Timeout(with_console(why, console)),
+        Error::Hypervisor(HypervisorError::Ended(ending)) => {
+            Error::VmEnded(with_console(ending.to_string(), console))
+        }
+        other => other,
+    }
+}
+
+fn with_console(why: String, console: &Console) -> String {
+    let last = console.last_lines(CONSOLE_LINES);
+    if last.is_empty() {
+        why
+    } else {
+        format!("{why}; the guest's last lines: {last}")
+    }
+}

@@ -1,0 +1,357 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Making, freezing, limiting and removing containers.
+
+use std::{collections::BTreeMap, path::Path, sync::Arc, time::Duration};
+
+use bulkhead_agent_protocol::agent::{
+    ContainerRequest, CreateContainerRequest, StatsReply, UpdateContainerRequest,
+};
+use oci_spec::runtime::LinuxResources;
+
+use super::{
+    blocking,
+    directory::check_name,
+    process::{self, Requested},
+    rootfs,
+    state::{label, Container, Frozen, Phase, Process, Stage},
+    CreateRequest, Deleted, Event, Exit, Inner,
+};
+use crate::{
+    error::{chain, Error, ErrorKind, Step},
+    io::Copies,
+    oci,
+    resource::{journal::Resource, mount},
+};
+
+/// How long output may take to be delivered before its container is deleted.
+const DELIVERY: Duration = Duration::from_secs(10);
+
+/// How long a killed container may take to be gone.
+const DEATH: Duration = Duration::from_secs(10);
+
+fn request(id: &str) -> ContainerRequest {
+    ContainerRequest {
+        container_id: id.into(),
+        ..Default::default()
+    }
+}
+
+/// See [`super::Sandbox::create`].
+pub async fn create(inner: Arc<Inner>, mut request: CreateRequest) -> Result<u32, Error> {
+    let id = request.id.clone();
+    check_name("container", &id)?;
+    let directory = inner.directory.shared().join(&id);
+    let stdio = std::mem::take(&mut request.stdio);
+    let (terminal, paths) = (stdio.terminal, stdio.paths.clone());
+    {
+        let mut pod = inner.pod();
+        pod.accepts()?;
+        if pod.containers.contains_key(&id) {
+            return Err(Error::AlreadyExists(label(&id, None)));
+        }
+        let path = directory.clone();
+        let entry = inner
+            .journal
+            .record(Resource::Directory { path })
+            .step(|| "write the journal")?;
+        let container = Container {
+            bundle: request.bundle.clone(),
+            phase: Phase::Creating,
+            frozen: Frozen::No,
+            init: Process::new(terminal, paths.clone()),
+            execs: BTreeMap::new(),
+            entry,
+        };
+        pod.containers.insert(id.clone(), container);
+    }
+    match make(&inner, &request, stdio, &directory).await {
+        Ok(copies) => {
+            let pid = {
+                let mut pod = inner.pod();
+                let pid = pod.pid;
+                let ended = pod.ended.clone();
+                if let Some(container) = pod.containers.get_mut(&id) {
+                    container.phase = Phase::Exists;
+                    container.init.copies = Some(Arc::new(copies));
+                }
+                pod.tell(Event::Created {
+                    id: id.clone(),
+                    bundle: request.bundle,
+                    rootfs: request.rootfs,
+                    stdio: paths,
+                    terminal,
+                    pid,
+                });
+                // It ended while nobody looked at this one.
+                if let Some(why) = ended {
+                    pod.machine_ended(why);
+                }
+                pid
+            };
+            process::watch(&inner, &id, None);
+            Ok(pid)
+        }
+        Err(error) => {
+            let error = inner.explain(error).await;
+            forget(&inner, &id, &directory).await;
+            Err(error)
+        }
+    }
+}
+
+async fn make(
+    inner: &Arc<Inner>,
+    request: &CreateRequest,
+    stdio: crate::io::Stdio,
+    directory: &Path,
+) -> Result<Copies, Error> {
+    let spec = oci::load(&request.bundle)?;
+    let prepared = oci::container(&spec, &request.id)?;
+    let root = spec.root().as_ref();
+    let root_path = root.map_or_else(
+        || request.bundle.join("rootfs"),
+        |root| request.bundle.join(root.path()),
+    );
+    let read_only = root.and_then(|root| root.readonly()).unwrap_or(false);
+    let (directory, mounts, volumes) = (
+        directory.to_path_buf(),
+        request.rootfs.clone(),
+        prepared.volumes,
+    );
+    blocking(move || rootfs::prepare(&directory, &mounts, &root_path, read_only, &volumes)).await?;
+
+    let requested = Requested::of(&inner.streams, &stdio);
+    inner
+        .agent
+        .create_container(CreateContainerRequest {
+            container_id: request.id.clone(),
+            spec: Some(prepared.spec).into(),
+            stdio: Some(requested.ids()).into(),
+            ..Default::default()
+        })
+        .await?;
+    let watcher = inner.clone();
+    let copies = requested
+        .connect(stdio, move || watcher.first_output())
+        .await;
+    match copies {
+        Ok(copies) => Ok(copies),
+        Err(error) => {
+            // The guest has it already.
+            if let Err(left) = inner
+                .agent
+                .delete_container(self::request(&request.id))
+                .await
+            {
+                tracing::warn!(
+                    sandbox = inner.id,
+                    container = request.id,
+                    error = chain(&left),
+                    "container left behind in the guest"
+                );
+            }
+            Err(error)
+        }
+    }
+}
+
+/// Removes a container's files and its place in the pod.
+async fn forget(inner: &Arc<Inner>, id: &str, directory: &Path) {
+    let path = directory.to_path_buf();
+    let removed =
+        blocking(move || mount::remove_tree(&path).step(|| format!("remove {}", path.display())))
+            .await;
+    let container = inner.pod().containers.remove(id);
+    let outcome = match (removed, container) {
+        (Ok(()), Some(container)) => inner
+            .journal
+            .forget(container.entry)
+            .step(|| "write the journal"),
+        (removed, _) => removed,
+    };
+    if let Err(error) = outcome {
+        // The journal has it: the sandbox's end is another try.
+        tracing::warn!(
+            sandbox = inner.id,
+            container = id,
+            error = chain(&error),
+            "container's files not removed"
+        );
+    }
+}
+
+/// See [`super::Sandbox::delete`].
+pub async fn delete(inner: Arc<Inner>, id: String) -> Result<Deleted, Error> {
+    let (created, copies, mut exit) = {
+        let mut pod = inner.pod();
+        let container = pod.container(&id)?;
+        if container.phase == Phase::Deleting {
+            return Err(Error::Precondition(format!(
+                "{} is being deleted",
+                label(&id, None)
+            )));
+        }
+        let created = match container.init.stage {
+            Stage::Stopped => false,
+            Stage::Created => true,
+            Stage::Starting | Stage::Running => {
+                return Err(Error::Precondition(format!(
+                    "{} is running: kill it first",
+                    label(&id, None)
+                )));
+            }
+        };
+        container.phase = Phase::Deleting;
+        (
+            created,
+            container.init.copies.clone(),
+            container.init.exit.subscribe(),
+        )
+    };
+    if created {
+        // Best effort: deleting kills as well.
+        let _ = process::send_signal(&inner, &id, None, 9, true).await;
+        let _ = tokio::time::timeout(DEATH, exit.wait_for(Option::is_some)).await;
+    }
+    if let Some(copies) = copies {
+        if !copies.delivered(DELIVERY).await {
+            tracing::warn!(
+                sandbox = inner.id,
+                container = id,
+                "output was not taken, and is dropped"
+            );
+        }
+        copies.stop();
+    }
+    if inner.pod().ended.is_none() {
+        match inner.agent.delete_container(request(&id)).await {
+            Ok(_) => {}
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            // The host's part goes all the same.
+            Err(error) => tracing::warn!(
+                sandbox = inner.id,
+                container = id,
+                error = chain(&error),
+                "container not removed in the guest"
+            ),
+        }
+    }
+    let (exit, pid) = {
+        let mut pod = inner.pod();
+        pod.give_up_on_execs(&id);
+        let exit = (*exit.borrow()).unwrap_or(Exit {
+            status: super::state::KILLED,
+            at: std::time::SystemTime::now(),
+        });
+        (exit, pod.pid)
+    };
+    let directory = inner.directory.shared().join(&id);
+    forget(&inner, &id, &directory).await;
+    inner.pod().tell(Event::Deleted {
+        id,
+        exec: None,
+        pid,
+        status: exit.status,
+        at: exit.at,
+    });
+    Ok(Deleted { pid, exit })
+}
+
+/// See [`super::Sandbox::pids`].
+pub async fn pids(inner: &Inner, id: &str) -> Result<Vec<(u32, Option<String>)>, Error> {
+    exists(inner, id)?;
+    let reply = asked(inner, inner.agent.list_processes(request(id)).await).await?;
+    Ok(reply
+        .processes
+        .into_iter()
+        .map(|process| {
+            let exec = Some(process.exec_id).filter(|exec| !exec.is_empty());
+            (process.pid, exec)
+        })
+        .collect())
+}
+
+/// See [`super::Sandbox::stats`].
+pub async fn stats(inner: &Inner, id: &str) -> Result<StatsReply, Error> {
+    exists(inner, id)?;
+    asked(inner, inner.agent.stats_container(request(id)).await).await
+}
+
+/// See [`super::Sandbox::update`].
+pub async fn update(inner: &Inner, id: &str, resources: &LinuxResources) -> Result<(), Error> {
+    exists(inner, id)?;
+    let resources = oci::resources(resources)?;
+    let update = inner.agent.update_container(UpdateContainerRequest {
+        container_id: id.into(),
+        resources: Some(resources).into(),
+        ..Default::default()
+    });
+    asked(inner, update.await).await.map(drop)
+}
+
+/// See [`super::Sandbox::pause`].
+pub async fn pause(inner: Arc<Inner>, id: String) -> Result<(), Error> {
+    {
+        let mut pod = inner.pod();
+        pod.accepts()?;
+        let container = pod.container(&id)?;
+        if container.init.stage != Stage::Running || container.frozen != Frozen::No {
+            return Err(Error::Precondition(format!(
+                "{} is not running",
+                label(&id, None)
+            )));
+        }
+        container.frozen = Frozen::Pausing;
+    }
+    let paused = inner.agent.pause_container(request(&id)).await;
+    let mut pod = inner.pod();
+    let Ok(container) = pod.container(&id) else {
+        return Err(Error::NotFound(label(&id, None)));
+    };
+    match paused {
+        Ok(_) => {
+            container.frozen = Frozen::Yes;
+            pod.tell(Event::Paused { id });
+            Ok(())
+        }
+        Err(error) => {
+            container.frozen = Frozen::No;
+            Err(error)
+        }
+    }
+}
+
+/// See [`super::Sandbox::resume`].
+pub async fn resume(inner: Arc<Inner>, id: String) -> Result<(), Error> {
+    {
+        let mut pod = inner.pod();
+        pod.accepts()?;
+        let container = pod.container(&id)?;
+        if container.frozen != Frozen::Yes {
+            return Err(Error::Precondition(format!(
+                "{} is not paused",
+                label(&id, None)
+            )));
+        }
+    }
+    inner.agent.resume_container(request(&id)).await?;
+    let mut pod = inner.pod();
+    if let Ok(container) = pod.container(&id) {
+        container.frozen = Frozen::No;
+        pod.tell(Event::Resumed { id });
+    }
+    Ok(())
+}
+
+fn exists(inner: &Inner, id: &str) -> Result<(), Error> {
+    let mut pod = inner.pod();
+    pod.container(id)?;
+    pod.accepts()
+}
+
+async fn asked<T>(inner: &Inner, answer: Result<T, Error>) -> Result<T, Error> {
+    match answer {
+        Ok(answer) => Ok(answer),
+        Err(error) => Err(inner.explain(error).await),
+    }
+}

@@ -1,0 +1,180 @@
+// SPDX-License-Identifier: Apache-2.0
+//! A sandbox's directory on the host: everything it keeps in files.
+//!
+//! ```text
+//! <state_dir>/s/<hash of namespace and id>/   mode 0700
+//!   sandbox.json          whose it is
+//!   journal               what it has taken from the host
+//!   vsock                 connections to the guest
+//!   vsock_1024 _1025      connections of the guest: agent, streams
+//!   shared/               what the guest's virtio-fs shows
+//! ```
+
+use std::{
+    fs::{self, DirBuilder},
+    io,
+    os::unix::fs::DirBuilderExt,
+    path::{Path, PathBuf},
+};
+
+use serde::Serialize;
+use sha2::{Digest, Sha256};
+
+use crate::{
+    error::{Error, Step},
+    resource::{journal::Journal, mount},
+};
+
+/// Names of at most this length fit into paths; containerd's are shorter.
+const NAME_MAX: usize = 128;
+
+/// A sandbox's directory.
+#[derive(Debug, Clone)]
+pub struct Directory {
+    path: PathBuf,
+}
+
+#[derive(Serialize)]
+struct Identity<'a> {
+    namespace: &'a str,
+    id: &'a str,
+    pid: u32,
+    vmm_pid: u32,
+}
+
+impl Directory {
+    /// Of the sandbox `id` in `namespace`. The name is short and of known
+    /// length whatever those are: socket paths end at 107 bytes.
+    pub fn of(state_dir: &Path, namespace: &str, id: &str) -> Self {
+        let digest = Sha256::digest(format!("{namespace}/{id}"));
+        let name: String = digest[..8]
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
+        Self {
+            path: state_dir.join("s").join(name),
+        }
+    }
+
+    /// Makes it.
+    ///
+    /// # Errors
+    /// There is one: the sandbox exists, or what it left behind does.
+    pub fn create(&self) -> Result<(), Error> {
+        let parent = self.path.parent().unwrap_or(&self.path);
+        let mut builder = DirBuilder::new();
+        builder.mode(0o700);
+        builder
+            .recursive(true)
+            .create(parent)
+            .step(|| format!("create {} (runtime.state_dir)", parent.display()))?;
+        match builder.recursive(false).create(&self.path) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                return Err(Error::AlreadyExists(format!(
+                    "sandbox directory {}",
+                    self.path.display()
+                )));
+            }
+            Err(error) => {
+                return Err(error).step(|| format!("create {}", self.path.display()));
+            }
+        }
+        // Containers' users look things up in it through the guest.
+        let shared = self.shared();
+        DirBuilder::new()
+            .mode(0o755)
+            .create(&shared)
+            .step(|| format!("create {}", shared.display()))
+    }
+
+    /// Tells people whose it is.
+    pub fn identify(&self, namespace: &str, id: &str, vmm_pid: u32) -> io::Result<()> {
+        let identity = Identity {
+            namespace,
+            id,
+            pid: std::process::id(),
+            vmm_pid,
+        };
+        fs::write(
+            self.path.join("sandbox.json"),
+            serde_json::to_vec(&identity)?,
+        )
+    }
+
+    /// Gives everything back that the journal names, and removes the
+    /// directory. Nothing to do when there is none.
+    pub fn release(&self) -> Result<(), Error> {
+        Journal::release_all(&self.path)
+            .step(|| format!("clean up after {}", self.path.display()))?;
+        mount::remove_tree(&self.path).step(|| format!("remove {}", self.path.display()))
+    }
+
+    /// The directory.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What the guest's virtio-fs shows.
+    pub fn shared(&self) -> PathBuf {
+        self.path.join("shared")
+    }
+
+    /// Where the host connects to the guest, and the prefix of where the
+    /// guest connects to the host.
+    pub fn vsock(&self) -> PathBuf {
+        self.path.join("vsock")
+    }
+
+    /// Where the guest's connections to `port` arrive.
+    pub fn vsock_port(&self, port: u32) -> PathBuf {
+        self.path.join(format!("vsock_{port}"))
+    }
+}
+
+/// Whether an id can be a file's name: letters, digits, `_`, `.` and `-`,
+/// beginning with a letter or digit.
+///
+/// # Errors
+/// [`Error::Invalid`] with what it is the id of.
+pub fn check_name(what: &str, name: &str) -> Result<(), Error> {
+    let good = name.len() <= NAME_MAX
+        && name.starts_with(|c: char| c.is_ascii_alphanumeric())
+        && name
+            .bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte));
+    if good {
+        Ok(())
+    } else {
+        Err(Error::Invalid(format!(
+            "{what} {name:?}: letters, digits, '_', '.' and '-' make an id, at most {NAME_MAX}"
+        )))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_do_not_leave_their_directory() {
+        assert!(check_name("id", "web-1.a_b").is_ok());
+        for bad in ["", ".", "..", "a/b", "-a", "a b", "a\0", &"x".repeat(129)] {
+            assert!(check_name("id", bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_second_sandbox_of_the_same_name_is_refused() {
+        let scratch = tempfile::tempdir().unwrap();
+        let directory = Directory::of(scratch.path(), "k8s.io", "x");
+        assert!(
+            directory.vsock_port(1025).as_os_str().len() < scratch.path().as_os_str().len() + 40
+        );
+        directory.create().unwrap();
+        assert!(matches!(directory.create(), Err(Error::AlreadyExists(_))));
+        directory.release().unwrap();
+        directory.release().unwrap();
+        assert!(!directory.path().exists());
+    }
+}
