@@ -194,10 +194,8 @@ fn unknown_key(table: &Table) -> Option<(String, Option<String>)> {
     for (section, value) in table {
         let Some((_, names)) = KNOWN.iter().find(|(name, _)| name == section) else {
             // A key of a section, written outside of it, is likely meant.
-            let inside = KNOWN.iter().flat_map(|(name, names)| keys(name, names));
-            let moved = inside
-                .filter(|key| key.ends_with(&format!(".{section}")))
-                .next();
+            let mut inside = KNOWN.iter().flat_map(|(name, names)| keys(name, names));
+            let moved = inside.find(|key| key.ends_with(&format!(".{section}")));
             return Some((
                 section.clone(),
                 moved.or_else(|| nearest(section, &sections)),

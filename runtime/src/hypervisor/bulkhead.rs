@@ -25,6 +25,7 @@ use bulkhead_vmm_api::{
 };
 use rustix::{
     fs::{fcntl_setfl, OFlags},
+    pipe::{pipe_with, PipeFlags},
     process::{pidfd_open, pidfd_send_signal, Pid, PidfdFlags, Signal},
 };
 use tokio::{
@@ -124,7 +125,9 @@ impl BulkheadVmm {
             .open("/dev/kvm")
             .map_err(HypervisorError::Kvm)?;
         let (ours, theirs) = Channel::pair().map_err(system("make the control socket"))?;
-        let (stderr, their_stderr) = io::pipe().map_err(system("make a pipe"))?;
+        let (stderr, their_stderr) = pipe_with(PipeFlags::CLOEXEC)
+            .map_err(io::Error::from)
+            .map_err(system("make a pipe"))?;
         let mut command = Command::new(binary);
         command
             .arg("--control-fd")
@@ -135,7 +138,7 @@ impl BulkheadVmm {
             .process_group(0)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(OwnedFd::from(their_stderr));
+            .stderr(their_stderr);
         sys::inherit_and_die_with_parent(&mut command, theirs.as_fd());
         let child = command.spawn().map_err(|source| HypervisorError::Spawn {
             path: binary.into(),
@@ -170,7 +173,7 @@ impl BulkheadVmm {
             timeline: Mutex::default(),
         });
         let tail = Tail::new(STDERR_KEPT);
-        let said = tokio::spawn(watch::log_stderr(OwnedFd::from(stderr), tail.clone(), pid));
+        let said = tokio::spawn(watch::log_stderr(stderr, tail.clone(), pid));
         tokio::spawn(watch::watch(inner.clone(), child, watched, tail, said));
         Ok(Self { inner })
     }

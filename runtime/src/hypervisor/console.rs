@@ -12,7 +12,10 @@ use std::{
     path::PathBuf,
 };
 
-use rustix::fs::{fcntl_setfl, OFlags};
+use rustix::{
+    fs::{fcntl_setfl, OFlags},
+    pipe::{pipe_with, PipeFlags},
+};
 use tokio::io::{unix::AsyncFd, Interest};
 
 use super::tail::Tail;
@@ -54,8 +57,7 @@ impl Console {
     }
 
     fn in_memory() -> io::Result<(Self, OwnedFd)> {
-        let (reader, writer) = io::pipe()?;
-        let (reader, writer) = (OwnedFd::from(reader), OwnedFd::from(writer));
+        let (reader, writer) = pipe_with(PipeFlags::CLOEXEC)?;
         // A console never waits: what does not fit is lost.
         fcntl_setfl(&writer, OFlags::NONBLOCK)?;
         fcntl_setfl(&reader, OFlags::NONBLOCK)?;

@@ -1,0 +1,25 @@
+// SPDX-License-Identifier: Apache-2.0
+//! `bulkhead check`.
+
+use std::process::ExitCode;
+
+use bulkhead_runtime::{
+    check::{self, Subject},
+    config::Config,
+};
+
+/// Prints the report; success when microVMs can run.
+pub fn check(config: &Config) -> ExitCode {
+    let report = check::run(&Subject {
+        vmm: config.hypervisor.path.clone(),
+        kernel: config.hypervisor.kernel.clone(),
+        image: config.hypervisor.image.clone(),
+        state_dir: config.runtime.state_dir.clone(),
+    });
+    print!("{report}");
+    if report.passed() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}
