@@ -30,6 +30,7 @@ use crate::{
     virtio::{
         blk::Blk,
         device::{DeviceRef, GuestRam, VirtioDevice},
+        fs::Fs,
         net::Net,
         pmem::Pmem,
         rng::Rng,
@@ -40,11 +41,11 @@ use crate::{
 
 /// PCI class codes of what the devices are.
 mod class {
-    pub const STORAGE: u32 = 0x0180_00;
-    pub const ETHERNET: u32 = 0x0200_00;
-    pub const OTHER_NETWORK: u32 = 0x0280_00;
-    pub const OTHER_MEMORY: u32 = 0x0580_00;
-    pub const UNASSIGNED: u32 = 0xff00_00;
+    pub const STORAGE: u32 = 0x01_8000;
+    pub const ETHERNET: u32 = 0x02_0000;
+    pub const OTHER_NETWORK: u32 = 0x02_8000;
+    pub const OTHER_MEMORY: u32 = 0x05_8000;
+    pub const UNASSIGNED: u32 = 0xff_0000;
 }
 
 /// Why a VM could not be built.
@@ -318,6 +319,14 @@ impl Plug<'_> {
             let name = format!("pmem {}", config.id);
             let device = self.pmem(&config.id, file, config.read_only, &mut windows, &name)?;
             self.plug(device, class::OTHER_MEMORY, &io.handle(), &name)?;
+        }
+        for (config, directory) in resources.fs {
+            let name = format!("fs {}", config.tag);
+            // Its requests block, so it has a thread of its own.
+            let own = EventLoop::spawn("fs").map_err(system("event loop could not be started"))?;
+            let device = Fs::new(&config, directory).map_err(named(name.clone()))?;
+            self.plug(device, class::STORAGE, &own.handle(), &name)?;
+            loops.push(own);
         }
         if let Some((config, listener)) = resources.vsock {
             let device = Vsock::new(&config, listener, callbacks.on_connect.clone())

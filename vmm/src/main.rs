@@ -53,6 +53,7 @@ fn serve(socket: OwnedFd, stamps: std::sync::Arc<Stamps>) -> ! {
         .with_target(false)
         .init();
     control::end_on_panic();
+    allow_files();
     let reason = match Server::new(Channel::from_fd(socket), stamps) {
         Ok(server) => server.run(),
         Err(error) => {
@@ -61,6 +62,24 @@ fn serve(socket: OwnedFd, stamps: std::sync::Arc<Stamps>) -> ! {
         }
     };
     exit(reason.code());
+}
+
+/// Lets the guest's files be what the guest says: modes of new ones are not
+/// this process's to change, and each one the guest knows takes a descriptor.
+fn allow_files() {
+    // SAFETY: both calls only change numbers of this process, and the
+    // structure outlives them.
+    unsafe {
+        libc::umask(0);
+        let mut limit = libc::rlimit {
+            rlim_cur: 0,
+            rlim_max: 0,
+        };
+        if libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) == 0 {
+            limit.rlim_cur = limit.rlim_max;
+            libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit);
+        }
+    }
 }
 
 /// Takes an inherited descriptor by its number.

@@ -43,10 +43,7 @@ struct Console {
 impl Console {
     fn drain(&mut self) {
         if let Some(output) = &mut self.output {
-            let written = match output.write(&self.buffer) {
-                Ok(written) => written,
-                Err(_) => 0,
-            };
+            let written = output.write(&self.buffer).unwrap_or_default();
             self.dropped += (self.buffer.len() - written) as u64;
         }
         self.buffer.clear();

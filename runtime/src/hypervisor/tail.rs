@@ -84,7 +84,7 @@ mod tests {
         let tail = Tail::new(8);
         tail.push(b"first\nsecond\n");
         tail.push(b"3\n");
-        assert_eq!(tail.lines(9), ["cond", "3"]);
+        assert_eq!(tail.lines(9), ["econd", "3"]);
         assert_eq!(tail.lines(1), ["3"]);
     }
 

@@ -154,7 +154,7 @@ mod tests {
         ConfigSpace::new(Identity {
             vendor: VIRTIO_VENDOR,
             device: 0x1041,
-            class: 0x0200_00,
+            class: 0x02_0000,
             revision: 1,
             subsystem: 0x40,
         })
@@ -170,7 +170,7 @@ mod tests {
     fn identity_is_readable_and_not_writable() {
         let mut space = space();
         assert_eq!(read(&space, 0), 0x1041_1af4);
-        assert_eq!(read(&space, 8), 0x0200_0001);
+        assert_eq!(read(&space, 8), 0x02_000001);
         space.write(0, &[0; 4]);
         assert_eq!(read(&space, 0), 0x1041_1af4);
         space.write(4, &[0xff, 0xff]);

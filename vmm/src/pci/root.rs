@@ -42,7 +42,7 @@ impl Default for PciRoot {
         let bridge = ConfigSpace::new(Identity {
             vendor: 0x8086,
             device: 0x0d57,
-            class: 0x0600_00,
+            class: 0x06_0000,
             revision: 0,
             subsystem: 0,
         });

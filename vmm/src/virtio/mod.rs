@@ -4,6 +4,7 @@
 pub mod blk;
 pub mod chain;
 pub mod device;
+pub mod fs;
 pub mod net;
 pub mod pmem;
 pub mod rng;

@@ -180,14 +180,12 @@ impl VirtioPci {
         match offset {
             0x00 => registers.feature_select = value,
             0x08 => registers.driver_feature_select = value,
-            0x0c => {
-                // Settled once the device accepted them.
-                if registers.status & status::FEATURES_OK == 0 {
-                    match registers.driver_feature_select {
-                        0 => registers.driver_features = low(registers.driver_features),
-                        1 => registers.driver_features = high(registers.driver_features),
-                        _ => {}
-                    }
+            // Settled once the device accepted them.
+            0x0c if registers.status & status::FEATURES_OK == 0 => {
+                match registers.driver_feature_select {
+                    0 => registers.driver_features = low(registers.driver_features),
+                    1 => registers.driver_features = high(registers.driver_features),
+                    _ => {}
                 }
             }
             0x10 => {

@@ -1,344 +1,471 @@
 // SPDX-License-Identifier: Apache-2.0
-//! One connection: its state, its credit, and what it has to say next. No
-//! I/O happens here.
+//! One connection's state: what each side has said, what is owed to the guest,
+//! and both directions' credit. It decides and counts; sockets and queues are
+//! others' business.
 //!
-//! ```text
-//! guest asks:  REQUEST ──> Open ──> RESPONSE
-//! host asks:   Asked ── REQUEST ──> RESPONSE ──> Open
-//! ```
-//! An open connection has two directions. Host to guest ends with the host's
-//! end of file (SHUTDOWN "no send") or when the guest wants no more; guest to
-//! host ends with the guest's SHUTDOWN "no send", once what it sent before has
-//! been written. When neither is left, RST ends the connection.
+//! The directions live apart, since either may end long before the other: the
+//! standard input of a container ends while its output goes on.
 
-use std::collections::VecDeque;
+use super::packet::{shutdown, Header, Op};
 
-use super::packet::{self, Op};
+/// Bytes of the guest's that a connection holds until the host takes them:
+/// the credit a guest has.
+pub const BUFFER: u32 = 64 * 1024;
+/// So much regained credit is worth a packet of its own.
+const UPDATE_AT: u32 = BUFFER / 2;
 
-/// What the guest may have on its way to the host, in bytes.
-pub const BUFFER: u32 = 256 * 1024;
-
-/// Where a connection is.
+/// Where a connection is in its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
-    /// The host asked; the guest has not answered.
-    Asked,
-    /// Data flows.
+    /// The host asked for it and the guest has not answered. Has a deadline.
+    Requested,
+    /// Both sides know of it.
     Open,
-    /// Ends with the next packet, RST.
-    Over,
-}
-
-/// What is to be done with the host's socket.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Outcome {
-    /// Nothing.
-    Continue,
-    /// The guest accepted: tell the host.
-    Accepted,
-    /// The connection is gone: forget it, without another packet.
+    /// The host is gone, the guest was told, and is to let go of it. Has a
+    /// deadline.
+    Closing,
+    /// Over for the guest; what it sent last is still on its way to the host.
+    Orphan,
+    /// A reset is owed to the guest; nothing else is left.
+    Resetting,
+    /// Over.
     Gone,
 }
 
-/// A connection's state.
-#[derive(Debug)]
+/// The direction from host to guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum ToGuest {
+    Open,
+    /// The host has sent everything.
+    Ended,
+    /// The guest will receive nothing more.
+    Refused,
+}
+
+/// The direction from guest to host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum ToHost {
+    Open,
+    /// The guest has sent everything; the host has not taken it all.
+    Draining,
+    /// It has.
+    Ended,
+    /// The host takes nothing more.
+    Refused,
+}
+
+/// What to do about a packet of the guest's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// Nothing.
+    Ignore,
+    /// The guest granted the connection: tell the host's client.
+    Granted,
+    /// Pass its data on to the host.
+    Deliver,
+    /// Drop its data; it is counted as taken.
+    Discard,
+}
+
+/// What happened on the host's side.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HostEvent {
+    /// The socket has given all it ever will.
+    Ended,
+    /// The socket takes nothing more.
+    Unwritable,
+    /// The socket is no good in either direction.
+    Failed,
+    /// The deadline has passed.
+    Timeout,
+}
+
+/// The next packet owed to the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Output {
+    /// A packet without data, with flags for [`Op::Shutdown`].
+    Control(Op, u32),
+    /// Data of the host, if it has any: at most so many bytes.
+    Data(u32),
+}
+
+/// The state of one connection.
+#[derive(Debug, Clone)]
 pub struct Connection {
     phase: Phase,
-    /// Guest to host: bytes taken but not yet written.
-    backlog: VecDeque<u8>,
-    /// Bytes of the guest that were written or dropped, modulo 2^32.
-    fwd_cnt: u32,
-    /// `fwd_cnt` as the guest knows it.
-    told_fwd_cnt: u32,
-    /// Guest's buffer, what it took out, and what was sent to it.
-    peer_buf_alloc: u32,
-    peer_fwd_cnt: u32,
+    to_guest: ToGuest,
+    to_host: ToHost,
+
+    owes_request: bool,
+    owes_response: bool,
+    owes_credit: bool,
+    owes_credit_request: bool,
+    /// The guest was asked for credit and has not given any since.
+    asked_for_credit: bool,
+    shutdown_owed: u32,
+    shutdown_told: u32,
+
+    /// The guest's buffer, what its user took of it, and what was sent.
+    guest_buffer: u32,
+    guest_taken: u32,
     sent: u32,
-    /// Host's end of file.
-    host_done: bool,
-    /// The host's socket takes no more.
-    host_closed: bool,
-    /// The guest's SHUTDOWN flags so far.
-    guest_flags: u32,
-    /// Control packets to send, each at most once.
-    owe_request: bool,
-    owe_response: bool,
-    owe_shutdown: Option<u32>,
-    owe_credit: bool,
-    owe_credit_request: bool,
-    asked_credit: bool,
-    /// Whether the host's socket may have data.
-    pub readable: bool,
-    /// Whether the host's socket may take data.
-    pub writable: bool,
-    /// In the queue of connections with something to say.
-    pub queued: bool,
+    /// What the guest sent, what the host took, and what the guest knows the
+    /// host took.
+    received: u32,
+    taken: u32,
+    taken_told: u32,
 }
 
 impl Connection {
     fn new(phase: Phase) -> Self {
         Self {
             phase,
-            backlog: VecDeque::new(),
-            fwd_cnt: 0,
-            told_fwd_cnt: 0,
-            peer_buf_alloc: 0,
-            peer_fwd_cnt: 0,
+            to_guest: ToGuest::Open,
+            to_host: ToHost::Open,
+            owes_request: false,
+            owes_response: false,
+            owes_credit: false,
+            owes_credit_request: false,
+            asked_for_credit: false,
+            shutdown_owed: 0,
+            shutdown_told: 0,
+            guest_buffer: 0,
+            guest_taken: 0,
             sent: 0,
-            host_done: false,
-            host_closed: false,
-            guest_flags: 0,
-            owe_request: false,
-            owe_response: false,
-            owe_shutdown: None,
-            owe_credit: false,
-            owe_credit_request: false,
-            asked_credit: false,
-            readable: false,
-            writable: true,
-            queued: false,
+            received: 0,
+            taken: 0,
+            taken_told: 0,
         }
     }
 
-    /// One that the guest asked for and the host has accepted.
-    pub fn from_guest(buf_alloc: u32, fwd_cnt: u32) -> Self {
-        let mut this = Self::new(Phase::Open);
-        this.set_credit(buf_alloc, fwd_cnt);
-        this.owe_response = true;
-        this.readable = true;
-        this
+    /// A connection that a client on the host asks for.
+    pub fn requested() -> Self {
+        Self {
+            owes_request: true,
+            ..Self::new(Phase::Requested)
+        }
     }
 
-    /// One that the host asks for.
-    pub fn from_host() -> Self {
-        let mut this = Self::new(Phase::Asked);
-        this.owe_request = true;
-        this
+    /// A connection the guest asked for, by `request`, and gets.
+    pub fn accepted(request: &Header) -> Self {
+        Self {
+            owes_response: true,
+            guest_buffer: request.buf_alloc,
+            guest_taken: request.fwd_cnt,
+            ..Self::new(Phase::Open)
+        }
     }
 
-    /// Its phase.
+    /// Where it is in its life.
     pub fn phase(&self) -> Phase {
         self.phase
     }
 
-    /// What a packet's header says of the guest's credit.
-    pub fn set_credit(&mut self, buf_alloc: u32, fwd_cnt: u32) {
-        self.peer_buf_alloc = buf_alloc;
-        self.peer_fwd_cnt = fwd_cnt;
-        if self.credit() > 0 {
-            self.asked_credit = false;
+    /// Whether a deadline runs.
+    pub fn is_waiting(&self) -> bool {
+        matches!(self.phase, Phase::Requested | Phase::Closing)
+    }
+
+    /// Whether the guest considers the connection over, or is about to, so
+    /// that it may use the ports anew.
+    pub fn is_over_for_guest(&self) -> bool {
+        match self.phase {
+            Phase::Closing | Phase::Orphan | Phase::Resetting | Phase::Gone => true,
+            Phase::Requested => false,
+            Phase::Open => {
+                self.to_guest == ToGuest::Refused
+                    && matches!(self.to_host, ToHost::Draining | ToHost::Ended)
+            }
         }
     }
 
-    /// Bytes the guest can take now. A guest that lies about what it took
-    /// gets none.
-    pub fn credit(&self) -> u32 {
-        self.peer_buf_alloc
-            .saturating_sub(self.sent.wrapping_sub(self.peer_fwd_cnt))
+    /// The guest uses the ports anew: nothing is owed to it any more.
+    pub fn abandon(&mut self) {
+        self.phase = match (self.phase, self.to_host) {
+            (Phase::Orphan, _) | (Phase::Open, ToHost::Draining) => Phase::Orphan,
+            _ => Phase::Gone,
+        };
     }
 
-    /// A packet other than data arrived from the guest.
-    pub fn control(&mut self, op: Op, flags: u32) -> Outcome {
+    /// Takes a packet of the guest's, `op` being the header's.
+    pub fn on_guest(&mut self, op: Op, header: &Header) -> Verdict {
+        if matches!(self.phase, Phase::Requested | Phase::Open | Phase::Closing) {
+            self.learn_credit(header);
+        }
         match (self.phase, op) {
-            (_, Op::Reset) => return Outcome::Gone,
-            (Phase::Asked, Op::Response) => {
+            (Phase::Orphan | Phase::Gone, _) => Verdict::Ignore,
+            // Never a reset for a reset.
+            (Phase::Resetting | Phase::Requested | Phase::Closing, Op::Rst) => {
+                self.phase = Phase::Gone;
+                Verdict::Ignore
+            }
+            (Phase::Open, Op::Rst) => {
+                // What it had sent before it ended its direction in order is
+                // the host's all the same.
+                self.phase = if self.to_host == ToHost::Draining {
+                    Phase::Orphan
+                } else {
+                    Phase::Gone
+                };
+                Verdict::Ignore
+            }
+            (Phase::Resetting, _) => Verdict::Ignore,
+            // Only to what was asked.
+            (Phase::Requested, Op::Response) if !self.owes_request => {
                 self.phase = Phase::Open;
-                self.readable = true;
-                return Outcome::Accepted;
+                Verdict::Granted
+            }
+            (Phase::Requested, _) => self.violation(),
+            (Phase::Open | Phase::Closing, Op::Request | Op::Response) => self.violation(),
+            (Phase::Open | Phase::Closing, Op::CreditUpdate) => Verdict::Ignore,
+            (Phase::Open | Phase::Closing, Op::CreditRequest) => {
+                self.owes_credit = true;
+                Verdict::Ignore
             }
             (Phase::Open, Op::Shutdown) => {
-                self.guest_flags |= flags & packet::NEITHER;
+                if header.flags & shutdown::RECEIVE != 0 {
+                    self.to_guest = ToGuest::Refused;
+                }
+                if header.flags & shutdown::SEND != 0 {
+                    self.to_host = match self.to_host {
+                        ToHost::Open if self.held() > 0 => ToHost::Draining,
+                        ToHost::Open | ToHost::Refused | ToHost::Ended => ToHost::Ended,
+                        ToHost::Draining => ToHost::Draining,
+                    };
+                }
+                self.settle();
+                Verdict::Ignore
+            }
+            (Phase::Closing, Op::Shutdown) => {
+                if header.flags & shutdown::SEND != 0 {
+                    self.phase = Phase::Resetting;
+                }
+                Verdict::Ignore
+            }
+            (Phase::Open | Phase::Closing, Op::Rw) => self.on_data(header.len),
+        }
+    }
+
+    fn on_data(&mut self, length: u32) -> Verdict {
+        // What the guest may send is what it was told, not what is true by
+        // now.
+        let unacknowledged = self.received.wrapping_sub(self.taken_told);
+        if length > BUFFER.saturating_sub(unacknowledged) {
+            return self.violation();
+        }
+        match self.to_host {
+            ToHost::Open => {
+                self.received = self.received.wrapping_add(length);
+                Verdict::Deliver
+            }
+            ToHost::Refused => {
+                self.received = self.received.wrapping_add(length);
+                self.host_took(length);
+                Verdict::Discard
+            }
+            ToHost::Draining | ToHost::Ended => self.violation(),
+        }
+    }
+
+    /// The guest broke a rule: it gets a reset, the host an end.
+    fn violation(&mut self) -> Verdict {
+        self.phase = Phase::Resetting;
+        Verdict::Ignore
+    }
+
+    /// The guest sent something that cannot be a packet of this connection.
+    pub fn on_violation(&mut self) {
+        if matches!(self.phase, Phase::Requested | Phase::Open | Phase::Closing) {
+            self.violation();
+        }
+    }
+
+    fn learn_credit(&mut self, header: &Header) {
+        self.guest_buffer = header.buf_alloc;
+        self.guest_taken = header.fwd_cnt;
+        if self.credit() > 0 {
+            self.asked_for_credit = false;
+            self.owes_credit_request = false;
+        }
+    }
+
+    /// Takes what happened on the host's side.
+    pub fn on_host(&mut self, event: HostEvent) {
+        match (self.phase, event) {
+            (Phase::Gone | Phase::Resetting, _) => {}
+            (Phase::Requested, _) => {
+                // Not asked for yet: the guest need not hear of it at all.
+                self.phase = if self.owes_request {
+                    Phase::Gone
+                } else {
+                    Phase::Resetting
+                };
+            }
+            (Phase::Open, HostEvent::Ended) => {
+                self.end_to_guest();
                 self.settle();
             }
-            (Phase::Open, Op::CreditRequest) => self.owe_credit = true,
-            (Phase::Open, Op::CreditUpdate) => {}
-            // Out of place: the guest gets what it earned.
-            _ => self.phase = Phase::Over,
-        }
-        Outcome::Continue
-    }
-
-    /// How many bytes the guest may still send, by what it was told.
-    pub fn room(&self) -> u32 {
-        BUFFER.saturating_sub(self.backlog.len() as u32)
-    }
-
-    /// Whether data of the guest can go to the host's socket directly.
-    pub fn direct(&self) -> bool {
-        self.phase == Phase::Open
-            && self.backlog.is_empty()
-            && self.writable
-            && !self.host_closed
-            && self.guest_flags & packet::NO_SEND == 0
-    }
-
-    /// Data arrived, of which `written` bytes went to the host already; `rest`
-    /// is kept. Too much of it ends the connection.
-    pub fn data(&mut self, written: u32, rest: &[u8]) {
-        if self.phase != Phase::Open
-            || self.guest_flags & packet::NO_SEND != 0
-            || rest.len() > self.room() as usize
-        {
-            self.phase = Phase::Over;
-            return;
-        }
-        self.forwarded(written);
-        if self.host_closed {
-            // Nobody reads it; the guest learns from SHUTDOWN.
-            self.forwarded(rest.len() as u32);
-        } else {
-            self.backlog.extend(rest);
-        }
-    }
-
-    /// What is to be written to the host's socket.
-    pub fn backlog(&self) -> (&[u8], &[u8]) {
-        self.backlog.as_slices()
-    }
-
-    /// Whether something is to be written.
-    pub fn has_backlog(&self) -> bool {
-        !self.backlog.is_empty()
-    }
-
-    /// `count` bytes of the backlog were written.
-    pub fn drained(&mut self, count: usize) {
-        self.backlog.drain(..count.min(self.backlog.len()));
-        self.forwarded(count as u32);
-        self.settle();
-    }
-
-    fn forwarded(&mut self, count: u32) {
-        self.fwd_cnt = self.fwd_cnt.wrapping_add(count);
-        // The guest should not have to wait for the last byte of its credit.
-        if self.fwd_cnt.wrapping_sub(self.told_fwd_cnt) >= BUFFER / 2 {
-            self.owe_credit = true;
-        }
-    }
-
-    /// The host's socket refused data: it is closed.
-    pub fn host_refused(&mut self) {
-        if !self.host_closed {
-            self.host_closed = true;
-            let rest = self.backlog.len() as u32;
-            self.backlog.clear();
-            self.forwarded(rest);
-            self.shutdown(packet::NO_RECEIVE);
-            self.settle();
-        }
-    }
-
-    /// The host's end of file. With `both`, it takes no more either.
-    pub fn host_ended(&mut self, both: bool) {
-        self.readable = false;
-        if !self.host_done {
-            self.host_done = true;
-            self.shutdown(packet::NO_SEND);
-        }
-        if both {
-            self.host_refused();
-        }
-        self.settle();
-    }
-
-    fn shutdown(&mut self, flag: u32) {
-        // Flags add up: the guest must not think a direction open again.
-        let so_far = if self.host_done { packet::NO_SEND } else { 0 }
-            | if self.host_closed { packet::NO_RECEIVE } else { 0 };
-        self.owe_shutdown = Some(self.owe_shutdown.unwrap_or(0) | so_far | flag);
-    }
-
-    /// Ends the connection once the guest wants neither direction and what it
-    /// sent has been written.
-    fn settle(&mut self) {
-        if self.guest_flags == packet::NEITHER && self.backlog.is_empty() {
-            self.phase = Phase::Over;
-        }
-    }
-
-    /// Whether the host's socket should be shut for writing: the guest sends
-    /// no more, and all it sent has been written.
-    pub fn guest_ended(&self) -> bool {
-        self.guest_flags & packet::NO_SEND != 0 && self.backlog.is_empty()
-    }
-
-    /// Whether the guest takes no more.
-    pub fn guest_refuses(&self) -> bool {
-        self.guest_flags & packet::NO_RECEIVE != 0
-    }
-
-    /// Whether data should be read for the guest now. Without credit it is
-    /// asked for.
-    pub fn wants_data(&mut self) -> bool {
-        if self.phase != Phase::Open
-            || !self.readable
-            || self.host_done
-            || self.guest_refuses()
-        {
-            return false;
-        }
-        if self.credit() == 0 {
-            if !self.asked_credit {
-                self.asked_credit = true;
-                self.owe_credit_request = true;
+            (Phase::Open, HostEvent::Unwritable) => {
+                self.refuse_to_host();
+                self.settle();
             }
-            return false;
+            (Phase::Open, HostEvent::Failed) => {
+                self.end_to_guest();
+                self.refuse_to_host();
+                self.settle();
+            }
+            (Phase::Open, HostEvent::Timeout) => {}
+            (Phase::Closing, HostEvent::Timeout) => self.phase = Phase::Resetting,
+            (Phase::Closing, _) => {}
+            (Phase::Orphan, HostEvent::Unwritable | HostEvent::Failed) => {
+                self.phase = Phase::Gone;
+            }
+            (Phase::Orphan, HostEvent::Ended | HostEvent::Timeout) => {}
         }
-        true
     }
 
-    /// `count` bytes are on their way to the guest.
-    pub fn sent(&mut self, count: u32) {
-        self.sent = self.sent.wrapping_add(count);
+    fn end_to_guest(&mut self) {
+        if self.to_guest == ToGuest::Open {
+            self.to_guest = ToGuest::Ended;
+            self.owe_shutdown(shutdown::SEND);
+        }
     }
 
-    /// The next control packet to send: operation and flags.
-    pub fn next_control(&mut self) -> Option<(Op, u32)> {
-        if self.phase == Phase::Over {
-            return Some((Op::Reset, 0));
+    fn refuse_to_host(&mut self) {
+        match self.to_host {
+            ToHost::Open => {
+                self.to_host = ToHost::Refused;
+                self.owe_shutdown(shutdown::RECEIVE);
+            }
+            ToHost::Draining => self.to_host = ToHost::Ended,
+            ToHost::Ended | ToHost::Refused => {}
         }
-        let take = |flag: &mut bool| std::mem::take(flag);
-        if take(&mut self.owe_request) {
-            Some((Op::Request, 0))
-        } else if take(&mut self.owe_response) {
-            Some((Op::Response, 0))
-        } else if let Some(flags) = self.owe_shutdown.take() {
-            Some((Op::Shutdown, flags))
-        } else if take(&mut self.owe_credit) {
-            Some((Op::CreditUpdate, 0))
-        } else if take(&mut self.owe_credit_request) {
-            Some((Op::CreditRequest, 0))
+        self.host_took(self.held());
+    }
+
+    fn owe_shutdown(&mut self, flags: u32) {
+        self.shutdown_owed |= flags & !self.shutdown_told;
+    }
+
+    /// The connection ends when both directions have.
+    fn settle(&mut self) {
+        self.phase = match (self.to_guest, self.to_host) {
+            (ToGuest::Open, _) | (_, ToHost::Open | ToHost::Draining) => return,
+            // The guest ended what it could; a reset confirms.
+            (ToGuest::Refused, _) | (_, ToHost::Ended) => Phase::Resetting,
+            // It did not: it has yet to read what it was sent.
+            (ToGuest::Ended, ToHost::Refused) => Phase::Closing,
+        };
+    }
+
+    /// Bytes of the guest's that wait for the host.
+    pub fn held(&self) -> u32 {
+        self.received.wrapping_sub(self.taken)
+    }
+
+    /// The host took `bytes` of what was held, or they were dropped.
+    pub fn host_took(&mut self, bytes: u32) {
+        debug_assert!(bytes <= self.held());
+        self.taken = self.taken.wrapping_add(bytes);
+        if self.taken.wrapping_sub(self.taken_told) >= UPDATE_AT {
+            self.owes_credit = true;
+        }
+        if self.held() == 0 {
+            match (self.phase, self.to_host) {
+                (Phase::Orphan, _) => self.phase = Phase::Gone,
+                (Phase::Open, ToHost::Draining) => {
+                    self.to_host = ToHost::Ended;
+                    self.settle();
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// Whether the guest has sent all it will, and the host has taken it: the
+    /// socket's writing half is to be closed.
+    pub fn to_host_ended(&self) -> bool {
+        self.to_host == ToHost::Ended
+    }
+
+    /// Whether the guest receives nothing more: the socket's reading half is
+    /// to be closed.
+    pub fn to_guest_refused(&self) -> bool {
+        self.to_guest == ToGuest::Refused
+    }
+
+    /// Bytes the guest can still take.
+    pub fn credit(&self) -> u32 {
+        // A guest that claims to have taken more than it was sent gets none.
+        self.guest_buffer
+            .saturating_sub(self.sent.wrapping_sub(self.guest_taken))
+    }
+
+    /// Whether data of the host can be sent now.
+    pub fn wants_data(&self) -> bool {
+        self.takes_data() && self.credit() > 0
+    }
+
+    fn takes_data(&self) -> bool {
+        self.phase == Phase::Open && self.to_guest == ToGuest::Open
+    }
+
+    /// The host has data. Without credit the guest is asked for some, once.
+    pub fn host_has_data(&mut self) {
+        if self.takes_data() && self.credit() == 0 && !self.asked_for_credit {
+            self.asked_for_credit = true;
+            self.owes_credit_request = true;
+        }
+    }
+
+    /// The next packet owed; `readable`: the host may have data.
+    pub fn next(&self, readable: bool) -> Option<Output> {
+        match self.phase {
+            Phase::Gone | Phase::Orphan => return None,
+            Phase::Resetting => return Some(Output::Control(Op::Rst, 0)),
+            Phase::Requested => {
+                return self.owes_request.then_some(Output::Control(Op::Request, 0))
+            }
+            Phase::Open | Phase::Closing => {}
+        }
+        if self.owes_response {
+            Some(Output::Control(Op::Response, 0))
+        } else if self.shutdown_owed != 0 {
+            // Flags add up: what was told stays true.
+            let flags = self.shutdown_told | self.shutdown_owed;
+            Some(Output::Control(Op::Shutdown, flags))
+        } else if readable && self.wants_data() {
+            Some(Output::Data(self.credit()))
+        } else if self.owes_credit {
+            Some(Output::Control(Op::CreditUpdate, 0))
+        } else if self.owes_credit_request {
+            Some(Output::Control(Op::CreditRequest, 0))
         } else {
             None
         }
     }
 
-    /// Whether there is a control packet to send.
-    pub fn owes(&self) -> bool {
-        self.phase == Phase::Over
-            || self.owe_request
-            || self.owe_response
-            || self.owe_shutdown.is_some()
-            || self.owe_credit
-            || self.owe_credit_request
-    }
-
-    /// Buffer and count for the header of the next packet, which tells them.
-    pub fn announce(&mut self) -> (u32, u32) {
-        self.told_fwd_cnt = self.fwd_cnt;
-        self.owe_credit = false;
-        (BUFFER, self.fwd_cnt)
-    }
-
-    /// Ends the connection: RST is the next packet.
-    pub fn kill(&mut self) {
-        self.backlog.clear();
-        self.phase = Phase::Over;
-    }
-
-    /// Whether the host is done both ways and only the guest's answer is
-    /// awaited.
-    pub fn awaits_guest(&self) -> bool {
-        self.host_done && self.host_closed
+    /// A packet is on its way to the guest: marks it as no longer owed and
+    /// fills in what every packet tells. [`Output::Data`] with the bytes that
+    /// are sent, which may be fewer than [`Self::next`] allowed.
+    pub fn told(&mut self, output: Output, header: &mut Header) {
+        match output {
+            Output::Data(length) => self.sent = self.sent.wrapping_add(length),
+            Output::Control(op, flags) => match op {
+                Op::Request => self.owes_request = false,
+                Op::Response => self.owes_response = false,
+                Op::Rst => self.phase = Phase::Gone,
+                Op::Shutdown => {
+                    self.shutdown_told |= flags;
+                    self.shutdown_owed &= !flags;
+                }
+                Op::CreditRequest => self.owes_credit_request = false,
+                Op::CreditUpdate | Op::Rw => {}
+            },
+        }
+        self.owes_credit = false;
+        self.taken_told = self.taken;
+        header.buf_alloc = BUFFER;
+        header.fwd_cnt = self.taken;
     }
 }

@@ -3,11 +3,7 @@
 
 use std::{
     io,
-    os::{
-        fd::OwnedFd,
-        unix::net::UnixListener,
-    },
-    sync::Arc,
+    os::{fd::OwnedFd, unix::net::UnixListener},
 };
 
 use bulkhead_vmm_api::VsockConfig;
@@ -15,31 +11,52 @@ use virtio_bindings::{
     virtio_config::VIRTIO_F_VERSION_1, virtio_ids::VIRTIO_ID_VSOCK,
     virtio_ring::VIRTIO_RING_F_EVENT_IDX,
 };
-use vmm_sys_util::{epoll::EventSet, timerfd::TimerFd};
+use vmm_sys_util::epoll::EventSet;
 
 use super::{
-    event::{LISTENER, TIMER},
-    muxer::Muxer,
+    muxer::{token, Muxer, OnConnect},
+    stream::Watcher,
 };
 use crate::virtio::{
     chain::Queues,
     device::{read_bytes, Activation, DeviceError, StateError, VirtioDevice},
 };
 
-/// Called with the port of each connection of the guest to the host.
-pub type OnConnect = Arc<dyn Fn(u32) + Send + Sync>;
+/// Queue indices (virtio 1.2 §5.10.2).
+pub(super) mod queue {
+    pub const RECEIVE: usize = 0;
+    pub const SEND: usize = 1;
+    pub const EVENT: usize = 2;
+    pub const COUNT: usize = 3;
+}
 
-/// The vsock device.
+/// The socket device.
 pub struct Vsock {
-    cid: u64,
-    listener: Option<UnixListener>,
-    timer: TimerFd,
-    pub(super) muxer: Muxer,
-    pub(super) active: Option<Queues>,
+    guest_cid: u64,
+    uds_path: String,
+    pub(super) listener: Option<UnixListener>,
+    on_connect: OnConnect,
+    pub(super) active: Option<Active>,
+}
+
+/// What exists between DRIVER_OK and reset.
+pub(super) struct Active {
+    pub muxer: Muxer,
+    pub queues: Queues,
+    /// Packets of the guest's are left in the queue for the next round, or
+    /// until there is room for answers.
+    pub stalled: bool,
+    /// The driver is to be told that all connections are gone.
+    pub reset_owed: bool,
 }
 
 impl Vsock {
-    /// A device with the guest's context id.
+    /// A new device. `listener`: where clients on the host connect; a
+    /// listening Unix stream socket. `on_connect` is called with the port of
+    /// each connection that the guest makes to the host, on the device's
+    /// thread: it must not block.
+    ///
+    /// Errors: the listener cannot be made non-blocking.
     pub fn new(
         config: &VsockConfig,
         listener: Option<OwnedFd>,
@@ -50,20 +67,12 @@ impl Vsock {
             listener.set_nonblocking(true)?;
         }
         Ok(Self {
-            cid: u64::from(config.cid),
+            guest_cid: u64::from(config.cid),
+            uds_path: config.uds_path.clone(),
             listener,
-            timer: TimerFd::new()?,
-            muxer: Muxer::new(u64::from(config.cid), config.uds_path.clone(), on_connect),
+            on_connect,
             active: None,
         })
-    }
-
-    pub(super) fn listener(&self) -> Option<&UnixListener> {
-        self.listener.as_ref()
-    }
-
-    pub(super) fn timer(&mut self) -> &mut TimerFd {
-        &mut self.timer
     }
 }
 
@@ -77,8 +86,9 @@ impl VirtioDevice for Vsock {
     }
 
     fn queue_sizes(&self) -> &[u16] {
-        // Receive, transmit, event.
-        &[256, 256, 16]
+        // The driver fills the receive queue with a page each: 128 of them
+        // hold more than all of a connection's credit.
+        &[128, 128, 16]
     }
 
     fn features(&self) -> u64 {
@@ -86,36 +96,44 @@ impl VirtioDevice for Vsock {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        read_bytes(&self.cid.to_le_bytes(), offset, data);
+        read_bytes(&self.guest_cid.to_le_bytes(), offset, data);
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
-        let queues = Queues::new(activation, 2)?;
-        let watch = |fd: &dyn std::os::fd::AsRawFd, token| {
-            queues
-                .event_loop
-                .register(fd, EventSet::IN, queues.handler.clone(), token)
-                .map_err(|source| DeviceError::System {
-                    action: "watch for connections",
-                    source,
-                })
+        let watcher = Watcher {
+            event_loop: activation.event_loop.clone(),
+            handler: activation.handler.clone(),
         };
+        let system = |action| move |source| DeviceError::System { action, source };
+        let queues = Queues::new(activation, queue::COUNT)?;
+        let muxer = Muxer::new(
+            self.guest_cid,
+            &self.uds_path,
+            self.on_connect.clone(),
+            watcher.clone(),
+        )
+        .map_err(system("make a timer"))?;
         if let Some(listener) = &self.listener {
-            watch(listener, LISTENER)?;
+            watcher
+                .event_loop
+                .register(listener, EventSet::IN, watcher.handler, token::LISTENER)
+                .map_err(system("watch the listener"))?;
         }
-        watch(&self.timer, TIMER)?;
-        self.active = Some(queues);
+        self.active = Some(Active {
+            muxer,
+            queues,
+            stalled: false,
+            reset_owed: false,
+        });
         Ok(())
     }
 
     fn reset(&mut self) {
-        if let Some(queues) = self.active.take() {
-            self.muxer.clear(&queues.event_loop);
-            if let Some(listener) = &self.listener {
-                queues.event_loop.unregister(listener);
-            }
-            queues.event_loop.unregister(&self.timer);
+        if let (Some(active), Some(listener)) = (&self.active, &self.listener) {
+            active.queues.event_loop.unregister(listener);
         }
+        // Unregisters and closes all else.
+        self.active = None;
     }
 
     fn save(&mut self) -> Result<Vec<u8>, StateError> {
@@ -124,5 +142,11 @@ impl VirtioDevice for Vsock {
 
     fn restore(&mut self, state: &[u8]) -> Result<(), StateError> {
         self.restore_state(state)
+    }
+}
+
+impl Drop for Vsock {
+    fn drop(&mut self) {
+        self.reset();
     }
 }

@@ -1,72 +1,189 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What wakes the device: the driver, a host program, time.
+//! Working the queues.
 
-use vm_memory::GuestAddressSpace;
+use virtio_queue::QueueT;
+use vm_memory::{Bytes, GuestAddressSpace, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 
-use super::Vsock;
-use crate::{event::EventHandler, virtio::chain::Broken};
+use super::{
+    device::{queue, Active},
+    muxer::{token, Round},
+    packet,
+    rx::Receive,
+    Vsock,
+};
+use crate::{
+    event::EventHandler,
+    virtio::chain::{pop, Broken},
+};
 
-/// Tokens on the event loop; the queues' are below, connections' above.
-pub const LISTENER: u32 = 8;
-/// The timer of unanswered connections.
-pub const TIMER: u32 = 9;
-/// First token of a host socket.
-pub const FIRST_SOCKET: u32 = 16;
-
-const RECEIVE: u32 = 0;
-const TRANSMIT: u32 = 1;
-
-/// Packets of the guest worked per wake-up.
-const ROUND: usize = 64;
+/// Most packets of the guest's per wake-up.
+const PACKETS: usize = 128;
+/// The event that tells the driver that all connections are gone (virtio 1.2
+/// §5.10.6.7).
+const TRANSPORT_RESET: u32 = 0;
 
 impl EventHandler for Vsock {
-    fn handle(&mut self, token: u32, events: EventSet) {
-        let listener = match self.listener().map(|listener| listener.try_clone()) {
-            Some(Ok(listener)) if token == LISTENER => Some(listener),
-            _ => None,
-        };
-        if token == TIMER {
-            // Counts expiries, which do not matter.
-            let _ = self.timer().wait();
-        }
-        let Some(queues) = &mut self.active else {
+    fn handle(&mut self, event_token: u32, events: EventSet) {
+        let (Some(active), listener) = (&mut self.active, &self.listener) else {
             return;
         };
-        if token < LISTENER && !queues.notified(token as usize) || queues.is_broken() {
-            return;
+        if active.queues.is_broken() {
+            // What is ready stays so; only the queues' notifications are
+            // emptied, the rest ends with the connections.
+            active.muxer.drop_all();
         }
-        let memory = queues.memory.memory();
-        match token {
-            RECEIVE => {}
-            TRANSMIT => {
-                let event_loop = queues.event_loop.clone();
-                let handler = queues.handler.clone();
-                let muxer = &mut self.muxer;
-                queues.drain(TRANSMIT as usize, ROUND, |chain| {
-                    muxer.from_guest(&memory, chain, &event_loop, &handler)
-                });
+        let outcome = match event_token {
+            token::TIMER => {
+                active.muxer.on_timer();
+                active.work(false)
             }
-            LISTENER => {
+            token::LISTENER => {
                 if let Some(listener) = listener {
-                    self.muxer
-                        .accept(&listener, &queues.event_loop, &queues.handler);
+                    active.muxer.on_listener(listener);
+                }
+                active.work(false)
+            }
+            token if token >= token::FIRST_SLOT => {
+                active.muxer.on_slot(token - token::FIRST_SLOT, events);
+                active.work(false)
+            }
+            index => {
+                active.queues.notified(index as usize);
+                match index as usize {
+                    queue::SEND => active.work(true),
+                    queue::EVENT => active.tell_reset(),
+                    _ => active.work(false),
                 }
             }
-            TIMER => self.muxer.expire(),
-            token if token >= FIRST_SOCKET => {
-                self.muxer
-                    .socket_ready(token, events, &queues.event_loop, &queues.handler);
+        };
+        if outcome.is_err() {
+            active.queues.break_device();
+        }
+    }
+}
+
+impl Active {
+    /// Takes the guest's packets, if it has told of any, and sends it what is
+    /// owed to it.
+    fn work(&mut self, take: bool) -> Result<(), Broken> {
+        if self.queues.is_broken() {
+            return Ok(());
+        }
+        let memory = self.queues.memory.memory();
+        if take {
+            self.take(&memory)?;
+        }
+        self.send(&memory)?;
+        if self.stalled && self.muxer.can_take() {
+            self.stalled = false;
+            self.again(queue::SEND);
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, memory: &GuestMemoryMmap) -> Result<(), Broken> {
+        let mut used = false;
+        let mut left = PACKETS;
+        let Some(send) = self.queues.get(queue::SEND) else {
+            return Ok(());
+        };
+        loop {
+            if left == 0 || !self.muxer.can_take() {
+                self.stalled = true;
+                break;
             }
-            // The event queue only takes buffers for later.
-            _ => return,
+            let Some(chain) = pop(send, memory)? else {
+                if send.enable_notification(memory).map_err(|_| Broken)? {
+                    continue;
+                }
+                break;
+            };
+            left -= 1;
+            let head = chain.head_index();
+            self.muxer.on_sent(packet::from_tx(memory, chain)?);
+            send.add_used(memory, head, 0).map_err(|_| Broken)?;
+            used = true;
         }
-        if let Err(Broken) = self.muxer.to_guest(queues) {
-            queues.break_device();
+        if used {
+            self.queues.signal(queue::SEND);
         }
-        if let Some(wait) = self.muxer.next_expiry() {
-            // Fails only for times that cannot be represented.
-            let _ = self.timer().reset(wait, None);
+        Ok(())
+    }
+
+    fn send(&mut self, memory: &GuestMemoryMmap) -> Result<(), Broken> {
+        let Some(queue) = self.queues.get(queue::RECEIVE) else {
+            return Ok(());
+        };
+        let mut receive = Receive::new(queue, memory);
+        let more = loop {
+            match self.muxer.send(&mut receive)? {
+                Round::Idle => break false,
+                Round::More => break true,
+                Round::NoBuffers => {
+                    if !receive.wait_for_more()? {
+                        break false;
+                    }
+                }
+            }
+        };
+        let used = receive.has_used();
+        if more {
+            self.again(queue::RECEIVE);
+        }
+        if used {
+            self.queues.signal(queue::RECEIVE);
+        }
+        Ok(())
+    }
+
+    /// Drops all connections and tells the driver so, now or as soon as it has
+    /// posted a buffer for events: the other ends are not where they were.
+    #[allow(dead_code)] // restoring a snapshot calls it, which is to come
+    pub(super) fn reset_transport(&mut self) -> Result<(), Broken> {
+        self.muxer.drop_all();
+        self.reset_owed = true;
+        self.tell_reset()
+    }
+
+    fn tell_reset(&mut self) -> Result<(), Broken> {
+        if !self.reset_owed || self.queues.is_broken() {
+            return Ok(());
+        }
+        let memory = self.queues.memory.memory();
+        let Some(events) = self.queues.get(queue::EVENT) else {
+            return Ok(());
+        };
+        let chain = loop {
+            if let Some(chain) = pop(events, &memory)? {
+                break chain;
+            }
+            if !events.enable_notification(&*memory).map_err(|_| Broken)? {
+                return Ok(());
+            }
+        };
+        let head = chain.head_index();
+        let event = TRANSPORT_RESET.to_le_bytes();
+        let buffer = chain
+            .writable()
+            .find(|descriptor| descriptor.len() as usize >= event.len())
+            .ok_or(Broken)?;
+        memory
+            .write_slice(&event, buffer.addr())
+            .map_err(|_| Broken)?;
+        events
+            .add_used(&*memory, head, event.len() as u32)
+            .map_err(|_| Broken)?;
+        self.reset_owed = false;
+        self.queues.signal(queue::EVENT);
+        Ok(())
+    }
+
+    /// Comes back to a queue after others had their turn.
+    fn again(&self, index: usize) {
+        if let Some(kick) = self.queues.kick(index) {
+            // Cannot fail: the counter is far from its limit.
+            let _ = kick.write(1);
         }
     }
 }

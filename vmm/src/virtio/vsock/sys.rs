@@ -50,8 +50,7 @@ pub fn receive(socket: &UnixStream, pieces: &[VolatileSlice<'_>]) -> io::Result<
         // SAFETY: the vectors cover the volatile slices, which are mapped and
         // writable for as long as they are borrowed, and nobody holds Rust
         // references into them.
-        let got =
-            unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message, libc::MSG_DONTWAIT) };
+        let got = unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message, libc::MSG_DONTWAIT) };
         match usize::try_from(got) {
             Ok(got) => return Ok(got),
             Err(_) => retry(io::Error::last_os_error())?,
