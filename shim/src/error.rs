@@ -30,6 +30,9 @@ pub enum CallError {
     /// A value does not fit its field.
     #[error("{0}")]
     Invalid(String),
+    /// The container, or the process, has ended.
+    #[error("container {0:?}: the process has ended")]
+    Ended(String),
     /// Known and not built.
     #[error("{0} is not supported")]
     Unimplemented(&'static str),
@@ -49,7 +52,7 @@ impl CallError {
         match self {
             Self::Runtime(error) => error.kind(),
             Self::Stdio(error) => error.kind(),
-            Self::Config(_) | Self::Stopping => ErrorKind::FailedPrecondition,
+            Self::Config(_) | Self::Ended(_) | Self::Stopping => ErrorKind::FailedPrecondition,
             Self::Options(_) | Self::Json(..) | Self::Invalid(_) => ErrorKind::InvalidArgument,
             Self::NoContainer(_) => ErrorKind::NotFound,
             Self::Unimplemented(_) => ErrorKind::Unimplemented,

@@ -1,142 +1,30 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Events for containerd (runtime v2, "Events"), in the order in which they
-//! happened: one task sends one after the other, and waits for containerd
-//! where it is being restarted. No call of containerd's ever waits for that.
+//! What happens in the pod, as containerd's events.
 
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use bulkhead_runtime::sandbox::Event;
-use bulkhead_shim_protocol::{
-    events::{
-        TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskIO, TaskOOM,
-        TaskPaused, TaskResumed, TaskStart,
-    },
-    forward::ForwardRequest,
-    forward_ttrpc::EventsClient,
-    types::Envelope,
-    Named,
-};
+use bulkhead_shim_protocol::{events, types::Envelope, Named};
 use protobuf::{well_known_types::any::Any, MessageField};
-use tokio::{
-    sync::mpsc::{UnboundedReceiver, UnboundedSender},
-    time::{sleep, timeout},
-};
-use ttrpc::{asynchronous::Client, context};
 
-use crate::convert::{mount, timestamp};
+use crate::convert;
 
-/// How long containerd may take to take an event.
-const PATIENCE: Duration = Duration::from_secs(5);
-
-/// Pauses between attempts; then the event is dropped, and with it all that
-/// wait behind it go on.
-const PAUSES: [Duration; 7] = [
-    Duration::from_millis(50),
-    Duration::from_millis(200),
-    Duration::from_secs(1),
-    Duration::from_secs(2),
-    Duration::from_secs(5),
-    Duration::from_secs(10),
-    Duration::from_secs(10),
-];
-
-/// An event as containerd takes it.
-#[derive(Debug, Clone)]
-pub struct Message {
-    topic: &'static str,
-    event: Any,
-    at: SystemTime,
-}
-
-/// Passes the runtime's events on until it has no more.
-pub async fn pass_on(mut from: UnboundedReceiver<Event>, to: UnboundedSender<Message>) {
-    while let Some(event) = from.recv().await {
-        match message(event) {
-            Ok(message) => {
-                if to.send(message).is_err() {
-                    return;
-                }
-            }
-            Err(error) => tracing::error!(%error, "event not encoded"),
-        }
-    }
-}
-
-/// Sends events to containerd's socket until there are no more. Without an
-/// address (CRI-O) they are only logged.
-pub async fn send(
-    mut messages: UnboundedReceiver<Message>,
-    namespace: String,
-    address: Option<String>,
-) {
-    let mut client = None;
-    while let Some(message) = messages.recv().await {
-        let topic = message.topic;
-        tracing::debug!(topic, "event");
-        let Some(address) = &address else {
-            continue;
-        };
-        let request = ForwardRequest {
-            envelope: MessageField::some(Envelope {
-                timestamp: MessageField::some(timestamp(message.at)),
-                namespace: namespace.clone(),
-                topic: topic.into(),
-                event: MessageField::some(message.event),
-                ..Default::default()
-            }),
-            ..Default::default()
-        };
-        let mut pauses = PAUSES.iter();
-        while let Err(problem) = attempt(&mut client, address, &request).await {
-            client = None;
-            match pauses.next() {
-                Some(pause) => sleep(*pause).await,
-                None => {
-                    tracing::error!(topic, problem, "event lost: containerd does not take it");
-                    break;
-                }
-            }
-        }
-    }
-}
-
-async fn attempt(
-    client: &mut Option<EventsClient>,
-    address: &str,
-    request: &ForwardRequest,
-) -> Result<(), String> {
-    let call = async {
-        if client.is_none() {
-            let address = match address.contains("://") {
-                true => address.to_owned(),
-                false => format!("unix://{address}"),
-            };
-            let connected = Client::connect(&address).await;
-            *client = Some(EventsClient::new(connected.map_err(|e| e.to_string())?));
-        }
-        let Some(client) = client.as_ref() else {
-            return Err("not connected".to_owned());
-        };
-        let limit = i64::try_from(PATIENCE.as_nanos()).unwrap_or(i64::MAX);
-        let sent = client.forward(context::with_timeout(limit), request).await;
-        sent.map(drop).map_err(|error| error.to_string())
-    };
-    timeout(PATIENCE * 2, call)
-        .await
-        .unwrap_or_else(|_| Err("no answer".into()))
-}
-
-fn message(event: Event) -> protobuf::Result<Message> {
-    let (topic, event) = encode(event)?;
-    Ok(Message {
-        topic,
-        event,
-        at: SystemTime::now(),
+/// The envelope of an event that happens now.
+///
+/// # Errors
+/// When protobuf cannot write it.
+pub fn envelope(namespace: &str, event: Event) -> protobuf::Result<Envelope> {
+    let (topic, event) = translate(event)?;
+    Ok(Envelope {
+        timestamp: MessageField::some(convert::timestamp(SystemTime::now())),
+        namespace: namespace.into(),
+        topic: topic.into(),
+        event: MessageField::some(event),
+        ..Default::default()
     })
 }
 
-/// Topic and message of an event.
-fn encode(event: Event) -> protobuf::Result<(&'static str, Any)> {
+fn translate(event: Event) -> protobuf::Result<(&'static str, Any)> {
     Ok(match event {
         Event::Created {
             id,
@@ -146,17 +34,17 @@ fn encode(event: Event) -> protobuf::Result<(&'static str, Any)> {
             terminal,
             pid,
         } => {
-            let io = TaskIO {
+            let io = events::TaskIO {
                 stdin: stdio.stdin,
                 stdout: stdio.stdout,
                 stderr: stdio.stderr,
                 terminal,
                 ..Default::default()
             };
-            let created = TaskCreate {
+            let created = events::TaskCreate {
                 container_id: id,
                 bundle: bundle.to_string_lossy().into_owned(),
-                rootfs: rootfs.into_iter().map(mount).collect(),
+                rootfs: rootfs.into_iter().map(convert::mount).collect(),
                 io: MessageField::some(io),
                 pid,
                 ..Default::default()
@@ -168,7 +56,7 @@ fn encode(event: Event) -> protobuf::Result<(&'static str, Any)> {
             exec: None,
             pid,
         } => {
-            let started = TaskStart {
+            let started = events::TaskStart {
                 container_id: id,
                 pid,
                 ..Default::default()
@@ -180,7 +68,7 @@ fn encode(event: Event) -> protobuf::Result<(&'static str, Any)> {
             exec: Some(exec),
             pid,
         } => {
-            let started = TaskExecStarted {
+            let started = events::TaskExecStarted {
                 container_id: id,
                 exec_id: exec,
                 pid,
@@ -189,7 +77,7 @@ fn encode(event: Event) -> protobuf::Result<(&'static str, Any)> {
             ("/tasks/exec-started", started.to_any()?)
         }
         Event::ExecAdded { id, exec } => {
-            let added = TaskExecAdded {
+            let added = events::TaskExecAdded {
                 container_id: id,
                 exec_id: exec,
                 ..Default::default()
@@ -203,32 +91,32 @@ fn encode(event: Event) -> protobuf::Result<(&'static str, Any)> {
             status,
             at,
         } => {
-            let exited = TaskExit {
+            let exited = events::TaskExit {
                 id: exec.unwrap_or_else(|| id.clone()),
                 container_id: id,
                 pid,
                 exit_status: status,
-                exited_at: MessageField::some(timestamp(at)),
+                exited_at: MessageField::some(convert::timestamp(at)),
                 ..Default::default()
             };
             ("/tasks/exit", exited.to_any()?)
         }
         Event::Oom { id } => {
-            let oom = TaskOOM {
+            let oom = events::TaskOOM {
                 container_id: id,
                 ..Default::default()
             };
             ("/tasks/oom", oom.to_any()?)
         }
         Event::Paused { id } => {
-            let paused = TaskPaused {
+            let paused = events::TaskPaused {
                 container_id: id,
                 ..Default::default()
             };
             ("/tasks/paused", paused.to_any()?)
         }
         Event::Resumed { id } => {
-            let resumed = TaskResumed {
+            let resumed = events::TaskResumed {
                 container_id: id,
                 ..Default::default()
             };
@@ -241,12 +129,12 @@ fn encode(event: Event) -> protobuf::Result<(&'static str, Any)> {
             status,
             at,
         } => {
-            let deleted = TaskDelete {
+            let deleted = events::TaskDelete {
                 id: exec.unwrap_or_else(|| id.clone()),
                 container_id: id,
                 pid,
                 exit_status: status,
-                exited_at: MessageField::some(timestamp(at)),
+                exited_at: MessageField::some(convert::timestamp(at)),
                 ..Default::default()
             };
             ("/tasks/delete", deleted.to_any()?)
@@ -256,105 +144,104 @@ fn encode(event: Event) -> protobuf::Result<(&'static str, Any)> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::{Arc, Mutex};
+    use std::time::Duration;
 
-    use async_trait::async_trait;
-    use bulkhead_shim_protocol::forward_ttrpc::{create_events, Events};
-    use protobuf::{well_known_types::empty::Empty, Message as _};
-    use tokio::sync::mpsc::unbounded_channel;
-    use ttrpc::asynchronous::{Server, TtrpcContext};
+    use bulkhead_runtime::{io::StdioPaths, sandbox::RootfsMount};
+    use protobuf::Message;
 
     use super::*;
 
-    #[derive(Default)]
-    struct Daemon {
-        taken: Mutex<Vec<Envelope>>,
-        refuse: Mutex<u32>,
-    }
-
-    struct Shared(Arc<Daemon>);
-
-    #[async_trait]
-    impl Events for Shared {
-        async fn forward(&self, _: &TtrpcContext, request: ForwardRequest) -> ttrpc::Result<Empty> {
-            let mut refuse = self.0.refuse.lock().unwrap();
-            if *refuse > 0 {
-                *refuse -= 1;
-                let status = ttrpc::get_status(ttrpc::Code::UNAVAILABLE, "later");
-                return Err(ttrpc::Error::RpcStatus(status));
-            }
-            self.0.taken.lock().unwrap().push(request.envelope.unwrap());
-            Ok(Empty::new())
-        }
-    }
-
-    #[tokio::test]
-    async fn events_arrive_in_order_also_when_they_are_refused_at_first() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("s");
-        let daemon = Arc::new(Daemon::default());
-        *daemon.refuse.lock().unwrap() = 2;
-        let (events, from) = unbounded_channel();
-        let (to, messages) = unbounded_channel();
-        let passing = tokio::spawn(pass_on(from, to));
-        let address = path.display().to_string();
-        let sending = tokio::spawn(send(messages, "ns".into(), Some(address.clone())));
-        for pid in 1..=20 {
-            let id = format!("c{pid}");
-            events
-                .send(Event::Started {
-                    id,
-                    exec: None,
-                    pid,
-                })
-                .unwrap();
-        }
-        drop(events);
-        // containerd comes back only now.
-        sleep(Duration::from_millis(20)).await;
-        let mut server = Server::new()
-            .bind(&format!("unix://{address}"))
-            .unwrap()
-            .register_service(create_events(Arc::new(Shared(daemon.clone()))));
-        server.start().await.unwrap();
-        timeout(Duration::from_secs(20), sending)
-            .await
-            .unwrap()
-            .unwrap();
-        passing.await.unwrap();
-        server.shutdown().await.unwrap();
-        let taken = daemon.taken.lock().unwrap();
-        let pids: Vec<u32> = taken
-            .iter()
-            .map(|envelope| {
-                assert_eq!(envelope.namespace, "ns");
-                assert_eq!(envelope.topic, "/tasks/start");
-                assert_eq!(envelope.event.type_url, "containerd.events.TaskStart");
-                TaskStart::parse_from_bytes(&envelope.event.value)
-                    .unwrap()
-                    .pid
-            })
-            .collect();
-        assert_eq!(pids, (1..=20).collect::<Vec<_>>());
+    fn sent<M: Message + Named>(event: Event, topic: &str) -> M {
+        let envelope = envelope("ns", event).unwrap();
+        assert_eq!(envelope.namespace, "ns");
+        assert_eq!(envelope.topic, topic);
+        assert!(envelope.timestamp.seconds > 1_700_000_000);
+        assert_eq!(envelope.event.type_url, M::TYPE_URL);
+        M::parse_from_bytes(&envelope.event.value).unwrap()
     }
 
     #[test]
-    fn an_exit_names_the_process() {
-        let exit = |exec: Option<&str>| {
-            let (topic, any) = encode(Event::Exited {
+    fn a_container_is_told_with_all_of_it() {
+        let created: events::TaskCreate = sent(
+            Event::Created {
+                id: "c".into(),
+                bundle: "/b".into(),
+                rootfs: vec![RootfsMount {
+                    fs_type: "overlay".into(),
+                    ..Default::default()
+                }],
+                stdio: StdioPaths {
+                    stdin: "i".into(),
+                    stdout: "o".into(),
+                    stderr: String::new(),
+                },
+                terminal: true,
+                pid: 5,
+            },
+            "/tasks/create",
+        );
+        assert_eq!((created.container_id.as_str(), created.pid), ("c", 5));
+        assert_eq!(created.bundle, "/b");
+        assert_eq!(created.rootfs[0].type_, "overlay");
+        assert_eq!(
+            (created.io.stdin.as_str(), created.io.terminal),
+            ("i", true)
+        );
+    }
+
+    #[test]
+    fn first_and_further_processes_are_told_apart() {
+        let at = SystemTime::UNIX_EPOCH + Duration::from_secs(9);
+        let exited = |exec: Option<&str>| Event::Exited {
+            id: "c".into(),
+            exec: exec.map(Into::into),
+            pid: 5,
+            status: 137,
+            at,
+        };
+        for (exec, id) in [(None, "c"), (Some("e"), "e")] {
+            let exit: events::TaskExit = sent(exited(exec), "/tasks/exit");
+            assert_eq!((exit.container_id.as_str(), exit.id.as_str()), ("c", id));
+            assert_eq!((exit.pid, exit.exit_status), (5, 137));
+            assert_eq!(exit.exited_at.seconds, 9);
+            let deleted = Event::Deleted {
                 id: "c".into(),
                 exec: exec.map(Into::into),
-                pid: 3,
-                status: 137,
-                at: SystemTime::now(),
-            })
-            .unwrap();
-            assert_eq!(topic, "/tasks/exit");
-            TaskExit::parse_from_bytes(&any.value).unwrap()
+                pid: 5,
+                status: 3,
+                at,
+            };
+            let deleted: events::TaskDelete = sent(deleted, "/tasks/delete");
+            assert_eq!(deleted.id, id);
+            assert_eq!(deleted.exit_status, 3);
+        }
+        let started = |exec: Option<&str>| Event::Started {
+            id: "c".into(),
+            exec: exec.map(Into::into),
+            pid: 6,
         };
-        assert_eq!(exit(None).id, "c");
-        assert_eq!(exit(Some("e")).id, "e");
-        assert_eq!(exit(Some("e")).container_id, "c");
-        assert!(exit(None).exited_at.is_some());
+        let first: events::TaskStart = sent(started(None), "/tasks/start");
+        assert_eq!((first.container_id.as_str(), first.pid), ("c", 6));
+        let further: events::TaskExecStarted = sent(started(Some("e")), "/tasks/exec-started");
+        assert_eq!((further.exec_id.as_str(), further.pid), ("e", 6));
+    }
+
+    #[test]
+    fn the_others_name_their_container() {
+        let id = || "c".to_owned();
+        let added: events::TaskExecAdded = sent(
+            Event::ExecAdded {
+                id: id(),
+                exec: "e".into(),
+            },
+            "/tasks/exec-added",
+        );
+        assert_eq!((added.container_id, added.exec_id), (id(), "e".into()));
+        let oom: events::TaskOOM = sent(Event::Oom { id: id() }, "/tasks/oom");
+        assert_eq!(oom.container_id, id());
+        let paused: events::TaskPaused = sent(Event::Paused { id: id() }, "/tasks/paused");
+        assert_eq!(paused.container_id, id());
+        let resumed: events::TaskResumed = sent(Event::Resumed { id: id() }, "/tasks/resumed");
+        assert_eq!(resumed.container_id, id());
     }
 }

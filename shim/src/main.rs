@@ -9,22 +9,29 @@
 #![deny(unsafe_code)] // the module named `sys` alone
 
 mod bootstrap;
+mod calls;
 mod convert;
 mod delete;
 mod error;
 mod events;
+mod evict;
 mod flags;
+mod forward;
 mod group;
 mod info;
 mod lock;
 mod log;
 mod metrics;
 mod options;
+mod pod;
+mod reaper;
+mod record;
 mod serve;
 mod service;
 mod socket;
 mod start;
 mod stdio;
+mod sys;
 
 use std::{error::Error, process::ExitCode};
 

@@ -1,152 +1,191 @@
 // SPDX-License-Identifier: Apache-2.0
-//! `serve`: the shim itself. One process a pod, one thread for everything
-//! but what blocks.
+//! Being the shim: what `start` runs in the background. Standard input is the
+//! socket, which listens already.
 
 use std::{
+    fs::File,
     io,
-    os::fd::{AsFd, OwnedFd},
-    os::unix::net::UnixListener,
+    os::{fd::AsFd, unix::net::UnixListener},
     path::{Path, PathBuf},
-    sync::Arc,
     time::Duration,
 };
 
 use bulkhead_runtime::config::Config;
-use bulkhead_shim_protocol::{shim_ttrpc, shim_v3_ttrpc};
+use rustix::net::sockopt::socket_acceptconn;
 use tokio::{
+    runtime::{Builder, Runtime},
     signal::unix::{signal, SignalKind},
-    sync::mpsc::unbounded_channel,
-    time::timeout,
+    time::sleep,
 };
+use tracing::Level;
 use ttrpc::asynchronous::{transport::Listener, Server};
 
 use crate::{
-    events,
     flags::Flags,
+    forward,
     log::{self, Log},
-    service::{Pod, Service},
-    socket,
+    pod::{Identity, Pod},
+    reaper, service,
 };
 
-/// How long events may take to be sent, and an answer to be read, once the
-/// pod is gone.
-const FAREWELL: Duration = Duration::from_secs(2);
+/// Where containerd takes events; not set by CRI-O.
+const EVENTS: &str = "TTRPC_ADDRESS";
 
-/// How long the first container may take to be asked for. Nobody will ask
-/// where containerd gave up on `start`.
-const UNUSED: Duration = Duration::from_secs(120);
+/// How long a shim stays that nobody has ever called: `start` was ended before
+/// it could tell the address.
+const UNCALLED: Duration = Duration::from_secs(120);
 
-/// Why the shim cannot serve.
+/// How long the last events may take to be taken.
+const LAST_EVENTS: Duration = Duration::from_secs(2);
+
+/// How long the answer to `Shutdown` has to be on its way.
+const LAST_ANSWER: Duration = Duration::from_millis(20);
+
+/// Stack of a thread for blocking work. The default is larger by far than
+/// what is ever used of it.
+const STACK: usize = 512 * 1024;
+
+/// Why the shim cannot run.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
     /// A system call failed.
-    #[error("{step}")]
-    System {
-        /// What was tried.
-        step: &'static str,
-        /// What the kernel said.
-        #[source]
-        source: io::Error,
-    },
-    /// The ttrpc server did not start.
-    #[error("serve the task service")]
-    Server(#[source] ttrpc::Error),
+    #[error("{0}")]
+    System(&'static str, #[source] io::Error),
+    /// Standard input is not a socket that listens.
+    #[error("standard input is not a listening socket: run by start only")]
+    NoSocket,
+    /// The service cannot be offered.
+    #[error("serve")]
+    Serve(#[from] ttrpc::Error),
 }
 
-fn step(step: &'static str) -> impl FnOnce(io::Error) -> ServeError {
-    move |source| ServeError::System { step, source }
+fn step<E: Into<io::Error>>(step: &'static str) -> impl FnOnce(E) -> ServeError {
+    move |error| ServeError::System(step, error.into())
 }
 
-/// Runs the action; returns when the pod is gone.
+/// Runs the action, until the pod has ended.
 ///
 /// # Errors
-/// When it cannot serve.
+/// When it cannot begin.
 pub fn run(flags: &Flags) -> Result<(), ServeError> {
-    // Signals of containerd's terminal are not for us. Fails for the leader of
-    // a group, which then has one of its own.
+    let (listener, socket) = listener()?;
+    // Not to be ended with whoever has run `start`. Fails only for the leader
+    // of a group, which is by itself already.
     let _ = rustix::process::setsid();
     let bundle = std::env::current_dir().map_err(step("find the working directory"))?;
-    // A configuration that cannot be read is told when a container is asked
-    // for, where somebody sees it.
-    let level = match flags.debug {
-        true => tracing::Level::DEBUG,
-        false => Config::load(None).map_or(tracing::Level::INFO, |config| {
-            config.runtime.log_level.into()
-        }),
+    set_up_log(flags, &bundle);
+    // containerd removes the bundle.
+    std::env::set_current_dir("/").map_err(step("leave the bundle"))?;
+    reaper::adopt_orphans().map_err(step("adopt orphans"))?;
+
+    let identity = Identity {
+        namespace: flags.namespace.clone(),
+        group: match flags.group.as_str() {
+            "" => flags.id.clone(),
+            group => group.into(),
+        },
+        socket,
+        started_us: match flags.started_us {
+            0 => bulkhead_runtime::clock::monotonic_us(),
+            started_us => started_us,
+        },
     };
-    if let Ok(file) = log::open(&bundle) {
-        Log::new(file, level, &flags.namespace, &flags.group).install();
-    }
-    let listener = take_listener().map_err(step("take the socket over from standard input"))?;
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        // Mounts and the network, at times; they do not stay.
-        .max_blocking_threads(4)
-        .thread_keep_alive(Duration::from_secs(1))
-        .thread_stack_size(256 * 1024)
-        .build()
-        .map_err(step("start the event loop"))?;
-    let result = runtime.block_on(serve(flags, &bundle, listener));
+    let runtime = runtime().map_err(step("start the event loop"))?;
+    let served = runtime.block_on(serve(identity, listener));
+    // A thread may be in the middle of something that is of no use any more.
     runtime.shutdown_background();
-    result
+    served
 }
 
-/// The socket is standard input; /dev/null takes its place.
-fn take_listener() -> io::Result<UnixListener> {
+/// One thread for everything that does not block: it is what the VMM dies
+/// with.
+fn runtime() -> io::Result<Runtime> {
+    Builder::new_current_thread()
+        .enable_all()
+        .thread_stack_size(STACK)
+        .thread_keep_alive(Duration::from_secs(1))
+        .build()
+}
+
+/// The socket that standard input is, and its path.
+fn listener() -> Result<(UnixListener, PathBuf), ServeError> {
     let stdin = io::stdin();
-    let listener: OwnedFd = stdin.as_fd().try_clone_to_owned()?;
-    let null = std::fs::OpenOptions::new().read(true).open("/dev/null")?;
-    rustix::stdio::dup2_stdin(&null)?;
-    let listener = UnixListener::from(listener);
-    listener.set_nonblocking(true)?;
-    Ok(listener)
+    if !matches!(socket_acceptconn(stdin.as_fd()), Ok(true)) {
+        return Err(ServeError::NoSocket);
+    }
+    let socket = stdin
+        .as_fd()
+        .try_clone_to_owned()
+        .map_err(step("take the socket"))?;
+    let listener = UnixListener::from(socket);
+    let path = listener
+        .local_addr()
+        .map_err(step("look at the socket"))?
+        .as_pathname()
+        .map(Path::to_owned)
+        .ok_or(ServeError::NoSocket)?;
+    let null = File::open("/dev/null").map_err(step("open /dev/null"))?;
+    rustix::stdio::dup2_stdin(null).map_err(step("close standard input"))?;
+    Ok((listener, path))
 }
 
-async fn serve(flags: &Flags, bundle: &Path, listener: UnixListener) -> Result<(), ServeError> {
-    let socket: Option<PathBuf> = listener
-        .local_addr()
-        .ok()
-        .and_then(|address| address.as_pathname().map(Into::into));
-    let (messages, outgoing) = unbounded_channel();
-    let address = std::env::var("TTRPC_ADDRESS")
-        .ok()
-        .filter(|address| !address.is_empty());
-    let sending = tokio::spawn(events::send(outgoing, flags.namespace.clone(), address));
-    let pod = Arc::new(Pod::new(flags, bundle, messages));
-    let service = Arc::new(Service::new(pod.clone()));
+/// Logs to the bundle's FIFO. Where there is none, to nobody.
+fn set_up_log(flags: &Flags, bundle: &Path) {
+    // What is wrong with the configuration is told when a container is made.
+    let configured = Config::load(None).map_or(Level::INFO, |c| c.runtime.log_level.into());
+    let level = match flags.debug {
+        true => configured.max(Level::DEBUG),
+        false => configured,
+    };
+    if let Ok(to) = log::open(bundle) {
+        Log::new(to, level, &flags.namespace, &flags.group).install();
+    }
+}
+
+async fn serve(identity: Identity, listener: UnixListener) -> Result<(), ServeError> {
     let listener = Listener::try_from(listener).map_err(step("watch the socket"))?;
-    let mut server = Server::new()
-        .add_listener(listener)
-        .register_service(shim_ttrpc::create_task(service.clone()))
-        .register_service(shim_v3_ttrpc::create_task(service));
+    let events = std::env::var(EVENTS).unwrap_or_default();
+    let (queue, forwarder) = forward::forwarder(&events);
+    tokio::spawn(forwarder.run());
+    let pod = Pod::new(identity, queue.clone());
+
     let mut terminate = signal(SignalKind::terminate()).map_err(step("watch signals"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(step("watch signals"))?;
-    server.start().await.map_err(ServeError::Server)?;
+    let children = pod.clone();
+    tokio::spawn(reaper::run(move || children.children()));
+
+    let mut server = Server::new()
+        .add_listener(listener)
+        .register_service(service::services(&pod));
+    server.start().await?;
+    tracing::debug!(pid = std::process::id(), "shim serves");
+
     tokio::select! {
-        () = pod.stopped() => {}
-        () = unused(&pod) => tracing::warn!("no container was asked for: the shim goes"),
-        _ = terminate.recv() => tracing::warn!("terminated"),
-        _ = interrupt.recv() => tracing::warn!("interrupted"),
-    }
-    // Before anything else: a shim that is going is not to be found any more.
-    server.stop_listen().await;
-    if let Some(path) = socket {
-        if let Err(error) = socket::remove(&path) {
-            tracing::warn!(%error, path = %path.display(), "socket not removed");
+        () = pod.ended() => {}
+        _ = terminate.recv() => {
+            tracing::info!("terminated: the pod is shut down");
+            pod.end().await;
+        }
+        _ = interrupt.recv() => {
+            tracing::info!("interrupted: the pod is shut down");
+            pod.end().await;
+        }
+        () = uncalled(&pod) => {
+            tracing::warn!("nobody has ever called: the shim ends");
+            pod.end().await;
         }
     }
-    pod.shut_down().await;
-    pod.close_events();
-    // The answer to Shutdown is on its way, and so may events be.
-    let _ = timeout(FAREWELL, sending).await;
-    let _ = timeout(FAREWELL, server.shutdown()).await;
+    if !queue.drained(LAST_EVENTS).await {
+        tracing::warn!("containerd has not taken the last events");
+    }
+    sleep(LAST_ANSWER).await;
     Ok(())
 }
 
-/// Returns when nobody has asked for a container for too long.
-async fn unused(pod: &Pod) {
-    tokio::time::sleep(UNUSED).await;
-    if pod.was_used() {
-        std::future::pending::<()>().await;
+/// Returns if nobody calls for long.
+async fn uncalled(pod: &Pod) {
+    sleep(UNCALLED).await;
+    if pod.was_called() {
+        std::future::pending().await
     }
 }
