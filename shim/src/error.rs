@@ -115,7 +115,7 @@ mod tests {
             (code, text.as_str()),
             (Code::NOT_FOUND, "container \"x\" not found")
         );
-        let error = serde_json::from_str::<u32>("{").unwrap_err();
+        let error = serde_json::from_str::<Vec<u32>>("[").unwrap_err();
         let (code, text) = status(CallError::Json("spec", error));
         assert_eq!(code, Code::INVALID_ARGUMENT);
         assert!(text.starts_with("spec: EOF while parsing"), "{text}");
