@@ -55,7 +55,7 @@ pub struct Driver<D: VirtioDevice + 'static> {
     recorder: Arc<Recorder>,
     rings: Vec<Ring>,
     next_buffer: u64,
-    _event_loop: EventLoop,
+    event_loop: EventLoop,
 }
 
 impl<D: VirtioDevice + 'static> Driver<D> {
@@ -66,51 +66,63 @@ impl<D: VirtioDevice + 'static> Driver<D> {
         // registrations. It is stopped before anything is registered.
         let event_loop = EventLoop::spawn("test").unwrap();
         let device = Arc::new(Mutex::new(device));
-        let handler: Arc<Mutex<dyn EventHandler>> = Arc::new(Mutex::new(Nothing));
         let recorder = Arc::new(Recorder::default());
-        let (count, features) = {
-            let device = device.lock().unwrap();
-            (device.queue_sizes().len(), device.features())
-        };
-        let queues = (0..count)
-            .map(|index| {
-                let mut queue = Queue::new(SIZE).unwrap();
-                let (table, available, used) = addresses(index);
-                queue.set_desc_table_address(Some(table as u32), Some(0));
-                queue.set_avail_ring_address(Some(available as u32), Some(0));
-                queue.set_used_ring_address(Some(used as u32), Some(0));
-                queue.set_ready(true);
-                ActiveQueue {
-                    index,
-                    queue,
-                    kick: EventFd::new(libc::EFD_NONBLOCK).unwrap(),
-                }
-            })
-            .collect();
-        let activation = Activation {
-            memory: GuestMemoryAtomic::new(memory.clone()),
-            interrupt: recorder.clone(),
-            queues,
-            features,
-            event_loop: event_loop.handle(),
-            // Events of the loop go nowhere: tests call the device themselves.
-            handler: Arc::downgrade(&handler),
-        };
-        device.lock().unwrap().activate(activation).unwrap();
-        Self {
+        let mut this = Self {
             device,
             memory,
             recorder,
-            rings: (0..count)
-                .map(|_| Ring {
-                    next_descriptor: 0,
-                    available: 0,
-                    seen: 0,
-                })
-                .collect(),
+            rings: Vec::new(),
             next_buffer: BUFFERS,
-            _event_loop: event_loop,
+            event_loop,
+        };
+        this.activate();
+        this
+    }
+
+    /// Resets the device and sets it up anew, as a driver that is loaded for
+    /// the second time does.
+    pub fn restart(&mut self) {
+        self.device.lock().unwrap().reset();
+        self.activate();
+    }
+
+    fn activate(&mut self) {
+        // Events of the loop go nowhere: tests call the device themselves.
+        let handler: Arc<Mutex<dyn EventHandler>> = Arc::new(Mutex::new(Nothing));
+        let mut device = self.device.lock().unwrap();
+        let count = device.queue_sizes().len();
+        self.rings.clear();
+        let mut queues = Vec::new();
+        for index in 0..count {
+            let mut queue = Queue::new(SIZE).unwrap();
+            let (table, available, used) = addresses(index);
+            queue.set_desc_table_address(Some(table as u32), Some(0));
+            queue.set_avail_ring_address(Some(available as u32), Some(0));
+            queue.set_used_ring_address(Some(used as u32), Some(0));
+            queue.set_ready(true);
+            for ring in [available, used] {
+                self.memory.write_obj(0_u32, GuestAddress(ring)).unwrap();
+            }
+            self.rings.push(Ring {
+                next_descriptor: 0,
+                available: 0,
+                seen: 0,
+            });
+            queues.push(ActiveQueue {
+                index,
+                queue,
+                kick: EventFd::new(libc::EFD_NONBLOCK).unwrap(),
+            });
         }
+        let activation = Activation {
+            memory: GuestMemoryAtomic::new(self.memory.clone()),
+            interrupt: self.recorder.clone(),
+            queues,
+            features: device.features(),
+            event_loop: self.event_loop.handle(),
+            handler: Arc::downgrade(&handler),
+        };
+        device.activate(activation).unwrap();
     }
 
     /// The device.

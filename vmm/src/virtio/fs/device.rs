@@ -4,7 +4,6 @@
 use std::{
     io,
     os::fd::{AsRawFd, OwnedFd},
-    sync::Arc,
     time::Duration,
 };
 
@@ -19,6 +18,7 @@ use virtio_bindings::{
     virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC},
 };
 
+use super::files::Files;
 use crate::virtio::{
     chain::Queues,
     device::{read_bytes, Activation, DeviceError, StateError, VirtioDevice},
@@ -37,7 +37,7 @@ const VALID: Duration = Duration::from_secs(1);
 const VALID_EXCLUSIVE: Duration = Duration::from_secs(86_400);
 
 /// What answers requests.
-pub(super) type Backend = Server<Arc<PassthroughFs<()>>>;
+pub(super) type Backend = Server<Files>;
 
 /// A shared directory.
 pub struct Fs {
@@ -54,6 +54,8 @@ pub struct Fs {
 pub(super) struct Active {
     pub queues: Queues,
     pub backend: Backend,
+    /// The thread that serves it has been prepared.
+    pub prepared: bool,
 }
 
 impl Fs {
@@ -86,9 +88,6 @@ impl Fs {
             xattr: true,
             // Else the guest asks for file capabilities before each write.
             killpriv_v2: true,
-            // The same file through two mounts is two inodes: one of them may
-            // be read-only.
-            enable_mntid: true,
             ..Config::default()
         };
         let fs = Self {
@@ -107,7 +106,8 @@ impl Fs {
     fn backend(&self) -> io::Result<Backend> {
         let files = PassthroughFs::new(self.options.clone())?;
         files.import()?;
-        Ok(Server::new(Arc::new(files)))
+        let shared = self.options.cache_policy != CachePolicy::Always;
+        Ok(Server::new(Files::new(files, shared)))
     }
 }
 
@@ -140,7 +140,11 @@ impl VirtioDevice for Fs {
             source,
         })?;
         let queues = Queues::new(activation, QUEUES)?;
-        self.active = Some(Active { queues, backend });
+        self.active = Some(Active {
+            queues,
+            backend,
+            prepared: false,
+        });
         Ok(())
     }
 

@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Requests, one after another.
 
-use fuse_backend_rs::transport::{Reader, VirtioFsWriter, Writer};
+use fuse_backend_rs::{
+    abi::fuse_abi::{InHeader, OutHeader},
+    transport::{Reader, VirtioFsWriter, Writer},
+};
 use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 
-use super::{device::Backend, Fs};
+use super::{device::Backend, sys, Fs};
 use crate::{
     event::EventHandler,
     virtio::chain::{Broken, Chain},
@@ -19,6 +22,13 @@ impl EventHandler for Fs {
         let Some(active) = &mut self.active else {
             return;
         };
+        if !active.prepared {
+            active.prepared = true;
+            if let Err(error) = sys::keep_capabilities() {
+                // Not root, then: all files are one user's anyway.
+                tracing::debug!(%error, "capabilities do not outlast a change of user");
+            }
+        }
         let index = token as usize;
         if active.queues.notified(index) {
             let memory = active.queues.memory.memory();
@@ -33,14 +43,31 @@ impl EventHandler for Fs {
 /// Serves one request; how many bytes were written to the guest.
 fn serve(memory: &GuestMemoryMmap, backend: &Backend, chain: Chain<'_>) -> Result<u32, Broken> {
     let reader = Reader::from_descriptor_chain(memory, chain.clone()).map_err(|_| Broken)?;
-    let writer = VirtioFsWriter::new(memory, chain).map_err(|_| Broken)?;
+    let writer = VirtioFsWriter::new(memory, chain.clone()).map_err(|_| Broken)?;
     match backend.handle_message(reader, Writer::VirtioFs(writer), None, None) {
         // A reply is shorter than what the queue's descriptors hold.
         Ok(length) => u32::try_from(length).map_err(|_| Broken),
         Err(error) => {
-            // No header to answer, or no room for an answer.
-            tracing::debug!(%error, "virtio-fs request not answered");
-            Ok(0)
+            tracing::debug!(%error, "virtio-fs request not understood");
+            refuse(memory, chain)
         }
+    }
+}
+
+/// Answers with an error, if there is a header to answer, and room.
+fn refuse(memory: &GuestMemoryMmap, chain: Chain<'_>) -> Result<u32, Broken> {
+    let mut reader = Reader::from_descriptor_chain(memory, chain.clone()).map_err(|_| Broken)?;
+    let mut writer = VirtioFsWriter::new(memory, chain).map_err(|_| Broken)?;
+    let Ok(request) = reader.read_obj::<InHeader>() else {
+        return Ok(0);
+    };
+    let answer = OutHeader {
+        len: size_of::<OutHeader>() as u32,
+        error: -libc::EIO,
+        unique: request.unique,
+    };
+    match writer.write_obj(answer) {
+        Ok(()) => Ok(answer.len),
+        Err(_) => Ok(0),
     }
 }
