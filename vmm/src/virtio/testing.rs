@@ -50,6 +50,8 @@ struct Ring {
 
 /// A driver with its device activated.
 pub struct Driver<D: VirtioDevice + 'static> {
+    /// Whether the loop runs the device, as in a VM.
+    live: bool,
     device: Arc<Mutex<D>>,
     memory: GuestMemoryMmap,
     recorder: Arc<Recorder>,
@@ -59,15 +61,24 @@ pub struct Driver<D: VirtioDevice + 'static> {
 }
 
 impl<D: VirtioDevice + 'static> Driver<D> {
-    /// Activates `device` with queues of 64.
+    /// Activates `device` with queues of 64. It works when the test says so.
     pub fn new(device: D) -> Self {
+        Self::with(device, false)
+    }
+
+    /// Activates `device`, which works by itself whenever one of its
+    /// descriptors is ready, on a thread of its own.
+    pub fn live(device: D) -> Self {
+        Self::with(device, true)
+    }
+
+    fn with(device: D, live: bool) -> Self {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap();
-        // A loop that nobody runs events on but the test: it only holds the
-        // registrations. It is stopped before anything is registered.
         let event_loop = EventLoop::spawn("test").unwrap();
         let device = Arc::new(Mutex::new(device));
         let recorder = Arc::new(Recorder::default());
         let mut this = Self {
+            live,
             device,
             memory,
             recorder,
@@ -87,8 +98,12 @@ impl<D: VirtioDevice + 'static> Driver<D> {
     }
 
     fn activate(&mut self) {
-        // Events of the loop go nowhere: tests call the device themselves.
-        let handler: Arc<Mutex<dyn EventHandler>> = Arc::new(Mutex::new(Nothing));
+        let handler: Arc<Mutex<dyn EventHandler>> = if self.live {
+            self.device.clone()
+        } else {
+            // Events of the loop go nowhere: tests call the device themselves.
+            Arc::new(Mutex::new(Nothing))
+        };
         let mut device = self.device.lock().unwrap();
         let count = device.queue_sizes().len();
         self.rings.clear();

@@ -402,11 +402,12 @@ impl Connection {
     }
 
     /// Whether data of the host can be sent now.
-    pub fn wants_data(&self) -> bool {
+    fn wants_data(&self) -> bool {
         self.takes_data() && self.credit() > 0
     }
 
-    fn takes_data(&self) -> bool {
+    /// Whether data of the host can be sent, once there is credit.
+    pub fn takes_data(&self) -> bool {
         self.phase == Phase::Open && self.to_guest == ToGuest::Open
     }
 

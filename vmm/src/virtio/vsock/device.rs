@@ -26,7 +26,8 @@ use crate::virtio::{
 pub(super) mod queue {
     pub const RECEIVE: usize = 0;
     pub const SEND: usize = 1;
-    pub const EVENT: usize = 2;
+    /// The third is for events, of which there are none yet: they come with
+    /// snapshots.
     pub const COUNT: usize = 3;
 }
 
@@ -46,8 +47,6 @@ pub(super) struct Active {
     /// Packets of the guest's are left in the queue for the next round, or
     /// until there is room for answers.
     pub stalled: bool,
-    /// The driver is to be told that all connections are gone.
-    pub reset_owed: bool,
 }
 
 impl Vsock {
@@ -123,7 +122,6 @@ impl VirtioDevice for Vsock {
             muxer,
             queues,
             stalled: false,
-            reset_owed: false,
         });
         Ok(())
     }

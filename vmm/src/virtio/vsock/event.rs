@@ -2,7 +2,7 @@
 //! Working the queues.
 
 use virtio_queue::QueueT;
-use vm_memory::{Bytes, GuestAddressSpace, GuestMemoryMmap};
+use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 
 use super::{
@@ -19,20 +19,12 @@ use crate::{
 
 /// Most packets of the guest's per wake-up.
 const PACKETS: usize = 128;
-/// The event that tells the driver that all connections are gone (virtio 1.2
-/// §5.10.6.7).
-const TRANSPORT_RESET: u32 = 0;
 
 impl EventHandler for Vsock {
     fn handle(&mut self, event_token: u32, events: EventSet) {
         let (Some(active), listener) = (&mut self.active, &self.listener) else {
             return;
         };
-        if active.queues.is_broken() {
-            // What is ready stays so; only the queues' notifications are
-            // emptied, the rest ends with the connections.
-            active.muxer.drop_all();
-        }
         let outcome = match event_token {
             token::TIMER => {
                 active.muxer.on_timer();
@@ -50,15 +42,15 @@ impl EventHandler for Vsock {
             }
             index => {
                 active.queues.notified(index as usize);
-                match index as usize {
-                    queue::SEND => active.work(true),
-                    queue::EVENT => active.tell_reset(),
-                    _ => active.work(false),
-                }
+                active.work(index as usize == queue::SEND)
             }
         };
         if outcome.is_err() {
             active.queues.break_device();
+        }
+        if active.queues.is_broken() {
+            // Nobody is left to talk to, and no client is to wait for that.
+            active.muxer.drop_all();
         }
     }
 }
@@ -134,48 +126,6 @@ impl Active {
         if used {
             self.queues.signal(queue::RECEIVE);
         }
-        Ok(())
-    }
-
-    /// Drops all connections and tells the driver so, now or as soon as it has
-    /// posted a buffer for events: the other ends are not where they were.
-    #[allow(dead_code)] // restoring a snapshot calls it, which is to come
-    pub(super) fn reset_transport(&mut self) -> Result<(), Broken> {
-        self.muxer.drop_all();
-        self.reset_owed = true;
-        self.tell_reset()
-    }
-
-    fn tell_reset(&mut self) -> Result<(), Broken> {
-        if !self.reset_owed || self.queues.is_broken() {
-            return Ok(());
-        }
-        let memory = self.queues.memory.memory();
-        let Some(events) = self.queues.get(queue::EVENT) else {
-            return Ok(());
-        };
-        let chain = loop {
-            if let Some(chain) = pop(events, &memory)? {
-                break chain;
-            }
-            if !events.enable_notification(&*memory).map_err(|_| Broken)? {
-                return Ok(());
-            }
-        };
-        let head = chain.head_index();
-        let event = TRANSPORT_RESET.to_le_bytes();
-        let buffer = chain
-            .writable()
-            .find(|descriptor| descriptor.len() as usize >= event.len())
-            .ok_or(Broken)?;
-        memory
-            .write_slice(&event, buffer.addr())
-            .map_err(|_| Broken)?;
-        events
-            .add_used(&*memory, head, event.len() as u32)
-            .map_err(|_| Broken)?;
-        self.reset_owed = false;
-        self.queues.signal(queue::EVENT);
         Ok(())
     }
 

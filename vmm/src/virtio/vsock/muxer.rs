@@ -388,7 +388,6 @@ impl Muxer {
     }
 
     /// Drops everything, without a word to the guest.
-    #[cfg_attr(not(test), allow(dead_code))] // for restoring
     pub fn drop_all(&mut self) {
         self.slots.clear();
         self.free.clear();

@@ -255,7 +255,7 @@ impl Stream {
             None
         } else {
             let mut events = EventSet::empty();
-            if self.connection.wants_data() && !self.readable {
+            if self.connection.takes_data() && !self.readable {
                 events |= EventSet::IN;
             }
             if !self.held.is_empty() {
