@@ -1,0 +1,196 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Guests of a few instructions: machine code in an ELF file with a PVH note,
+//! which is all the VMM wants of a kernel. They start in 32-bit protected mode
+//! with flat segments and EBX at the start info.
+
+use std::{
+    fs::File,
+    io::{Seek, SeekFrom, Write},
+};
+
+use vmm_sys_util::tempfile::TempFile;
+
+/// Where the code is loaded and entered.
+const ENTRY: u32 = 0x10_0000;
+/// The serial port's data register.
+pub const SERIAL: u16 = 0x3f8;
+/// Sleep control and reset registers.
+pub const SLEEP: u16 = 0x600;
+pub const RESET: u16 = 0x602;
+/// The keyboard controller's command port.
+pub const KEYBOARD: u16 = 0x64;
+/// pvpanic.
+pub const PANIC: u16 = 0x505;
+/// Configuration space of the PCI bus.
+const ECAM: u32 = 0xe800_0000;
+
+/// Machine code under construction.
+#[derive(Clone, Default)]
+pub struct Code(Vec<u8>);
+
+impl Code {
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    fn bytes(mut self, bytes: &[u8]) -> Self {
+        self.0.extend_from_slice(bytes);
+        self
+    }
+
+    fn port(self, port: u16) -> Self {
+        let [low, high] = port.to_le_bytes();
+        // mov dx, port
+        self.bytes(&[0x66, 0xba, low, high])
+    }
+
+    /// Writes a byte to a port.
+    pub fn out(self, port: u16, value: u8) -> Self {
+        // mov al, value; out dx, al
+        self.port(port).bytes(&[0xb0, value, 0xee])
+    }
+
+    /// Writes a text to the serial port.
+    pub fn print(self, text: &str) -> Self {
+        text.bytes().fold(self, |code, byte| code.out(SERIAL, byte))
+    }
+
+    /// Prints `yes` if the start info has its magic number, else nothing.
+    pub fn check_start_info(self, yes: &str) -> Self {
+        let print = Self::new().print(yes).0;
+        // cmp dword [ebx], magic; jne past the print
+        self.bytes(&[0x81, 0x3b, 0x78, 0xc5, 0x6e, 0x33])
+            .bytes(&[0x75, u8::try_from(print.len()).unwrap()])
+            .bytes(&print)
+    }
+
+    /// Prints the command line that the start info points to.
+    pub fn print_command_line(self) -> Self {
+        // mov esi, [ebx + 24]; 1: lodsb; test al, al; jz 2f; out dx, al; jmp 1b; 2:
+        self.port(SERIAL)
+            .bytes(&[0x8b, 0x73, 0x18])
+            .bytes(&[0xac, 0x84, 0xc0, 0x74, 0x03, 0xee, 0xeb, 0xf8])
+    }
+
+    /// Prints the initial ramdisk that the start info's module list names.
+    pub fn print_ramdisk(self) -> Self {
+        // mov eax, [ebx + 16]; mov esi, [eax]; mov ecx, [eax + 8]; rep outsb
+        self.port(SERIAL)
+            .bytes(&[0x8b, 0x43, 0x10, 0x8b, 0x30, 0x8b, 0x48, 0x08])
+            .bytes(&[0xfc, 0xf3, 0x6e])
+    }
+
+    /// Prints the low byte of a PCI function's device id: 0x40 more than its
+    /// virtio type.
+    pub fn print_device(self, slot: u32) -> Self {
+        let [a, b, c, d] = (ECAM + (slot << 15)).to_le_bytes();
+        // mov eax, [address]; shr eax, 16; out dx, al
+        self.bytes(&[0xa1, a, b, c, d, 0xc1, 0xe8, 0x10])
+            .port(SERIAL)
+            .bytes(&[0xee])
+    }
+
+    /// Sleeps for ever.
+    pub fn halt(self) -> Self {
+        // 1: cli; hlt; jmp 1b
+        self.bytes(&[0xfa, 0xf4, 0xeb, 0xfc])
+    }
+
+    /// Runs for ever.
+    pub fn spin(self) -> Self {
+        // 1: jmp 1b
+        self.bytes(&[0xeb, 0xfe])
+    }
+
+    /// An exception without a table to look its handler up in.
+    pub fn triple_fault(self) -> Self {
+        // lidt [0x5000], where memory is zero; ud2
+        self.bytes(&[0x0f, 0x01, 0x1d, 0x00, 0x50, 0x00, 0x00])
+            .bytes(&[0x0f, 0x0b])
+    }
+
+    pub fn power_off(self) -> Self {
+        self.out(SLEEP, (5 << 2) | (1 << 5)).halt()
+    }
+
+    /// The kernel file.
+    pub fn kernel(self) -> File {
+        Elf::new(self).file()
+    }
+}
+
+/// What the file says, right or wrong.
+pub struct Elf {
+    pub code: Code,
+    /// Where the code is to be loaded.
+    pub address: u64,
+    /// Type of the note that has the entry point: 18 is PVH's.
+    pub note: u32,
+    /// Program header entries said to be there.
+    pub segments: u16,
+}
+
+impl Elf {
+    pub fn new(code: Code) -> Self {
+        Self {
+            code,
+            address: u64::from(ENTRY),
+            note: 18,
+            segments: 2,
+        }
+    }
+
+    pub fn file(&self) -> File {
+        const HEADER: u64 = 64;
+        const SEGMENT: u64 = 56;
+        let note_at = HEADER + 2 * SEGMENT;
+        let note_size = 12 + 4 + 4;
+        let code_at = note_at + note_size;
+        let mut file = Vec::new();
+        let mut put = |bytes: &[u8]| file.extend_from_slice(bytes);
+        // e_ident: 64 bits, little endian, version 1.
+        put(b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0");
+        // e_type: executable, e_machine: x86-64, e_version.
+        put(&[2, 0, 62, 0, 1, 0, 0, 0]);
+        put(&u64::from(ENTRY).to_le_bytes());
+        put(&HEADER.to_le_bytes());
+        // e_shoff, e_flags.
+        put(&[0; 12]);
+        for field in [HEADER as u16, SEGMENT as u16, self.segments, 0, 0, 0] {
+            put(&field.to_le_bytes());
+        }
+        let length = self.code.0.len() as u64;
+        for (kind, at, address, size) in [
+            (1_u32, code_at, self.address, length),
+            (4, note_at, 0, note_size),
+        ] {
+            put(&kind.to_le_bytes());
+            put(&7_u32.to_le_bytes());
+            for field in [at, address, address, size, size, 4] {
+                put(&field.to_le_bytes());
+            }
+        }
+        for field in [4, 4, self.note] {
+            put(&field.to_le_bytes());
+        }
+        put(b"Xen\0");
+        put(&ENTRY.to_le_bytes());
+        put(&self.code.0);
+        contents(&file)
+    }
+}
+
+/// A file with these bytes.
+pub fn contents(bytes: &[u8]) -> File {
+    let mut file = TempFile::new().unwrap().into_file();
+    file.write_all(bytes).unwrap();
+    file.seek(SeekFrom::Start(0)).unwrap();
+    file
+}
+
+/// A file of zeros.
+pub fn zeros(length: u64) -> File {
+    let file = TempFile::new().unwrap().into_file();
+    file.set_len(length).unwrap();
+    file
+}

@@ -1,0 +1,8 @@
+// SPDX-License-Identifier: Apache-2.0
+//! `bulkhead-vmm` as a process: driven over its control socket, with guests of
+//! a few instructions.
+
+mod configuration;
+mod guest;
+mod lifecycle;
+mod vmm;
