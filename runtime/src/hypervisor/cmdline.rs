@@ -2,11 +2,13 @@
 //! The guest kernel's command line.
 
 /// What every guest gets: a serial console for messages that matter, the end
-/// of the VM instead of waiting after a panic, no self-tests, and the image
-/// from persistent memory without copies of its pages in the guest. Such a
-/// device may come a moment after all drivers are there, hence rootwait.
+/// of the VM instead of waiting after a panic, no self-tests, no network
+/// interfaces but the pod's own, and the image from persistent memory without
+/// copies of its pages in the guest. Such a device may come a moment after all
+/// drivers are there, hence rootwait.
 const BASE: &str = "console=ttyS0 quiet loglevel=4 reboot=k panic=-1 cryptomgr.notests \
-    root=/dev/pmem0 rootfstype=erofs ro rootflags=dax=always rootwait=5 init=/sbin/init";
+    dummy.numdummies=0 root=/dev/pmem0 rootfstype=erofs ro rootflags=dax=always rootwait=5 \
+    init=/sbin/init";
 
 /// The command line, with the configuration's `hypervisor.kernel_params`.
 pub fn build(kernel_params: &str) -> String {

@@ -243,6 +243,13 @@ pub fn watch(inner: &Arc<Inner>, id: &str, exec: Option<&str>) {
                 ..
             }) => {
                 // Without its agent a guest is of no use.
+                if inner.pod().ended.is_none() {
+                    tracing::warn!(
+                        sandbox = inner.id,
+                        container = id,
+                        "the guest's agent is gone: its virtual machine is ended"
+                    );
+                }
                 inner.vm.kill();
             }
             Err(error) => tracing::warn!(
