@@ -221,7 +221,7 @@ fn a_terminal_in_exec(context: &Context) -> Result<()> {
 
 fn output_after_the_reader_has_gone(context: &Context) -> Result<()> {
     // A client that dies does not take the container with it.
-    let script = "echo up; i=0; while [ $i -lt 200 ]; do cat /etc/passwd; i=$((i+1)); sleep 0.05; done; touch /done; sleep 1000";
+    let script = "echo up; i=0; while [ $i -lt 40 ]; do cat /etc/passwd; i=$((i+1)); sleep 0.05; done; touch /done; sleep 1000";
     let mut run = context.attached(&[], &["sh", "-c", script])?;
     run.wait_for("up")?;
     let id = run.id.clone();
