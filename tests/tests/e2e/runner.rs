@@ -46,7 +46,7 @@ impl Selection {
                 "--list" => selection.list = true,
                 "--exact" => selection.exact = true,
                 "--skip" => selection.skip.extend(words.next()),
-                "--nocapture" | "--no-capture" | "--quiet" | "-q" => {}
+                "--nocapture" | "--no-capture" | "--show-output" | "--quiet" | "-q" => {}
                 "--test-threads" | "--format" | "--color" => drop(words.next()),
                 _ if word.starts_with("--") && word.contains('=') => {}
                 _ if word.starts_with('-') => bail!("what is {word}?"),
