@@ -48,7 +48,8 @@ pub enum CallError {
 }
 
 impl CallError {
-    fn kind(&self) -> ErrorKind {
+    /// What containerd is told of it, in short.
+    pub fn kind(&self) -> ErrorKind {
         match self {
             Self::Runtime(error) => error.kind(),
             Self::Stdio(error) => error.kind(),

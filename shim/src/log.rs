@@ -28,8 +28,8 @@ const LONGEST: usize = 4096;
 pub struct Log {
     to: File,
     level: Level,
-    /// Follows every line's own fields.
-    suffix: String,
+    /// Follow every line's own fields, unless it has them itself.
+    whose: [(&'static str, String); 2],
 }
 
 /// Opens a bundle's log. Also for reading, so that it opens without a reader
@@ -45,14 +45,11 @@ pub fn open(bundle: &Path) -> io::Result<File> {
 impl Log {
     /// A log of a pod's shim.
     pub fn new(to: File, level: Level, namespace: &str, group: &str) -> Self {
-        let mut suffix = String::new();
-        let mut fields = Fields {
-            text: &mut suffix,
-            message: String::new(),
-        };
-        fields.field("namespace", format_args!("{namespace}"));
-        fields.field("sandbox", format_args!("{group}"));
-        Self { to, level, suffix }
+        Self {
+            to,
+            level,
+            whose: [("namespace", namespace.into()), ("sandbox", group.into())],
+        }
     }
 
     /// Makes it the process's log. Without effect when there is one.
@@ -68,13 +65,17 @@ impl Log {
             message: String::new(),
         };
         record(&mut fields);
+        for (name, value) in &self.whose {
+            if !fields.text.contains(&format!(" {name}=")) {
+                fields.field(name, format_args!("{value}"));
+            }
+        }
         let message = std::mem::take(&mut fields.message);
         let mut line = format!(
-            "time=\"{}\" level={} msg={}{text}{}",
+            "time=\"{}\" level={} msg={}{text}",
             Utc(now),
             name(level),
             Quoted(&message),
-            self.suffix
         );
         if line.len() >= LONGEST {
             let mut end = LONGEST - 1;
@@ -288,6 +289,19 @@ mod tests {
         assert_eq!(
             rest,
             "level=warning msg=\"start timeline\" id=c1 shim_start=0.500 odd=\"a \\\"b\\\"\\nc\" n=3 namespace=ns sandbox=\"a pod\"\n"
+        );
+    }
+
+    #[test]
+    fn a_field_is_not_told_twice() {
+        let (_bundle, log, mut reader) = fifo();
+        tracing::subscriber::with_default(log, || tracing::info!(sandbox = "x", "y"));
+        let mut text = vec![0; 4096];
+        let length = reader.read(&mut text).unwrap();
+        let text = std::str::from_utf8(&text[..length]).unwrap();
+        assert!(
+            text.ends_with("msg=\"y\" sandbox=x namespace=ns\n"),
+            "{text}"
         );
     }
 

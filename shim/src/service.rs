@@ -6,7 +6,7 @@
 use std::{collections::HashMap, sync::Arc};
 
 use async_trait::async_trait;
-use bulkhead_runtime::error::chain;
+use bulkhead_runtime::{error::chain, ErrorKind};
 use bulkhead_shim_protocol::{shim, shim_ttrpc, shim_v3_ttrpc};
 use protobuf::well_known_types::empty::Empty;
 use ttrpc::asynchronous::{Service, TtrpcContext};
@@ -28,6 +28,10 @@ pub fn services(pod: &Arc<Pod>) -> HashMap<String, Service> {
 fn answer<T>(call: &'static str, id: &str, result: Result<T, CallError>) -> ttrpc::Result<T> {
     match &result {
         Ok(_) => tracing::debug!(call, id, "answered"),
+        // Asked often, just to be sure that something is gone.
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            tracing::debug!(call, id, error = chain(error), "refused");
+        }
         Err(error) => tracing::info!(call, id, error = chain(error), "refused"),
     }
     Ok(result?)
