@@ -47,9 +47,9 @@ deps: ## Installs the packages that building and testing need (root)
 build: deps binaries guest ## Builds the binaries, the guest kernel and the guest image
 
 binaries:
-	@echo "building the binaries"
-	@cargo build --release --quiet -p bulkhead-runtime -p containerd-shim-bulkhead-v2 -p bulkhead-vmm -p bulkhead-rootfs-builder -p bulkhead-tests
-	@cargo rustc --release --quiet -p bulkhead-agent --bin bulkhead-agent -- -C target-feature=+crt-static -C relocation-model=static
+	@echo "binaries: with cargo, some minutes the first time"
+	@cargo build --release -p bulkhead-runtime -p containerd-shim-bulkhead-v2 -p bulkhead-vmm -p bulkhead-rootfs-builder -p bulkhead-tests
+	@cargo rustc --release -p bulkhead-agent --bin bulkhead-agent -- -C target-feature=+crt-static -C relocation-model=static
 
 kernel:
 	@guest-kernel/build

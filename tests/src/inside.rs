@@ -34,22 +34,9 @@ pub fn is_here() -> bool {
 /// # Errors
 /// When the box does not come up or dies.
 pub fn in_a_box(limit: Duration, booted: impl FnOnce(&KvmBox)) -> Result<i32> {
-    let products = Products::find()?;
-    let machine = KvmBox::start(Options {
-        hot: products.hot()?,
-        ..Options::default()
-    })?;
+    let machine = start_box()?;
     booted(&machine);
-    let exe = env::current_exe().context("find this program")?;
-    let argv = std::iter::once(exe.to_string_lossy().into_owned()).chain(env::args().skip(1));
-    let mut command = Command::new(argv).timeout(limit);
-    for (name, value) in env::vars() {
-        // HOME, because the cache is there.
-        if name.starts_with("BULKHEAD_") || name.starts_with("RUST_") || name == "HOME" {
-            command = command.env(name, value);
-        }
-    }
-    command = command.env(MARK, release()?);
+    let command = again(env::args().skip(1), limit)?;
     let attend = || {
         let mut session = command.spawn(machine.mux())?;
         loop {
@@ -67,7 +54,37 @@ pub fn in_a_box(limit: Duration, booted: impl FnOnce(&KvmBox)) -> Result<i32> {
     Ok(exit.status())
 }
 
-fn pass_on(stream: &mut impl Write, data: &[u8]) {
+/// A box that has everything hot that containers need.
+///
+/// # Errors
+/// When it does not come up.
+pub fn start_box() -> Result<KvmBox> {
+    let hot = Products::find()?.hot()?;
+    Ok(KvmBox::start(Options {
+        hot,
+        ..Options::default()
+    })?)
+}
+
+/// This program with these arguments, as a command in a box.
+///
+/// # Errors
+/// When this program cannot be found.
+pub fn again(arguments: impl Iterator<Item = String>, limit: Duration) -> Result<Command> {
+    let exe = env::current_exe().context("find this program")?;
+    let argv = std::iter::once(exe.to_string_lossy().into_owned()).chain(arguments);
+    let mut command = Command::new(argv).timeout(limit);
+    for (name, value) in env::vars() {
+        // HOME, because the cache is there.
+        if name.starts_with("BULKHEAD_") || name.starts_with("RUST_") || name == "HOME" {
+            command = command.env(name, value);
+        }
+    }
+    Ok(command.env(MARK, release()?))
+}
+
+/// Writes what came from a box.
+pub fn pass_on(stream: &mut impl Write, data: &[u8]) {
     // Who reads this may have gone; the work goes on to its exit status.
     let _ = stream.write_all(data).and_then(|()| stream.flush());
 }

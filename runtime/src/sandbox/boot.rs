@@ -204,6 +204,8 @@ async fn boot(
         memory_mib = plan.size.memory_mib,
         kernel = guest.kernel_release,
         agent = guest.agent_version,
+        // The guest's own clock, from the kernel's entry on.
+        init_ms = guest.agent_start_ns / 1_000_000,
         "sandbox started"
     );
 

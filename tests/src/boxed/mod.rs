@@ -174,6 +174,11 @@ impl KvmBox {
         &self.mux
     }
 
+    /// The last lines of its console.
+    pub fn console(&self) -> String {
+        self.qemu.console(CONSOLE_LINES)
+    }
+
     /// What the box said when it was up.
     pub fn ready(&self) -> &Ready {
         &self.ready

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::io::{self, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -416,6 +416,18 @@ impl Session {
         match self.incoming.recv() {
             Ok(incoming) => self.take(incoming),
             Err(_) => Err(self.lost()),
+        }
+    }
+
+    /// As [`Session::next_event`]; `None` when nothing happens within `limit`.
+    ///
+    /// # Errors
+    /// As [`Session::next_event`].
+    pub fn next_event_within(&mut self, limit: Duration) -> Result<Option<Event>, BoxError> {
+        match self.incoming.recv_timeout(limit) {
+            Ok(incoming) => self.take(incoming).map(Some),
+            Err(RecvTimeoutError::Timeout) => Ok(None),
+            Err(RecvTimeoutError::Disconnected) => Err(self.lost()),
         }
     }
 

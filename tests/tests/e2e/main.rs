@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 mod basic;
+mod boxed;
 mod context;
 mod failure;
 mod host;
@@ -22,7 +23,7 @@ use std::process::exit;
 use std::time::Duration;
 
 use anyhow::Result;
-use bulkhead_tests::inside::{in_a_box, is_here};
+use bulkhead_tests::inside::is_here;
 use bulkhead_tests::install::Products;
 
 use runner::{Selection, Test};
@@ -67,13 +68,11 @@ fn run() -> Result<i32> {
         Products::find()?.check()?;
     }
     if is_here() {
+        boxed::tell_alive();
         return runner::run(&tests);
     }
-    in_a_box(LIMIT, |machine| {
-        println!(
-            "in a box: kernel {}, up after {:.1} s",
-            machine.ready().release,
-            machine.boot_time().as_secs_f64()
-        );
-    })
+    boxed::run(
+        tests.iter().map(|test| test.name.to_owned()).collect(),
+        LIMIT,
+    )
 }

@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The tests in a box. An emulated machine with nested virtualisation freezes
+//! at times, both its processors halted for ever; that says nothing about what
+//! runs in it. So the program in the box tells every few seconds that it is
+//! alive, whatever the tests are doing, and when it falls silent the tests that
+//! are left go on in a new box. A test that hangs while the box is alive gets
+//! no second chance.
+
+use std::io::{stderr, stdout, Write};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{bail, Result};
+use bulkhead_tests::boxed::{BoxError, Event, KvmBox, Session};
+use bulkhead_tests::inside::{again, pass_on, release_outside, start_box};
+
+/// How often the program in the box tells that it is alive.
+const BEAT: Duration = Duration::from_secs(5);
+/// How long it may be silent.
+const SILENCE: Duration = Duration::from_secs(120);
+/// How many boxes may freeze.
+const FREEZES: usize = 3;
+/// What it says: a byte that no text has.
+const ALIVE: u8 = 0;
+
+/// Tells whoever watches from outside a box that this program is alive.
+pub fn tell_alive() {
+    if release_outside().is_none() {
+        return;
+    }
+    thread::spawn(|| loop {
+        // Nobody hears it any more: then nobody waits for it either.
+        let _ = stderr().write_all(&[ALIVE]);
+        thread::sleep(BEAT);
+    });
+}
+
+/// Runs the tests of these names; gives the exit status of the program.
+pub fn run(mut names: Vec<String>, limit: Duration) -> Result<i32> {
+    let mut status = 0;
+    for _ in 0..FREEZES {
+        let machine = start_box()?;
+        println!(
+            "in a box: kernel {}, up after {:.1} s",
+            machine.ready().release,
+            machine.boot_time().as_secs_f64()
+        );
+        let arguments = std::iter::once("--exact".to_owned()).chain(names.iter().cloned());
+        let command = again(arguments, limit)?;
+        let mut progress = Progress::default();
+        let attended = command
+            .spawn(machine.mux())
+            .and_then(|mut session| attend(&mut session, &mut progress));
+        match attended.map_err(|error| machine.explain(error))? {
+            Some(exit) => return Ok(if exit == 0 { status } else { exit }),
+            None => {
+                status |= progress.report(&machine);
+                names.retain(|name| !progress.done.contains(name));
+            }
+        }
+    }
+    bail!("{FREEZES} boxes froze; not run: {}", names.join(", "));
+}
+
+/// Passes on what the program in the box says, until it ends; `None` when it
+/// has fallen silent.
+fn attend(
+    session: &mut Session,
+    progress: &mut Progress,
+) -> std::result::Result<Option<i32>, BoxError> {
+    loop {
+        match session.next_event_within(SILENCE)? {
+            Some(Event::Stdout(data)) => {
+                progress.take(&data);
+                pass_on(&mut stdout().lock(), &data);
+            }
+            Some(Event::Stderr(mut data)) => {
+                data.retain(|byte| *byte != ALIVE);
+                pass_on(&mut stderr().lock(), &data);
+            }
+            Some(Event::Exit(exit)) => {
+                if exit.timed_out {
+                    eprintln!("stopped: it took too long");
+                }
+                return Ok(Some(exit.status()));
+            }
+            None => return Ok(None),
+        }
+    }
+}
+
+/// Which tests have ended, by what the program in the box has printed.
+#[derive(Default)]
+struct Progress {
+    line: Vec<u8>,
+    done: Vec<String>,
+    passed: usize,
+    failed: usize,
+    skipped: usize,
+}
+
+impl Progress {
+    fn take(&mut self, data: &[u8]) {
+        for byte in data {
+            if *byte != b'\n' {
+                self.line.push(*byte);
+                continue;
+            }
+            let line = String::from_utf8_lossy(&std::mem::take(&mut self.line)).into_owned();
+            if let Some((name, result)) = line
+                .strip_prefix("test ")
+                .and_then(|rest| rest.split_once(" ... "))
+            {
+                match result.starts_with("ok") {
+                    true => self.passed += 1,
+                    false => self.failed += 1,
+                }
+                self.done.push(name.to_owned());
+            } else if let Some((name, _)) = line
+                .strip_prefix("SKIPPED: ")
+                .and_then(|rest| rest.split_once(": "))
+            {
+                self.skipped += 1;
+                self.done.push(name.to_owned());
+            }
+        }
+    }
+
+    /// Tells of a box that froze, and sums up what was done in it.
+    fn report(&self, machine: &KvmBox) -> i32 {
+        println!(
+            "\nthe box has been silent for {} s: it froze; the tests that are left go on in another\n{}",
+            SILENCE.as_secs(),
+            machine.console()
+        );
+        println!(
+            "test result: interrupted. {} passed; {} failed; {} ignored\n",
+            self.passed, self.failed, self.skipped
+        );
+        i32::from(self.failed > 0)
+    }
+}
