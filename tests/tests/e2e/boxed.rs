@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The tests in a box. An emulated machine with nested virtualisation freezes
-//! at times, both its processors halted for ever; that says nothing about what
-//! runs in it. So the program in the box tells every few seconds that it is
-//! alive, whatever the tests are doing, and when it falls silent the tests that
-//! are left go on in a new box. A test that hangs while the box is alive gets
-//! no second chance.
+//! at times, both its processors halted for ever, or its KVM dies of a double
+//! fault; that says nothing about what runs in it. So the program in the box
+//! tells every few seconds that it is alive, whatever the tests are doing, and
+//! when it falls silent the tests that are left go on in a new box. A test that
+//! fails or hangs while the box is alive gets no second chance.
 
 use std::io::{stderr, stdout, Write};
 use std::thread;
@@ -18,7 +18,7 @@ use bulkhead_tests::inside::{again, pass_on, release_outside, start_box};
 const BEAT: Duration = Duration::from_secs(5);
 /// How long it may be silent.
 const SILENCE: Duration = Duration::from_secs(120);
-/// How many boxes may freeze.
+/// How many boxes may freeze or die.
 const FREEZES: usize = 3;
 /// What it says: a byte that no text has.
 const ALIVE: u8 = 0;
@@ -51,15 +51,19 @@ pub fn run(mut names: Vec<String>, limit: Duration) -> Result<i32> {
         let attended = command
             .spawn(machine.mux())
             .and_then(|mut session| attend(&mut session, &mut progress));
-        match attended.map_err(|error| machine.explain(error))? {
-            Some(exit) => return Ok(if exit == 0 { status } else { exit }),
-            None => {
-                status |= progress.report(&machine);
-                names.retain(|name| !progress.done.contains(name));
-            }
-        }
+        let why = match attended {
+            Ok(Some(exit)) => return Ok(if exit == 0 { status } else { exit }),
+            Ok(None) => format!("has been silent for {} s", SILENCE.as_secs()),
+            Err(BoxError::Gone(why)) => format!("has gone: {why}"),
+            Err(error) => return Err(error.into()),
+        };
+        status |= progress.report(&machine, &why);
+        names.retain(|name| !progress.done.contains(name));
     }
-    bail!("{FREEZES} boxes froze; not run: {}", names.join(", "));
+    bail!(
+        "{FREEZES} boxes froze or died; not run: {}",
+        names.join(", ")
+    );
 }
 
 /// Passes on what the program in the box says, until it ends; `None` when it
@@ -126,11 +130,10 @@ impl Progress {
         }
     }
 
-    /// Tells of a box that froze, and sums up what was done in it.
-    fn report(&self, machine: &KvmBox) -> i32 {
+    /// Tells of a box that is of no use any more, and sums up what was done in it.
+    fn report(&self, machine: &KvmBox, why: &str) -> i32 {
         println!(
-            "\nthe box has been silent for {} s: it froze; the tests that are left go on in another\n{}",
-            SILENCE.as_secs(),
+            "\nthe box {why}; the tests that are left go on in another\n--- end of its console ---\n{}",
             machine.console()
         );
         println!(
