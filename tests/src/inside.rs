@@ -36,6 +36,14 @@ pub fn is_here() -> bool {
 pub fn in_a_box(limit: Duration, booted: impl FnOnce(&KvmBox)) -> Result<i32> {
     let machine = start_box()?;
     booted(&machine);
+    in_this_box(&machine, limit)
+}
+
+/// As [`in_a_box`], in a box that is up.
+///
+/// # Errors
+/// When the box dies.
+pub fn in_this_box(machine: &KvmBox, limit: Duration) -> Result<i32> {
     let command = again(env::args().skip(1), limit)?;
     let attend = || {
         let mut session = command.spawn(machine.mux())?;
@@ -59,11 +67,17 @@ pub fn in_a_box(limit: Duration, booted: impl FnOnce(&KvmBox)) -> Result<i32> {
 /// # Errors
 /// When it does not come up.
 pub fn start_box() -> Result<KvmBox> {
-    let hot = Products::find()?.hot()?;
-    Ok(KvmBox::start(Options {
-        hot,
-        ..Options::default()
-    })?)
+    start_box_with(Options::default())
+}
+
+/// As [`start_box`], with other options.
+///
+/// # Errors
+/// When it does not come up.
+pub fn start_box_with(options: Options) -> Result<KvmBox> {
+    let mut hot = Products::find()?.hot()?;
+    hot.extend(options.hot);
+    Ok(KvmBox::start(Options { hot, ..options })?)
 }
 
 /// This program with these arguments, as a command in a box.

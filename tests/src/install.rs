@@ -37,6 +37,11 @@ impl Products {
         })
     }
 
+    /// The target directory.
+    pub fn target(&self) -> &Path {
+        &self.target
+    }
+
     /// Directory of the programs, for `PATH`.
     pub fn bin_dir(&self) -> PathBuf {
         self.target.join("release")

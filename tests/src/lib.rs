@@ -11,6 +11,7 @@
 
 #![deny(unsafe_code)] // sys alone talks to the kernel without a safe wrapper
 
+pub mod bench;
 pub mod boxed;
 pub mod containerd;
 pub mod host;

@@ -87,6 +87,22 @@ pub fn network_namespace(spec: &Spec) -> Option<&Path> {
         .as_deref()
 }
 
+/// Whether the spec wants programs run on the host at points of the
+/// container's life (config.md, "POSIX-platform Hooks").
+pub fn has_host_hooks(spec: &Spec) -> bool {
+    let Some(hooks) = spec.hooks() else {
+        return false;
+    };
+    #[allow(deprecated)] // and in use all the same
+    let lists = [
+        hooks.prestart(),
+        hooks.create_runtime(),
+        hooks.poststart(),
+        hooks.poststop(),
+    ];
+    lists.into_iter().flatten().any(|list| !list.is_empty())
+}
+
 /// The spec's name of an enumeration's value.
 fn name<T: Serialize>(value: &T) -> String {
     match serde_json::to_value(value) {

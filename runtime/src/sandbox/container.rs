@@ -107,6 +107,13 @@ async fn make(
 ) -> Result<Copies, Error> {
     let spec = oci::load(&request.bundle)?;
     let prepared = oci::container(&spec, &request.id)?;
+    if oci::has_host_hooks(&spec) {
+        tracing::warn!(
+            sandbox = inner.id,
+            container = request.id,
+            "hooks of the host are not run yet"
+        );
+    }
     let root = spec.root().as_ref();
     let root_path = root.map_or_else(
         || request.bundle.join("rootfs"),

@@ -51,7 +51,7 @@ pub struct Options {
     /// Files and directories to read from a disk image instead of over 9p.
     pub hot: Vec<PathBuf>,
     /// Directories to put a tmpfs on, besides `/run`, `/tmp` and
-    /// `/var/lib/containerd`.
+    /// `/var/lib/containerd`; not on one that this program is in.
     pub tmpfs: Vec<PathBuf>,
     /// One processor with a clock that counts instructions.
     pub virtual_time: bool,
@@ -93,6 +93,8 @@ impl KvmBox {
     pub fn start(options: Options) -> Result<Self, BoxError> {
         let kernel = kernel::fetch()?;
         let hot = hot::image(&options.hot)?;
+        // What runs in the box is read from where it is outside.
+        let own = std::env::current_exe().unwrap_or_default();
         let plan = initramfs::Plan {
             modules_dir: kernel.modules.clone(),
             hot: hot.is_some(),
@@ -100,6 +102,7 @@ impl KvmBox {
                 .iter()
                 .map(PathBuf::from)
                 .chain(options.tmpfs)
+                .filter(|dir| !own.starts_with(dir))
                 .collect(),
             modules: Vec::new(),
         };

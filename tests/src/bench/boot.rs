@@ -1,0 +1,187 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What a boot costs in exits and system calls.
+
+use std::fs::{self, File};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+use anyhow::{bail, Context, Result};
+use bulkhead_agent_protocol::{AGENT_PORT, SHARED_TAG};
+use bulkhead_runtime::hypervisor::cmdline;
+use bulkhead_vmm_api::{
+    Call, Channel, Event, Exits, FromVmm, FsCache, FsConfig, KernelConfig, Outcome, PmemConfig,
+    Request, VmConfig, VsockConfig,
+};
+use nix::fcntl::{fcntl, FcntlArg, FdFlag};
+
+use super::{Bench, Figure, LIMIT};
+use crate::install::which;
+use crate::proc;
+
+/// `boot-exits`: those that the VMM handles until the agent calls.
+///
+/// # Errors
+/// When the guest does not come up.
+pub fn exits(bench: &Bench) -> Result<Vec<Figure>> {
+    let dir = bench.dir.join("exits");
+    fs::create_dir_all(dir.join("shared"))?;
+    let exits = boot(bench, &dir)?;
+    let figure = Figure::new(
+        "boot-exits",
+        (exits.pio + exits.mmio) as f64,
+        "exits",
+        &format!(
+            "{} for ports and {} for memory that the VMM handled until the agent's ready call",
+            exits.pio, exits.mmio
+        ),
+    );
+    Ok(vec![figure])
+}
+
+/// Kills the process when dropped.
+struct Vmm(Child);
+
+impl Drop for Vmm {
+    fn drop(&mut self) {
+        // It may have ended.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn boot(bench: &Bench, dir: &Path) -> Result<Exits> {
+    let (channel, theirs) = Channel::pair()?;
+    // For the child to inherit.
+    fcntl(theirs.as_fd(), FcntlArg::F_SETFD(FdFlag::empty()))?;
+    let child = Command::new(bench.products.program("bulkhead-vmm"))
+        .args(["--control-fd", &theirs.as_raw_fd().to_string()])
+        .stdin(Stdio::null())
+        .spawn()
+        .context("run the VMM")?;
+    drop(theirs);
+    let _vmm = Vmm(child);
+
+    let vsock = dir.join("vsock");
+    let _agent = UnixListener::bind(format!("{}_{AGENT_PORT}", vsock.display()))?;
+    let fds: [OwnedFd; 4] = [
+        File::open(bench.products.kernel())?.into(),
+        File::open(bench.products.image())?.into(),
+        File::open(dir.join("shared"))?.into(),
+        File::options().write(true).open("/dev/null")?.into(),
+    ];
+    // As the runtime describes a pod without a network.
+    let config = VmConfig {
+        vcpus: 1,
+        memory_mib: 256,
+        kernel: KernelConfig {
+            image: 0,
+            cmdline: cmdline::build(""),
+            initrd: None,
+        },
+        serial: Some(3),
+        pmem: vec![PmemConfig {
+            id: "image".into(),
+            file: 1,
+            read_only: true,
+        }],
+        fs: vec![FsConfig {
+            tag: SHARED_TAG.into(),
+            directory: 2,
+            cache: FsCache::Auto,
+        }],
+        vsock: Some(VsockConfig {
+            cid: 3,
+            listener: None,
+            uds_path: vsock.to_string_lossy().into_owned(),
+            ready_port: Some(AGENT_PORT),
+        }),
+        net: Vec::new(),
+        blk: Vec::new(),
+        rng: true,
+    };
+    let fds: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
+    let send = |id, call, fds: &[BorrowedFd<'_>]| channel.send(&Request { id, call }, fds);
+    send(1, Call::Configure(Box::new(config)), &fds)?;
+    send(2, Call::Boot, &[])?;
+    loop {
+        match channel.receive()?.0 {
+            FromVmm::Event(Event::GuestReady(_)) => send(3, Call::Status, &[])?,
+            FromVmm::Event(other) => bail!("the guest did not come up: {other:?}"),
+            FromVmm::Reply(reply) => match reply.outcome {
+                Outcome::Done => {}
+                Outcome::Status(status) => return Ok(status.exits),
+                Outcome::Failed(failure) => bail!("the VMM refused: {}", failure.message),
+            },
+        }
+    }
+}
+
+/// `boot-syscalls`: those of the VMM's process up to its first KVM_RUN.
+///
+/// # Errors
+/// Without strace; when the guest does not come up.
+pub fn syscalls(bench: &Bench) -> Result<Vec<Figure>> {
+    let strace = which("strace").context("strace is not installed")?;
+    let trace = bench.dir.join("trace");
+    let wrapper = bench.dir.join("traced-vmm");
+    fs::write(
+        &wrapper,
+        format!(
+            "#!/bin/sh\nexec {} -f -o {} {} \"$@\"\n",
+            strace.display(),
+            trace.display(),
+            bench.products.program("bulkhead-vmm").display()
+        ),
+    )?;
+    fs::set_permissions(&wrapper, fs::Permissions::from_mode(0o755))?;
+    let mut config = bench.products.config(&bench.dir.join("traced"));
+    config.vmm = wrapper;
+    let path = bench.dir.join("traced.toml");
+    config.write(&path)?;
+    let mut command = Command::new(bench.products.program("bulkhead"));
+    command.arg("--config").arg(&path).arg("run");
+    command.arg(bench.rootfs()?).args(["--", "/bin/true"]);
+    proc::run(&mut command, LIMIT)?.ok()?;
+    let text = fs::read_to_string(&trace).context("read the trace")?;
+    let count = before_first_run(&text).context("the trace has no KVM_RUN")?;
+    Ok(vec![Figure::new(
+        "boot-syscalls",
+        count as f64,
+        "calls",
+        "system calls of all threads of the VMM from its exec up to the first KVM_RUN, by strace",
+    )])
+}
+
+/// Calls that began before the first KVM_RUN did.
+fn before_first_run(trace: &str) -> Option<usize> {
+    let mut count = 0;
+    for line in trace.lines() {
+        if line.contains("KVM_RUN") {
+            return Some(count);
+        }
+        let what = line
+            .trim_start_matches(|c: char| c.is_ascii_digit())
+            .trim_start();
+        // Neither the rest of a call, nor a signal, nor an exit.
+        if !what.starts_with(['<', '-', '+']) {
+            count += 1;
+        }
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::before_first_run;
+
+    #[test]
+    fn calls_are_counted_once() {
+        let trace = "12 execve(\"x\") = 0\n12 read(3,  <unfinished ...>\n13 brk(0) = 1\n12 <... read resumed>) = 1\n\
+            13 --- SIGCHLD ---\n12 ioctl(5, KVM_RUN, 0) = 0\n";
+        assert_eq!(before_first_run(trace), Some(3));
+        assert_eq!(before_first_run("1 read() = 0\n"), None);
+    }
+}

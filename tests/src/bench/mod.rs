@@ -1,0 +1,206 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Figures: what a start costs, in time, memory and bytes, beside peers that
+//! are measured in the same run. All of them are taken in one box in virtual
+//! time, where they do not depend on what else this machine does.
+
+pub mod boot;
+pub mod memory;
+pub mod size;
+pub mod start;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{bail, Context, Result};
+use serde::{Deserialize, Serialize};
+
+use crate::containerd::Containerd;
+use crate::image;
+use crate::inside;
+use crate::install::Products;
+
+/// How long one command may take; virtual time is slow time.
+pub const LIMIT: Duration = Duration::from_secs(300);
+
+/// One figure.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Figure {
+    /// Its name; stays the same from run to run.
+    pub name: String,
+    /// Its value.
+    pub value: f64,
+    /// What it counts.
+    pub unit: String,
+    /// Who else was measured.
+    pub peer: Option<String>,
+    /// The peer's value.
+    pub peer_value: Option<f64>,
+    /// The value over the peer's.
+    pub ratio: Option<f64>,
+    /// How it was taken.
+    pub how: String,
+}
+
+impl Figure {
+    /// A figure without a peer.
+    pub fn new(name: &str, value: f64, unit: &str, how: &str) -> Self {
+        Self {
+            name: name.into(),
+            value,
+            unit: unit.into(),
+            peer: None,
+            peer_value: None,
+            ratio: None,
+            how: how.into(),
+        }
+    }
+
+    /// The same, beside a peer.
+    #[must_use]
+    pub fn beside(self, peer: &str, value: f64) -> Self {
+        Self {
+            peer: Some(peer.into()),
+            peer_value: Some(value),
+            ratio: (value > 0.0).then(|| self.value / value),
+            ..self
+        }
+    }
+
+    /// One line for people.
+    pub fn line(&self) -> String {
+        let mut line = format!("{:<16}{:>14.3} {:<12}", self.name, self.value, self.unit);
+        if let (Some(peer), Some(value)) = (&self.peer, self.peer_value) {
+            line.push_str(&format!("{peer} {value:.3}"));
+        }
+        if let Some(ratio) = self.ratio {
+            line.push_str(&format!(", ratio {ratio:.2}"));
+        }
+        line
+    }
+}
+
+/// The middle value.
+///
+/// # Errors
+/// When there is none.
+pub fn median(mut values: Vec<f64>) -> Result<f64> {
+    values.sort_by(f64::total_cmp);
+    match values.len() {
+        0 => bail!("nothing was measured"),
+        n if n % 2 == 1 => Ok(values[n / 2]),
+        n => Ok((values[n / 2 - 1] + values[n / 2]) / 2.0),
+    }
+}
+
+/// What the figures are taken with: a private containerd, a root file system,
+/// all in memory.
+pub struct Bench {
+    /// The build products.
+    pub products: Products,
+    /// A directory in memory.
+    pub dir: PathBuf,
+    /// Bulkhead's configuration.
+    pub config: PathBuf,
+    /// containerd, with the image imported.
+    pub containerd: Containerd,
+}
+
+impl Bench {
+    /// Sets everything up.
+    ///
+    /// # Errors
+    /// When something does not start.
+    pub fn start() -> Result<Self> {
+        let products = Products::find()?;
+        products.check()?;
+        let dir = inside::work_dir("bulkhead-bench");
+        fs::create_dir_all(&dir).with_context(|| format!("make {}", dir.display()))?;
+        let config = dir.join("config.toml");
+        products.config(&dir.join("state")).write(&config)?;
+        let containerd = Containerd::start(&dir.join("c"), &products.bin_dir(), &config)?;
+        containerd.import(&image::cached()?)?;
+        Ok(Self {
+            products,
+            dir,
+            config,
+            containerd,
+        })
+    }
+
+    /// A root file system with busybox in it.
+    ///
+    /// # Errors
+    /// Those of writing.
+    pub fn rootfs(&self) -> Result<PathBuf> {
+        let rootfs = self.dir.join("rootfs");
+        if !rootfs.exists() {
+            for below in ["bin", "proc", "sys", "dev", "tmp", "etc"] {
+                fs::create_dir_all(rootfs.join(below))?;
+            }
+            fs::copy("/bin/busybox", rootfs.join("bin/busybox")).context("copy busybox")?;
+            for name in ["true", "sh", "sleep"] {
+                std::os::unix::fs::symlink("busybox", rootfs.join("bin").join(name))?;
+            }
+        }
+        Ok(rootfs)
+    }
+
+    /// Ends everything.
+    ///
+    /// # Errors
+    /// When something stays.
+    pub fn stop(self) -> Result<()> {
+        self.containerd.stop()?;
+        crate::containerd::remove_tree(&self.dir)
+    }
+}
+
+/// Takes all figures; each is told as soon as it is there, and so is each that
+/// could not be taken.
+///
+/// # Errors
+/// When nothing can be measured at all.
+pub fn run(tell: &mut dyn FnMut(Result<Figure>)) -> Result<()> {
+    let bench = Bench::start()?;
+    let mut group = |figures: Result<Vec<Figure>>| match figures {
+        Ok(figures) => figures.into_iter().for_each(|figure| tell(Ok(figure))),
+        Err(error) => tell(Err(error)),
+    };
+    group(size::figures(&bench));
+    group(boot::exits(&bench).context("boot-exits"));
+    group(boot::syscalls(&bench).context("boot-syscalls"));
+    group(start::ctr_run(&bench).context("ctr-run, boot"));
+    group(start::run(&bench).context("run"));
+    group(memory::figures(&bench).context("host-private, guest-private"));
+    bench.stop()
+}
+
+/// Writes the figures as JSON.
+///
+/// # Errors
+/// Those of writing.
+pub fn write(path: &Path, figures: &[Figure]) -> Result<()> {
+    let text = serde_json::to_string_pretty(figures)?;
+    fs::write(path, text + "\n").with_context(|| format!("write {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_middle_is_found() {
+        assert_eq!(median(vec![3.0, 1.0, 2.0]).unwrap(), 2.0);
+        assert_eq!(median(vec![4.0, 1.0]).unwrap(), 2.5);
+        assert!(median(vec![]).is_err());
+    }
+
+    #[test]
+    fn a_ratio_is_to_the_peer() {
+        let figure = Figure::new("x", 3.0, "ms", "").beside("runc", 2.0);
+        assert_eq!(figure.ratio, Some(1.5));
+        assert!(figure.line().contains("runc 2.000, ratio 1.50"));
+        assert_eq!(Figure::new("x", 3.0, "ms", "").beside("p", 0.0).ratio, None);
+    }
+}
