@@ -17,9 +17,9 @@ use bulkhead_tests::inside::{again, pass_on, release_outside, start_box};
 /// How often the program in the box tells that it is alive.
 const BEAT: Duration = Duration::from_secs(5);
 /// How long it may be silent.
-const SILENCE: Duration = Duration::from_secs(120);
+const SILENCE: Duration = Duration::from_secs(60);
 /// How many boxes may freeze or die.
-const FREEZES: usize = 3;
+const FREEZES: usize = 6;
 /// What it says: a byte that no text has.
 const ALIVE: u8 = 0;
 
