@@ -188,9 +188,6 @@ async fn a_shim_is_started_found_called_and_ended() {
     let address = host.start();
     let pid = host.shim();
     assert_eq!(host.sockets().len(), 1, "the socket alone");
-    // In a session of its own.
-    let raw = rustix::process::Pid::from_raw(i32::try_from(pid).unwrap());
-    assert_eq!(rustix::process::getsid(raw).unwrap(), raw.unwrap());
     // The same one for the next container of the pod.
     assert_eq!(host.start(), address);
     assert_eq!(host.shim(), pid);
@@ -200,6 +197,9 @@ async fn a_shim_is_started_found_called_and_ended() {
     let connect = named::<ConnectRequest>(|r| r.id = "c1".into());
     let connected = v2.connect(limit(), &connect).await.unwrap();
     assert_eq!((connected.shim_pid, connected.task_pid), (pid, 0));
+    // In a session of its own: before it answers, not before `start` returns.
+    let raw = rustix::process::Pid::from_raw(i32::try_from(pid).unwrap());
+    assert_eq!(rustix::process::getsid(raw).unwrap(), raw.unwrap());
     let connected = v3.connect(limit(), &connect).await.unwrap();
     assert_eq!(connected.shim_pid, pid);
 

@@ -38,7 +38,7 @@ The KVM host in a box: an emulated machine with SVM that shares this machine's f
   --hot PATH         read PATH from a disk image, not over 9p (repeatable)
   --tmpfs DIR        put a tmpfs on DIR (repeatable)
   --memory MIB       the box's memory (default 6144, at most half of the host's)
-  --cpus N           its processors (default 2)
+  --cpus N           its processors (default 1; with more, VMs side by side break)
   --virtual-time     one processor whose clock counts instructions
 ";
 

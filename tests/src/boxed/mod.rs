@@ -46,7 +46,9 @@ const CONSOLE_LINES: usize = 40;
 pub struct Options {
     /// Memory in MiB; at most half of the host's is taken.
     pub memory_mib: u64,
-    /// Processors.
+    /// Processors. With more than one, QEMU's SVM loses and misdirects
+    /// interrupts within seconds of two VMs running side by side: guests hang
+    /// or triple-fault, and the box itself may panic.
     pub cpus: u32,
     /// Files and directories to read from a disk image instead of over 9p.
     pub hot: Vec<PathBuf>,
@@ -65,7 +67,7 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             memory_mib: 6 << 10,
-            cpus: 2,
+            cpus: 1,
             hot: Vec::new(),
             tmpfs: Vec::new(),
             virtual_time: false,

@@ -30,6 +30,13 @@ use crate::sys;
 /// Bytes of console and messages that are kept.
 const TAIL: usize = 32 << 10;
 
+/// QEMU's SVM changes a processor's pending interrupts without its lock, so
+/// that now and then one is lost. The next one makes up for it; but a machine
+/// that has stopped its tick and waits for the lost one waits for ever. So the
+/// tick never stops. In virtual time one thread does everything and none is
+/// lost.
+const PERIODIC_TICK: &str = " nohz=off highres=off";
+
 /// The machine to build.
 #[derive(Clone, Debug)]
 pub struct Machine {
@@ -54,6 +61,9 @@ impl Machine {
         let mut append = "console=ttyS0 quiet reboot=t panic=-1 mitigations=off \
              kvm.nx_huge_pages=never cryptomgr.notests random.trust_cpu=on"
             .to_owned();
+        if !self.virtual_time {
+            append.push_str(PERIODIC_TICK);
+        }
         if !self.kernel_params.is_empty() {
             append.push(' ');
             append.push_str(&self.kernel_params);

@@ -8,6 +8,7 @@
 //! box that lives on gets no second chance.
 
 use std::io::{stderr, stdout, Write};
+use std::num::NonZero;
 use std::thread;
 use std::time::Duration;
 
@@ -19,8 +20,8 @@ use bulkhead_tests::inside::{again, pass_on, release_outside, start_box};
 const BEAT: Duration = Duration::from_secs(5);
 /// How long it may be silent.
 const SILENCE: Duration = Duration::from_secs(60);
-/// How many boxes may freeze or die.
-const FREEZES: usize = 6;
+/// How many boxes one after the other may freeze or die.
+const FREEZES: usize = 4;
 /// What it says: a byte that no text has.
 const ALIVE: u8 = 0;
 
@@ -36,8 +37,36 @@ pub fn tell_alive() {
     });
 }
 
-/// Runs the tests of these names; gives the exit status of the program.
-pub fn run(mut names: Vec<String>, limit: Duration) -> Result<i32> {
+/// Runs the tests of these names, in as many boxes at a time as this machine
+/// has processors; gives the exit status of the program. `limit` is for each
+/// box.
+pub fn run(names: Vec<String>, limit: Duration) -> Result<i32> {
+    let boxes = thread::available_parallelism()
+        .map_or(1, NonZero::get)
+        .min(names.len())
+        .max(1);
+    // Neighbours take about as long, so they go to different boxes.
+    let shares = (0..boxes).map(|first| {
+        let share = names.iter().skip(first).step_by(boxes);
+        share.cloned().collect::<Vec<_>>()
+    });
+    let running: Vec<_> = shares
+        .map(|share| thread::spawn(move || run_share(share, limit)))
+        .collect();
+    running
+        .into_iter()
+        .map(|share| match share.join() {
+            Ok(status) => status,
+            Err(panic) => std::panic::resume_unwind(panic),
+        })
+        // All of them end before the worst status is taken.
+        .collect::<Vec<_>>()
+        .into_iter()
+        .try_fold(0, |worst, status| Ok(status?.max(worst)))
+}
+
+/// Runs these tests in one box after the other until one lives to their end.
+fn run_share(mut names: Vec<String>, limit: Duration) -> Result<i32> {
     for _ in 0..FREEZES {
         let machine = start_box()?;
         println!(
@@ -74,10 +103,7 @@ fn attend(
 ) -> std::result::Result<Option<i32>, BoxError> {
     loop {
         match session.next_event_within(SILENCE)? {
-            Some(Event::Stdout(data)) => {
-                progress.take(&data);
-                pass_on(&mut stdout().lock(), &data);
-            }
+            Some(Event::Stdout(data)) => pass_on(&mut stdout().lock(), &progress.take(&data)),
             Some(Event::Stderr(mut data)) => {
                 data.retain(|byte| *byte != ALIVE);
                 pass_on(&mut stderr().lock(), &data);
@@ -104,13 +130,18 @@ struct Progress {
 }
 
 impl Progress {
-    fn take(&mut self, data: &[u8]) {
+    /// Gives the lines that `data` has completed, for boxes take turns line by
+    /// line.
+    fn take(&mut self, data: &[u8]) -> Vec<u8> {
+        let mut lines = Vec::new();
         for byte in data {
+            self.line.push(*byte);
             if *byte != b'\n' {
-                self.line.push(*byte);
                 continue;
             }
+            lines.extend(&self.line);
             let line = String::from_utf8_lossy(&std::mem::take(&mut self.line)).into_owned();
+            let line = line.trim_end();
             if let Some((name, result)) = line
                 .strip_prefix("test ")
                 .and_then(|rest| rest.split_once(" ... "))
@@ -129,6 +160,7 @@ impl Progress {
                 self.done.push(name.to_owned());
             }
         }
+        lines
     }
 
     /// Tells of a box that is of no use any more, and sums up what was done in

@@ -110,12 +110,15 @@ pub fn run(tests: &[Test]) -> Result<i32> {
                 None => {
                     failed.push(test.name);
                     println!("test {} ... FAILED ({took:.1} s)", test.name);
-                    println!("    {}", format!("{error:#}").replace('\n', "\n    "));
+                    // With the name, for lines of another box may come between.
+                    for line in format!("{error:#}").lines() {
+                        println!("    {}: {line}", test.name);
+                    }
                     let log = context.containerd.log();
                     let log = log.get(logged..).unwrap_or_default();
                     let lines: Vec<&str> = log.lines().collect();
                     for line in &lines[lines.len().saturating_sub(25)..] {
-                        println!("    | {line}");
+                        println!("    {} | {line}", test.name);
                     }
                 }
             },
