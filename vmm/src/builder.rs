@@ -4,32 +4,36 @@
 use std::{
     fs::File,
     io,
-    sync::{atomic::AtomicBool, Arc, Mutex},
+    sync::{atomic::AtomicBool, Arc, Mutex, MutexGuard},
 };
 
 use bulkhead_vmm_api::{Exits, FailureKind};
 use kvm_ioctls::{Kvm, VcpuFd};
-use vm_memory::{FileOffset, GuestMemoryAtomic, MmapRegion};
+use vm_memory::{
+    FileOffset, GuestMemory, GuestMemoryAtomic, GuestMemoryMmap, GuestMemoryRegion, MmapRegion,
+};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::{
     arch::x86_64::{acpi, boot, cpuid, layout, regs},
     bus::{Bus, BusDevice, RangeError},
-    config::Resources,
+    config::{Devices, Resources, RestoreResources},
     event::{EventHandler, EventLoop, LoopHandle},
     kvm::{
-        vcpu::{self, Buses, ExitCounters, Shared, VcpuThread},
+        state::{msrs_to_save, xsave_size, VcpuState, VmState},
+        vcpu::{self, Buses, ExitCounters, Rest, Shared, VcpuThread},
         vm::Vm,
         KvmError,
     },
-    memory::{self, WindowAllocator},
+    memory::{self, MemoryError, WindowAllocator},
     pci::PciRoot,
     power::{KeyboardReset, OnEnd, PanicPort, PowerRegisters},
     serial::SerialPort,
+    snapshot::{self, state::MachineState, SnapshotError},
     timeline::{Moment, Stamps},
     virtio::{
         blk::Blk,
-        device::{DeviceRef, GuestRam, VirtioDevice},
+        device::{GuestRam, StateError, VirtioDevice},
         fs::Fs,
         net::Net,
         pmem::Pmem,
@@ -78,6 +82,9 @@ pub enum BuildError {
     /// The VMM's own layout is at fault.
     #[error(transparent)]
     Range(#[from] RangeError),
+    /// A snapshot.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
     /// A thread or descriptor.
     #[error("{step}")]
     System {
@@ -102,6 +109,8 @@ impl BuildError {
             Self::Kvm(_) | Self::OpenKvm(_) => FailureKind::Kvm,
             Self::Boot(_) => FailureKind::BadResource,
             Self::Bus(_) => FailureKind::InvalidRequest,
+            Self::Snapshot(error) => error.kind(),
+            Self::Memory(MemoryError::Size { .. }) => FailureKind::BadResource,
             Self::Memory(_) | Self::Device { .. } | Self::Range(_) | Self::System { .. } => {
                 FailureKind::System
             }
@@ -123,18 +132,22 @@ pub struct Callbacks {
     pub on_connect: Arc<dyn Fn(u32) + Send + Sync>,
 }
 
-/// A VM, ready to run or running. Dropping it stops its threads.
+/// A VM, ready to run, running or paused. Dropping it stops its threads.
 pub struct Machine {
     // Order matters: vCPUs stop first, then loops, then what they use.
     threads: Vec<VcpuThread>,
-    vcpus: Vec<VcpuFd>,
+    vcpus: Vec<Arc<Mutex<VcpuFd>>>,
     loops: Vec<EventLoop>,
     shared: Arc<Shared>,
     serial: Arc<SerialPort>,
     stamps: Arc<Stamps>,
-    /// Devices and the windows mapped into the guest.
-    _devices: Vec<DeviceRef>,
-    _vm: Arc<Vm>,
+    memory: GuestMemoryMmap,
+    /// In the order of the bus.
+    functions: Vec<Arc<VirtioPci>>,
+    vm: Arc<Vm>,
+    kvm: Kvm,
+    paused: bool,
+    /// Mapped into the guest.
     _windows: Vec<MmapRegion>,
 }
 
@@ -146,11 +159,9 @@ impl Machine {
         stamps: Arc<Stamps>,
     ) -> Result<Self, BuildError> {
         let mut resources = resources;
-        vcpu::install_kick_signal().map_err(system("vCPU signal"))?;
         let kvm = Kvm::new().map_err(BuildError::OpenKvm)?;
         let memory = memory::allocate(resources.memory_size)?;
         let vm = Arc::new(Vm::new(&kvm, &memory)?);
-
         let entry = boot::load(
             &memory,
             resources.memory_size,
@@ -159,60 +170,7 @@ impl Machine {
             resources.initrd.as_mut(),
         )?;
         boot::write_tables(&memory, &acpi::tables(resources.vcpus))?;
-
-        let mut buses = Buses {
-            pio: Bus::default(),
-            mmio: Bus::default(),
-        };
-        let serial_event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
-            .map_err(system("serial interrupt"))?;
-        vm.router()
-            .register_line(&serial_event, layout::SERIAL_IRQ)
-            .map_err(system("serial interrupt"))?;
-        let serial = SerialPort::new(resources.serial.take(), serial_event);
-        buses
-            .pio
-            .insert(u64::from(layout::SERIAL_PORT), 8, serial.clone())?;
-        let ends: [(u16, u64, Arc<dyn BusDevice>); 3] = [
-            (
-                layout::POWER_PORT,
-                3,
-                Arc::new(PowerRegisters(callbacks.on_end.clone())),
-            ),
-            (
-                layout::KEYBOARD_COMMAND,
-                1,
-                Arc::new(KeyboardReset(callbacks.on_end.clone())),
-            ),
-            (
-                layout::PVPANIC_PORT,
-                1,
-                Arc::new(PanicPort(callbacks.on_end.clone())),
-            ),
-        ];
-        for (port, length, device) in ends {
-            buses.pio.insert(u64::from(port), length, device)?;
-        }
-
-        let mut plug = Plug {
-            vm: &vm,
-            ram: GuestMemoryAtomic::new(memory),
-            mmio: &mut buses.mmio,
-            root: PciRoot::default(),
-            devices: Vec::new(),
-            windows: Vec::new(),
-        };
-        let loops = plug.all(resources_devices(&mut resources), callbacks)?;
-        let Plug {
-            root,
-            devices,
-            windows,
-            ..
-        } = plug;
-        buses
-            .mmio
-            .insert(layout::ECAM, layout::ECAM_SIZE, Arc::new(root))?;
-
+        let serial = SerialPort::new(resources.serial.take(), serial_interrupt(&vm)?);
         let mut vcpus = Vec::new();
         for index in 0..resources.vcpus {
             let vcpu = vm.create_vcpu(index)?;
@@ -225,33 +183,146 @@ impl Machine {
             }
             vcpus.push(vcpu);
         }
-        Ok(Self {
-            threads: Vec::new(),
+        let parts = Parts {
+            kvm,
+            vm,
+            memory,
+            memory_size: resources.memory_size,
             vcpus,
-            loops,
-            shared: Arc::new(Shared {
-                buses,
-                exits: ExitCounters::default(),
-                on_end: callbacks.on_end.clone(),
-                stop: AtomicBool::new(false),
-            }),
             serial,
-            stamps,
-            _devices: devices,
-            _vm: vm,
-            _windows: windows,
-        })
+            paused: false,
+        };
+        parts.assemble(resources.devices, callbacks, stamps)
     }
 
-    /// Lets the vCPUs run.
+    /// Builds a machine from a snapshot; it is paused.
+    pub fn restore(
+        resources: RestoreResources,
+        callbacks: &Callbacks,
+        stamps: Arc<Stamps>,
+    ) -> Result<Self, BuildError> {
+        let state = snapshot::state::read(&resources.state)?;
+        let kvm = Kvm::new().map_err(BuildError::OpenKvm)?;
+        let memory = memory::map_snapshot(state.memory_size, &resources.memory)?;
+        let vm = Arc::new(Vm::new(&kvm, &memory)?);
+        let interrupt = serial_interrupt(&vm)?;
+        let serial = SerialPort::restore(state.serial.clone(), resources.serial, interrupt)
+            .map_err(system("serial port"))?;
+        let mut vcpus = Vec::new();
+        for index in 0..state.vcpus.len() {
+            // At most as many as a machine can have.
+            vcpus.push(vm.create_vcpu(index as u8)?);
+        }
+        let parts = Parts {
+            kvm,
+            vm,
+            memory,
+            memory_size: state.memory_size,
+            vcpus,
+            serial,
+            paused: true,
+        };
+        let machine = parts.assemble(resources.devices, callbacks, stamps)?;
+        machine.restore_state(&state)?;
+        Ok(machine)
+    }
+
+    /// Interrupt controllers first: a device may interrupt as soon as it has
+    /// its state. The clock last, for it goes on.
+    fn restore_state(&self, state: &MachineState) -> Result<(), SnapshotError> {
+        if self.functions.len() != state.functions.len() {
+            return Err(SnapshotError::Mismatch(format!(
+                "{} devices for a snapshot with {}",
+                self.functions.len(),
+                state.functions.len()
+            )));
+        }
+        state.vm.restore_irqchips(self.vm.fd())?;
+        let xsave_size = xsave_size(&self.kvm);
+        for (vcpu, state) in self.vcpus.iter().zip(&state.vcpus) {
+            state.restore(&lock(vcpu), xsave_size)?;
+        }
+        for (index, (function, state)) in self.functions.iter().zip(&state.functions).enumerate() {
+            function
+                .restore(state)
+                .map_err(|source| device_error(index, function, source))?;
+        }
+        Ok(state.vm.restore_clock(self.vm.fd())?)
+    }
+
+    /// Lets the vCPUs run for the first time.
     pub fn start(&mut self) -> Result<(), BuildError> {
         self.stamps.set(Moment::KernelEntry);
-        for (index, vcpu) in self.vcpus.drain(..).enumerate() {
-            let thread = VcpuThread::spawn(index as u8, vcpu, Arc::clone(&self.shared))
+        for (index, vcpu) in self.vcpus.iter().enumerate() {
+            let thread = VcpuThread::spawn(index as u8, Arc::clone(vcpu), Arc::clone(&self.shared))
                 .map_err(system("vCPU thread could not be started"))?;
             self.threads.push(thread);
         }
         Ok(())
+    }
+
+    /// Makes vCPUs, then loops rest. False when a vCPU does not: the machine
+    /// is about to end.
+    pub fn pause(&mut self) -> bool {
+        if !self.paused {
+            if !self.shared.rest.begin(&self.threads) {
+                return false;
+            }
+            self.loops.iter().for_each(EventLoop::pause);
+            self.paused = true;
+        }
+        true
+    }
+
+    /// Lets loops, then vCPUs go on.
+    pub fn resume(&mut self) -> Result<(), BuildError> {
+        if self.paused {
+            self.paused = false;
+            self.loops.iter().for_each(EventLoop::resume);
+            if self.threads.is_empty() {
+                return self.start();
+            }
+            self.shared.rest.end();
+        }
+        Ok(())
+    }
+
+    /// Whether it rests.
+    pub fn is_paused(&self) -> bool {
+        self.paused
+    }
+
+    /// Writes a paused machine to the two files.
+    ///
+    /// # Errors
+    /// A device cannot be saved as it is; a file cannot be written.
+    pub fn snapshot(&self, state_file: &File, memory_file: &File) -> Result<(), SnapshotError> {
+        let msrs = msrs_to_save(&self.kvm)?;
+        let xsave_size = xsave_size(&self.kvm);
+        // Devices first: they are what may refuse.
+        let functions = self.functions.iter().enumerate().map(|(index, function)| {
+            function
+                .save()
+                .map_err(|source| device_error(index, function, source))
+        });
+        let functions = functions.collect::<Result<_, _>>()?;
+        let vcpus = self.vcpus.iter();
+        let state = MachineState {
+            memory_size: self.memory.iter().map(GuestMemoryRegion::len).sum(),
+            functions,
+            vm: VmState::save(self.vm.fd())?,
+            vcpus: vcpus
+                .map(|vcpu| VcpuState::save(&lock(vcpu), &msrs, xsave_size))
+                .collect::<Result<_, _>>()?,
+            serial: self.serial.save(),
+        };
+        snapshot::state::write(&state, state_file)?;
+        snapshot::memory::write(&self.memory, memory_file)
+            .map(|written| tracing::debug!(written, "memory written"))
+            .map_err(|source| SnapshotError::File {
+                what: "write the memory file",
+                source,
+            })
     }
 
     /// Exits counted so far.
@@ -270,26 +341,107 @@ impl Machine {
     }
 }
 
-/// The device part of the resources.
-struct DeviceResources {
-    pmem: Vec<(bulkhead_vmm_api::PmemConfig, File)>,
-    fs: Vec<(bulkhead_vmm_api::FsConfig, std::os::fd::OwnedFd)>,
-    vsock: Option<(bulkhead_vmm_api::VsockConfig, Option<std::os::fd::OwnedFd>)>,
-    net: Vec<(bulkhead_vmm_api::NetConfig, File)>,
-    blk: Vec<(bulkhead_vmm_api::BlkConfig, File)>,
-    rng: bool,
-    memory_size: u64,
+fn lock(vcpu: &Mutex<VcpuFd>) -> MutexGuard<'_, VcpuFd> {
+    vcpu.lock().expect("a vCPU that panicked ended the process")
 }
 
-fn resources_devices(resources: &mut Resources) -> DeviceResources {
-    DeviceResources {
-        pmem: std::mem::take(&mut resources.pmem),
-        fs: std::mem::take(&mut resources.fs),
-        vsock: resources.vsock.take(),
-        net: std::mem::take(&mut resources.net),
-        blk: std::mem::take(&mut resources.blk),
-        rng: resources.rng,
-        memory_size: resources.memory_size,
+fn device_error(index: usize, function: &VirtioPci, source: StateError) -> SnapshotError {
+    SnapshotError::Device {
+        // The host bridge is device 0.
+        slot: index + 1,
+        name: function.name(),
+        source,
+    }
+}
+
+/// The event that raises the serial port's line.
+fn serial_interrupt(vm: &Vm) -> Result<EventFd, BuildError> {
+    let event =
+        EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(system("serial interrupt"))?;
+    vm.router()
+        .register_line(&event, layout::SERIAL_IRQ)
+        .map_err(system("serial interrupt"))?;
+    Ok(event)
+}
+
+/// What differs between a machine that boots and one that is restored.
+struct Parts {
+    kvm: Kvm,
+    vm: Arc<Vm>,
+    memory: GuestMemoryMmap,
+    memory_size: u64,
+    vcpus: Vec<VcpuFd>,
+    serial: Arc<SerialPort>,
+    paused: bool,
+}
+
+impl Parts {
+    /// Puts everything on the buses.
+    fn assemble(
+        self,
+        devices: Devices,
+        callbacks: &Callbacks,
+        stamps: Arc<Stamps>,
+    ) -> Result<Machine, BuildError> {
+        vcpu::install_kick_signal().map_err(system("vCPU signal"))?;
+        let mut buses = Buses {
+            pio: Bus::default(),
+            mmio: Bus::default(),
+        };
+        let on_end = || callbacks.on_end.clone();
+        let ports: [(u16, u64, Arc<dyn BusDevice>); 4] = [
+            (layout::SERIAL_PORT, 8, self.serial.clone()),
+            (layout::POWER_PORT, 3, Arc::new(PowerRegisters(on_end()))),
+            (
+                layout::KEYBOARD_COMMAND,
+                1,
+                Arc::new(KeyboardReset(on_end())),
+            ),
+            (layout::PVPANIC_PORT, 1, Arc::new(PanicPort(on_end()))),
+        ];
+        for (port, length, device) in ports {
+            buses.pio.insert(u64::from(port), length, device)?;
+        }
+        let mut plug = Plug {
+            vm: &self.vm,
+            ram: GuestMemoryAtomic::new(self.memory.clone()),
+            mmio: &mut buses.mmio,
+            root: PciRoot::default(),
+            functions: Vec::new(),
+            windows: Vec::new(),
+            paused: self.paused,
+        };
+        let loops = plug.all(devices, self.memory_size, callbacks)?;
+        let Plug {
+            root,
+            functions,
+            windows,
+            ..
+        } = plug;
+        buses
+            .mmio
+            .insert(layout::ECAM, layout::ECAM_SIZE, Arc::new(root))?;
+        let vcpus = self.vcpus.into_iter();
+        Ok(Machine {
+            threads: Vec::new(),
+            vcpus: vcpus.map(|vcpu| Arc::new(Mutex::new(vcpu))).collect(),
+            loops,
+            shared: Arc::new(Shared {
+                buses,
+                exits: ExitCounters::default(),
+                on_end: callbacks.on_end.clone(),
+                rest: Rest::default(),
+                stop: AtomicBool::new(false),
+            }),
+            serial: self.serial,
+            stamps,
+            memory: self.memory,
+            functions,
+            vm: self.vm,
+            kvm: self.kvm,
+            paused: self.paused,
+            _windows: windows,
+        })
     }
 }
 
@@ -299,8 +451,10 @@ struct Plug<'a> {
     ram: GuestRam,
     mmio: &'a mut Bus,
     root: PciRoot,
-    devices: Vec<DeviceRef>,
+    functions: Vec<Arc<VirtioPci>>,
     windows: Vec<MmapRegion>,
+    /// Loops rest until the machine goes on.
+    paused: bool,
 }
 
 impl Plug<'_> {
@@ -308,12 +462,13 @@ impl Plug<'_> {
     /// that it is /dev/pmem0. Returns the loops they work on.
     fn all(
         &mut self,
-        resources: DeviceResources,
+        resources: Devices,
+        memory_size: u64,
         callbacks: &Callbacks,
     ) -> Result<Vec<EventLoop>, BuildError> {
-        let io = EventLoop::spawn("io").map_err(system("event loop could not be started"))?;
+        let io = self.event_loop("io")?;
         let mut loops = Vec::new();
-        let mut windows = WindowAllocator::new(resources.memory_size);
+        let mut windows = WindowAllocator::new(memory_size);
         let named = |device: String| move |source| BuildError::Device { device, source };
         for (config, file) in resources.pmem {
             let name = format!("pmem {}", config.id);
@@ -323,7 +478,7 @@ impl Plug<'_> {
         for (config, directory) in resources.fs {
             let name = format!("fs {}", config.tag);
             // Its requests block, so it has a thread of its own.
-            let own = EventLoop::spawn("fs").map_err(system("event loop could not be started"))?;
+            let own = self.event_loop("fs")?;
             let device = Fs::new(&config, directory).map_err(named(name.clone()))?;
             self.plug(device, class::STORAGE, &own.handle(), &name)?;
             loops.push(own);
@@ -348,6 +503,15 @@ impl Plug<'_> {
         }
         loops.push(io);
         Ok(loops)
+    }
+
+    fn event_loop(&self, name: &str) -> Result<EventLoop, BuildError> {
+        let event_loop =
+            EventLoop::spawn(name).map_err(system("event loop could not be started"))?;
+        if self.paused {
+            event_loop.pause();
+        }
+        Ok(event_loop)
     }
 
     fn pmem(
@@ -393,7 +557,7 @@ impl Plug<'_> {
         let handler: Arc<Mutex<dyn EventHandler>> = device.clone();
         let bar = layout::BAR_WINDOW + self.root.next_slot() as u64 * transport::BAR_SIZE;
         let function = VirtioPci::new(
-            device.clone(),
+            device,
             Arc::downgrade(&handler),
             bar as u32,
             class,
@@ -411,8 +575,8 @@ impl Plug<'_> {
         let function = Arc::new(function);
         self.mmio
             .insert(bar, transport::BAR_SIZE, function.clone())?;
-        self.root.add(function)?;
-        self.devices.push(device);
+        self.root.add(function.clone())?;
+        self.functions.push(function);
         Ok(())
     }
 }

@@ -7,16 +7,17 @@ use std::{
 };
 
 use bulkhead_vmm_api::{
-    BlkConfig, FailureKind, FdIndex, FsConfig, NetConfig, PmemConfig, VmConfig, VsockConfig,
+    BlkConfig, FailureKind, FdIndex, FsConfig, NetConfig, PmemConfig, RestoreConfig, SnapshotFiles,
+    VmConfig, VsockConfig,
 };
 use nix::fcntl::{fcntl, FcntlArg, OFlag};
 
 use crate::arch::x86_64::layout;
 
 /// Most vCPUs.
-const MAX_VCPUS: u8 = 64;
+pub const MAX_VCPUS: u8 = 64;
 /// Least and most memory in MiB.
-const MEMORY_MIB: std::ops::RangeInclusive<u32> = 32..=1 << 20;
+pub const MEMORY_MIB: std::ops::RangeInclusive<u32> = 32..=1 << 20;
 /// Longest virtio-fs tag (virtio 1.2 §5.11.4).
 const MAX_TAG: usize = 36;
 
@@ -60,6 +61,26 @@ pub struct Resources {
     pub initrd: Option<File>,
     /// Serial output, non-blocking.
     pub serial: Option<File>,
+    /// All on the PCI bus.
+    pub devices: Devices,
+}
+
+/// A checked request to restore a snapshot.
+#[derive(Debug)]
+pub struct RestoreResources {
+    /// The state file.
+    pub state: File,
+    /// The memory file.
+    pub memory: File,
+    /// Serial output, non-blocking.
+    pub serial: Option<File>,
+    /// All on the PCI bus.
+    pub devices: Devices,
+}
+
+/// The devices on the PCI bus, with their descriptors.
+#[derive(Debug, Default)]
+pub struct Devices {
     /// Persistent memory devices.
     pub pmem: Vec<(PmemConfig, File)>,
     /// Shared directories.
@@ -77,6 +98,19 @@ pub struct Resources {
 struct Descriptors(Vec<Option<OwnedFd>>);
 
 impl Descriptors {
+    fn new(fds: Vec<OwnedFd>) -> Self {
+        Self(fds.into_iter().map(Some).collect())
+    }
+
+    /// Where the serial port writes; never blocks.
+    fn serial(&mut self, index: Option<FdIndex>) -> Result<Option<File>, ConfigError> {
+        let serial = index.map(|index| self.file(index, "serial")).transpose()?;
+        if let Some(serial) = &serial {
+            set_nonblocking(serial).map_err(|error| unusable("serial", error.to_string()))?;
+        }
+        Ok(serial)
+    }
+
     fn take(&mut self, index: FdIndex, field: &str) -> Result<OwnedFd, ConfigError> {
         let count = self.0.len();
         self.0
@@ -94,7 +128,7 @@ impl Descriptors {
 impl Resources {
     /// Checks a configuration and hands its descriptors out.
     pub fn new(config: VmConfig, fds: Vec<OwnedFd>) -> Result<Self, ConfigError> {
-        let mut fds = Descriptors(fds.into_iter().map(Some).collect());
+        let mut fds = Descriptors::new(fds);
         if config.vcpus == 0 || config.vcpus > MAX_VCPUS {
             return Err(invalid(
                 "vcpus",
@@ -129,15 +163,77 @@ impl Resources {
             .initrd
             .map(|index| fds.file(index, "kernel.initrd"))
             .transpose()?;
-        let serial = config
-            .serial
-            .map(|index| fds.file(index, "serial"))
-            .transpose()?;
-        if let Some(serial) = &serial {
-            set_nonblocking(serial).map_err(|error| unusable("serial", error.to_string()))?;
-        }
+        Ok(Self {
+            vcpus: config.vcpus,
+            memory_size: u64::from(config.memory_mib) << 20,
+            kernel,
+            cmdline,
+            initrd,
+            serial: fds.serial(config.serial)?,
+            devices: Devices::new(
+                Wanted {
+                    pmem: config.pmem,
+                    fs: config.fs,
+                    vsock: config.vsock,
+                    net: config.net,
+                    blk: config.blk,
+                    rng: config.rng,
+                },
+                &mut fds,
+            )?,
+        })
+    }
+}
+
+impl RestoreResources {
+    /// Checks a request and hands its descriptors out.
+    pub fn new(config: RestoreConfig, fds: Vec<OwnedFd>) -> Result<Self, ConfigError> {
+        let mut fds = Descriptors::new(fds);
+        Ok(Self {
+            state: fds.file(config.snapshot.state, "snapshot.state")?,
+            memory: fds.file(config.snapshot.memory, "snapshot.memory")?,
+            serial: fds.serial(config.serial)?,
+            devices: Devices::new(
+                Wanted {
+                    pmem: config.pmem,
+                    fs: config.fs,
+                    vsock: config.vsock,
+                    net: config.net,
+                    blk: config.blk,
+                    rng: config.rng,
+                },
+                &mut fds,
+            )?,
+        })
+    }
+}
+
+/// The two files to write a snapshot to: state and memory.
+pub fn snapshot_files(
+    files: &SnapshotFiles,
+    fds: Vec<OwnedFd>,
+) -> Result<(File, File), ConfigError> {
+    let mut fds = Descriptors::new(fds);
+    Ok((
+        fds.file(files.state, "state")?,
+        fds.file(files.memory, "memory")?,
+    ))
+}
+
+/// The part of a request that is about devices.
+struct Wanted {
+    pmem: Vec<PmemConfig>,
+    fs: Vec<FsConfig>,
+    vsock: Option<VsockConfig>,
+    net: Vec<NetConfig>,
+    blk: Vec<BlkConfig>,
+    rng: bool,
+}
+
+impl Devices {
+    fn new(wanted: Wanted, fds: &mut Descriptors) -> Result<Self, ConfigError> {
         let mut pmem = Vec::new();
-        for device in config.pmem {
+        for device in wanted.pmem {
             let field = format!("pmem {:?}", device.id);
             let file = fds.file(device.file, &field)?;
             let size = size_of(&file).map_err(|error| unusable(&field, error.to_string()))?;
@@ -150,7 +246,7 @@ impl Resources {
             pmem.push((device, file));
         }
         let mut fs = Vec::new();
-        for device in config.fs {
+        for device in wanted.fs {
             let field = format!("fs {:?}", device.tag);
             if device.tag.is_empty() || device.tag.len() > MAX_TAG {
                 return Err(invalid(field, format!("a tag has 1 to {MAX_TAG} bytes")));
@@ -158,7 +254,7 @@ impl Resources {
             let directory = fds.take(device.directory, &field)?;
             fs.push((device, directory));
         }
-        let vsock = match config.vsock {
+        let vsock = match wanted.vsock {
             Some(device) => {
                 if device.cid < 3 {
                     return Err(invalid("vsock.cid", format!("{} is reserved", device.cid)));
@@ -172,7 +268,7 @@ impl Resources {
             None => None,
         };
         let mut net = Vec::new();
-        for device in config.net {
+        for device in wanted.net {
             let field = format!("net {:?}", device.id);
             if device.mac[0] & 1 != 0 {
                 return Err(invalid(field, "mac is a multicast address"));
@@ -182,7 +278,7 @@ impl Resources {
             net.push((device, tap));
         }
         let mut blk = Vec::new();
-        for device in config.blk {
+        for device in wanted.blk {
             let field = format!("blk {:?}", device.id);
             let file = fds.file(device.file, &field)?;
             let size = size_of(&file).map_err(|error| unusable(&field, error.to_string()))?;
@@ -195,18 +291,12 @@ impl Resources {
             blk.push((device, file));
         }
         Ok(Self {
-            vcpus: config.vcpus,
-            memory_size: u64::from(config.memory_mib) << 20,
-            kernel,
-            cmdline,
-            initrd,
-            serial,
             pmem,
             fs,
             vsock,
             net,
             blk,
-            rng: config.rng,
+            rng: wanted.rng,
         })
     }
 }

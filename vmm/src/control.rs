@@ -10,7 +10,7 @@ use std::{
 
 use bulkhead_vmm_api::{
     Call, Channel, ChannelError, Event, ExitReason, Failure, FailureKind, FromVmm, Outcome, Reply,
-    Request, Status, VmState,
+    Request, RestoreConfig, SnapshotFiles, Status, VmState,
 };
 use nix::{
     errno::Errno,
@@ -20,7 +20,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::{
     builder::{Callbacks, Machine},
-    config::Resources,
+    config::{self, Devices, Resources, RestoreResources},
     timeline::{Moment, Stamps},
 };
 
@@ -57,6 +57,7 @@ impl Stage {
         match self {
             Self::Unconfigured => VmState::Unconfigured,
             Self::Configured(_) => VmState::Configured,
+            Self::Running(machine) if machine.is_paused() => VmState::Paused,
             Self::Running(_) => VmState::Running,
         }
     }
@@ -184,19 +185,84 @@ impl Server {
                     _ => Default::default(),
                 },
             })),
+            Call::Pause => self.pause(),
+            Call::Resume => self.resume(),
+            Call::Snapshot(files) => self.snapshot(&files, fds),
+            Call::Restore(config) => self.restore(*config, fds),
             Call::Shutdown => Outcome::Done,
         }
     }
 
-    fn boot(&mut self, resources: Resources) -> Outcome {
-        let ready_port = resources
-            .vsock
-            .as_ref()
-            .and_then(|(vsock, _)| vsock.ready_port);
+    /// The machine, when there is one.
+    fn machine(&mut self, call: &str) -> Result<&mut Machine, Outcome> {
+        match &mut self.stage {
+            Stage::Running(machine) => Ok(machine),
+            other => Err(wrong_state(call, other.state())),
+        }
+    }
+
+    fn pause(&mut self) -> Outcome {
+        match self.machine("pause").map(Machine::pause) {
+            Ok(true) => Outcome::Done,
+            Ok(false) => Outcome::Failed(Failure {
+                kind: FailureKind::WrongState,
+                message: "pause is not possible: a vCPU has ended or does not leave the guest"
+                    .into(),
+            }),
+            Err(outcome) => outcome,
+        }
+    }
+
+    fn resume(&mut self) -> Outcome {
+        match self.machine("resume").map(Machine::resume) {
+            Ok(Ok(())) => Outcome::Done,
+            Ok(Err(error)) => failure(error.kind(), &error),
+            Err(outcome) => outcome,
+        }
+    }
+
+    fn snapshot(&mut self, files: &SnapshotFiles, fds: Vec<OwnedFd>) -> Outcome {
+        let machine = match self.machine("snapshot") {
+            Ok(machine) if machine.is_paused() => machine,
+            Ok(_) => return wrong_state("snapshot", VmState::Running),
+            Err(outcome) => return outcome,
+        };
+        let (state, memory) = match config::snapshot_files(files, fds) {
+            Ok(files) => files,
+            Err(error) => return failure(error.kind, &error),
+        };
+        match machine.snapshot(&state, &memory) {
+            Ok(()) => Outcome::Done,
+            Err(error) => failure(error.kind(), &error),
+        }
+    }
+
+    fn restore(&mut self, config: RestoreConfig, fds: Vec<OwnedFd>) -> Outcome {
+        if !matches!(self.stage, Stage::Unconfigured) {
+            return wrong_state("restore", self.stage.state());
+        }
+        let resources = match RestoreResources::new(config, fds) {
+            Ok(resources) => resources,
+            Err(error) => return failure(error.kind, &error),
+        };
+        self.stamps.set(Moment::Configured);
+        let callbacks = self.callbacks(&resources.devices);
+        match Machine::restore(resources, &callbacks, Arc::clone(&self.stamps)) {
+            Ok(machine) => {
+                self.stage = Stage::Running(Box::new(machine));
+                Outcome::Done
+            }
+            Err(error) => failure(error.kind(), &error),
+        }
+    }
+
+    fn callbacks(&self, devices: &Devices) -> Callbacks {
+        let vsock = devices.vsock.as_ref();
+        let ready_port = vsock.and_then(|(vsock, _)| vsock.ready_port);
         let end = Arc::clone(&self.end);
         let channel = Arc::clone(&self.channel);
         let stamps = Arc::clone(&self.stamps);
-        let callbacks = Callbacks {
+        Callbacks {
             on_end: Arc::new(move |reason| end.set(reason)),
             on_connect: Arc::new(move |port| {
                 if Some(port) == ready_port && stamps.set(Moment::GuestReady) {
@@ -206,7 +272,11 @@ impl Server {
                     }
                 }
             }),
-        };
+        }
+    }
+
+    fn boot(&mut self, resources: Resources) -> Outcome {
+        let callbacks = self.callbacks(&resources.devices);
         let built = Machine::build(resources, &callbacks, Arc::clone(&self.stamps)).and_then(
             |mut machine| {
                 machine.start()?;

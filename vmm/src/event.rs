@@ -10,7 +10,7 @@ use std::{
     collections::HashMap,
     io,
     os::fd::{AsRawFd, RawFd},
-    sync::{Arc, Mutex, Weak},
+    sync::{Arc, Condvar, Mutex, MutexGuard, Weak},
     thread,
 };
 
@@ -35,7 +35,61 @@ struct Registration {
     token: u32,
 }
 
+/// Lets a loop work, or rest between two events.
+#[derive(Default)]
+struct Gate {
+    state: Mutex<GateState>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct GateState {
+    closed: bool,
+    working: bool,
+}
+
+impl Gate {
+    fn lock(&self) -> MutexGuard<'_, GateState> {
+        self.state.lock().expect("no holder of the gate panics")
+    }
+
+    /// Before an event is handled; waits while the gate is closed.
+    fn enter(&self) {
+        let state = self.lock();
+        let mut state = self
+            .changed
+            .wait_while(state, |state| state.closed)
+            .expect("no holder of the gate panics");
+        state.working = true;
+    }
+
+    fn leave(&self) {
+        let mut state = self.lock();
+        state.working = false;
+        if state.closed {
+            self.changed.notify_all();
+        }
+    }
+
+    /// Returns once nothing is being handled.
+    fn close(&self) {
+        let mut state = self.lock();
+        state.closed = true;
+        drop(
+            self.changed
+                .wait_while(state, |state| state.working)
+                .expect("no holder of the gate panics"),
+        );
+    }
+
+    fn open(&self) {
+        self.lock().closed = false;
+        self.changed.notify_all();
+    }
+}
+
 struct Shared {
+    gate: Gate,
     epoll: Epoll,
     stop: EventFd,
     registrations: Mutex<HashMap<RawFd, Registration>>,
@@ -109,6 +163,7 @@ impl EventLoop {
     /// Starts a loop on a new thread called `name` (at most 15 bytes show).
     pub fn spawn(name: &str) -> io::Result<Self> {
         let shared = Arc::new(Shared {
+            gate: Gate::default(),
             epoll: Epoll::new()?,
             stop: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
             registrations: Mutex::new(HashMap::new()),
@@ -129,6 +184,17 @@ impl EventLoop {
         })
     }
 
+    /// Makes the loop rest; nothing is being handled when this returns. What
+    /// becomes ready meanwhile is handled after [`Self::resume`].
+    pub fn pause(&self) {
+        self.handle.shared.gate.close();
+    }
+
+    /// Lets it work again.
+    pub fn resume(&self) {
+        self.handle.shared.gate.open();
+    }
+
     /// For registering descriptors.
     pub fn handle(&self) -> LoopHandle {
         self.handle.clone()
@@ -138,6 +204,7 @@ impl EventLoop {
 impl Drop for EventLoop {
     fn drop(&mut self) {
         let _ = self.handle.shared.stop.write(1);
+        self.resume();
         if let Some(thread) = self.thread.take() {
             if thread.thread().id() != thread::current().id() {
                 let _ = thread.join();
@@ -168,10 +235,12 @@ fn run(handle: &LoopHandle) {
                 continue;
             };
             if let Some(handler) = handler.upgrade() {
+                handle.shared.gate.enter();
                 handler
                     .lock()
                     .expect("a handler that panicked ended the process")
                     .handle(token, event.event_set());
+                handle.shared.gate.leave();
             }
         }
     }

@@ -16,5 +16,6 @@ pub mod pci;
 pub mod power;
 pub mod probe;
 pub mod serial;
+pub mod snapshot;
 pub mod timeline;
 pub mod virtio;

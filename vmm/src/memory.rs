@@ -2,7 +2,9 @@
 //! Guest memory: private and anonymous, so that KSM, free page return and
 //! copy-on-write templates work on it.
 
-use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
+use std::fs::File;
+
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
 use crate::arch::x86_64::layout;
 
@@ -21,6 +23,17 @@ pub enum MemoryError {
     /// The regions do not fit together.
     #[error("guest memory regions do not fit together")]
     Layout(#[source] vm_memory::GuestRegionCollectionError),
+    /// A snapshot's memory file is not as long as it must be.
+    #[error("memory file of {found} bytes; the snapshot's guest has {wanted}")]
+    Size {
+        /// Bytes of the file.
+        found: u64,
+        /// Bytes of memory.
+        wanted: u64,
+    },
+    /// A snapshot's memory file.
+    #[error("memory file")]
+    File(#[source] std::io::Error),
     /// A region's end wraps around.
     #[error("guest memory region wraps around")]
     Wraps,
@@ -39,16 +52,43 @@ pub fn ranges(size: u64) -> Vec<(u64, u64)> {
 
 /// Maps `size` bytes of guest memory. Nothing is populated.
 pub fn allocate(size: u64) -> Result<GuestMemoryMmap, MemoryError> {
+    map(size, libc::MAP_ANONYMOUS, |_| Ok(None))
+}
+
+/// Maps a snapshot's memory file as guest memory of `size` bytes: pages are
+/// the file's until the guest writes them.
+pub fn map_snapshot(size: u64, file: &File) -> Result<GuestMemoryMmap, MemoryError> {
+    let found = file.metadata().map_err(MemoryError::File)?.len();
+    if found != size {
+        return Err(MemoryError::Size {
+            found,
+            wanted: size,
+        });
+    }
+    map(size, 0, |offset| {
+        let file = file.try_clone().map_err(MemoryError::File)?;
+        Ok(Some(FileOffset::new(file, offset)))
+    })
+}
+
+/// Maps the regions, each of what `backing` gives for its offset.
+fn map(
+    size: u64,
+    flags: libc::c_int,
+    backing: impl Fn(u64) -> Result<Option<FileOffset>, MemoryError>,
+) -> Result<GuestMemoryMmap, MemoryError> {
     let mut regions = Vec::new();
+    let mut offset = 0;
     for (base, length) in ranges(size) {
         let mapping = MmapRegion::build(
-            None,
+            backing(offset)?,
             length as usize,
             libc::PROT_READ | libc::PROT_WRITE,
-            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+            libc::MAP_PRIVATE | libc::MAP_NORESERVE | flags,
         )
         .map_err(|source| MemoryError::Map { size, source })?;
         regions.push(GuestRegionMmap::new(mapping, GuestAddress(base)).ok_or(MemoryError::Wraps)?);
+        offset += length;
     }
     GuestMemoryMmap::from_regions(regions).map_err(MemoryError::Layout)
 }

@@ -9,7 +9,11 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-use vm_superio::{serial::NoEvents, Serial, Trigger};
+use serde::{Deserialize, Serialize};
+use vm_superio::{
+    serial::{NoEvents, SerialState},
+    Serial, Trigger,
+};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::BusDevice;
@@ -40,7 +44,27 @@ struct Console {
     dropped: u64,
 }
 
+/// The port's registers, to be saved.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct SerialRegisters {
+    divisor: [u8; 2],
+    interrupt_enable: u8,
+    interrupt_identification: u8,
+    line: [u8; 2],
+    modem: [u8; 2],
+    scratch: u8,
+    input: Vec<u8>,
+}
+
 impl Console {
+    fn new(output: Option<File>) -> Self {
+        Self {
+            output,
+            buffer: Vec::with_capacity(BUFFER),
+            dropped: 0,
+        }
+    }
+
     fn drain(&mut self) {
         if let Some(output) = &mut self.output {
             let written = output.write(&self.buffer).unwrap_or_default();
@@ -71,14 +95,54 @@ impl SerialPort {
     /// A port that writes to `output` (made non-blocking by the caller) and
     /// interrupts by `irq`.
     pub fn new(output: Option<File>, irq: EventFd) -> Arc<Self> {
-        let console = Console {
-            output,
-            buffer: Vec::with_capacity(BUFFER),
-            dropped: 0,
-        };
         Arc::new(Self {
-            serial: Mutex::new(Serial::new(Irq(irq), console)),
+            serial: Mutex::new(Serial::new(Irq(irq), Console::new(output))),
         })
+    }
+
+    /// The registers. What has been gathered is written first: it is this
+    /// machine's.
+    pub fn save(&self) -> SerialRegisters {
+        let mut serial = self.lock();
+        serial.writer_mut().drain();
+        let state = serial.state();
+        SerialRegisters {
+            divisor: [state.baud_divisor_low, state.baud_divisor_high],
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line: [state.line_control, state.line_status],
+            modem: [state.modem_control, state.modem_status],
+            scratch: state.scratch,
+            input: state.in_buffer,
+        }
+    }
+
+    /// A port that goes on where a saved one was.
+    ///
+    /// # Errors
+    /// More input is saved than a port holds.
+    pub fn restore(
+        saved: SerialRegisters,
+        output: Option<File>,
+        irq: EventFd,
+    ) -> io::Result<Arc<Self>> {
+        let state = SerialState {
+            baud_divisor_low: saved.divisor[0],
+            baud_divisor_high: saved.divisor[1],
+            interrupt_enable: saved.interrupt_enable,
+            interrupt_identification: saved.interrupt_identification,
+            line_control: saved.line[0],
+            line_status: saved.line[1],
+            modem_control: saved.modem[0],
+            modem_status: saved.modem[1],
+            scratch: saved.scratch,
+            in_buffer: saved.input,
+        };
+        let serial = Serial::from_state(&state, Irq(irq), NoEvents, Console::new(output))
+            .map_err(|error| io::Error::other(format!("{error:?}")))?;
+        Ok(Arc::new(Self {
+            serial: Mutex::new(serial),
+        }))
     }
 
     /// Writes what has been gathered, when the VM ends.

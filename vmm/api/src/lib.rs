@@ -46,6 +46,16 @@ pub enum Call {
     Boot,
     /// Asks for state, timeline and counters; at any time.
     Status,
+    /// Stops the vCPUs and the devices where they are. The reply comes when
+    /// all of them rest; then nothing changes guest memory.
+    Pause,
+    /// Lets a paused VM, or one just restored, go on.
+    Resume,
+    /// Writes a paused VM to two files; it stays paused.
+    Snapshot(SnapshotFiles),
+    /// Builds a VM from a snapshot, instead of `configure` and `boot`. It is
+    /// paused until `resume`.
+    Restore(Box<RestoreConfig>),
     /// Stops the VM now, without the guest's help. The reply comes before
     /// the process ends with [`ExitReason::Stopped`].
     Shutdown,
@@ -147,6 +157,51 @@ pub struct VmConfig {
 
 fn yes() -> bool {
     true
+}
+
+/// Where a snapshot lies.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotFiles {
+    /// vCPUs, interrupt controllers, clocks and devices. Emptied before it is
+    /// written.
+    pub state: FdIndex,
+    /// Guest memory, one file of its size with holes where pages were never
+    /// touched or are zero. Emptied before it is written. A restored VM maps
+    /// it privately: it must not change as long as one runs.
+    pub memory: FdIndex,
+}
+
+/// What a restored VM gets in place of what the snapshot's VM had. Devices
+/// must be as many and of the same kinds, in the same order; names, paths,
+/// taps, files and directories may be others.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RestoreConfig {
+    /// The snapshot; both files are only read.
+    pub snapshot: SnapshotFiles,
+    /// As [`VmConfig::serial`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial: Option<FdIndex>,
+    /// As [`VmConfig::pmem`]; each file must have the size it had.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub pmem: Vec<PmemConfig>,
+    /// As [`VmConfig::fs`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub fs: Vec<FsConfig>,
+    /// As [`VmConfig::vsock`]. The guest's connections are reset; its context
+    /// id may be another.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<VsockConfig>,
+    /// As [`VmConfig::net`]; the guest keeps its hardware address and MTU.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub net: Vec<NetConfig>,
+    /// As [`VmConfig::blk`]. A guest whose disk has another size is told.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub blk: Vec<BlkConfig>,
+    /// As [`VmConfig::rng`].
+    #[serde(default = "yes")]
+    pub rng: bool,
 }
 
 /// What to boot.
@@ -269,6 +324,8 @@ pub enum VmState {
     Configured,
     /// Running.
     Running,
+    /// Paused, or restored and not yet resumed.
+    Paused,
     /// Ended; the process is about to exit.
     Ended,
 }

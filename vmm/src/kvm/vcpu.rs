@@ -5,7 +5,7 @@ use std::{
     io,
     sync::{
         atomic::{AtomicBool, AtomicU64, Ordering},
-        Arc,
+        Arc, Condvar, Mutex, MutexGuard,
     },
     thread::JoinHandle,
     time::{Duration, Instant},
@@ -20,6 +20,8 @@ use crate::{bus::Bus, power::OnEnd};
 
 /// How long a vCPU may take to leave the guest when it is told to.
 const STOP_WITHIN: Duration = Duration::from_secs(1);
+/// How often it is told.
+const KICK_EVERY: Duration = Duration::from_millis(1);
 
 /// The buses a vCPU's accesses go to.
 pub struct Buses {
@@ -56,8 +58,75 @@ pub struct Shared {
     pub exits: ExitCounters,
     /// Called when the guest, or KVM, ends the machine.
     pub on_end: OnEnd,
+    /// Where the threads rest while the machine is paused.
+    pub rest: Rest,
     /// Set to make the threads leave.
     pub stop: AtomicBool,
+}
+
+/// Where vCPU threads rest while the machine is paused.
+#[derive(Debug, Default)]
+pub struct Rest {
+    /// Looked at before every entry to the guest.
+    asked: AtomicBool,
+    resting: Mutex<usize>,
+    changed: Condvar,
+}
+
+impl Rest {
+    fn lock(&self) -> MutexGuard<'_, usize> {
+        self.resting.lock().expect("no holder of the lock panics")
+    }
+
+    /// A vCPU thread's: until the machine goes on.
+    fn here(&self) {
+        let mut resting = self.lock();
+        *resting += 1;
+        self.changed.notify_all();
+        while self.asked.load(Ordering::SeqCst) {
+            resting = self
+                .changed
+                .wait(resting)
+                .expect("no holder of the lock panics");
+        }
+        *resting -= 1;
+    }
+
+    /// Whether a pause is asked for.
+    fn asked(&self) -> bool {
+        self.asked.load(Ordering::SeqCst)
+    }
+
+    /// Makes `threads` rest. False when one of them does not within a second,
+    /// or has ended: then they go on.
+    pub fn begin(&self, threads: &[VcpuThread]) -> bool {
+        self.asked.store(true, Ordering::SeqCst);
+        let deadline = Instant::now() + STOP_WITHIN;
+        let mut resting = self.lock();
+        while *resting < threads.len() {
+            if Instant::now() >= deadline || threads.iter().any(VcpuThread::has_ended) {
+                drop(resting);
+                self.end();
+                return false;
+            }
+            // Repeated: a signal that comes just before KVM_RUN is lost.
+            threads.iter().for_each(VcpuThread::kick);
+            resting = self
+                .changed
+                .wait_timeout(resting, KICK_EVERY)
+                .expect("no holder of the lock panics")
+                .0;
+        }
+        true
+    }
+
+    /// Lets them go on.
+    pub fn end(&self) {
+        let resting = self.lock();
+        self.asked.store(false, Ordering::SeqCst);
+        self.changed.notify_all();
+        drop(resting);
+    }
 }
 
 /// A running vCPU.
@@ -74,16 +143,29 @@ pub fn install_kick_signal() -> io::Result<()> {
 }
 
 impl VcpuThread {
-    /// Lets vCPU `index` run on a thread of its own.
-    pub fn spawn(index: u8, vcpu: VcpuFd, shared: Arc<Shared>) -> io::Result<Self> {
+    /// Lets vCPU `index` run on a thread of its own, which holds the lock
+    /// whenever it does not rest.
+    pub fn spawn(index: u8, vcpu: Arc<Mutex<VcpuFd>>, shared: Arc<Shared>) -> io::Result<Self> {
         let inner = Arc::clone(&shared);
         let thread = std::thread::Builder::new()
             .name(format!("vcpu{index}"))
-            .spawn(move || run(vcpu, &inner))?;
+            .spawn(move || run(&vcpu, &inner))?;
         Ok(Self {
             shared,
             thread: Some(thread),
         })
+    }
+
+    /// Takes it out of the guest, if it is there.
+    fn kick(&self) {
+        if let Some(thread) = &self.thread {
+            // It may have ended this moment.
+            let _ = thread.kill(SIGRTMIN());
+        }
+    }
+
+    fn has_ended(&self) -> bool {
+        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
     }
 }
 
@@ -94,6 +176,7 @@ impl Drop for VcpuThread {
             return;
         };
         self.shared.stop.store(true, Ordering::SeqCst);
+        self.shared.rest.end();
         if thread.thread().id() == std::thread::current().id() {
             return;
         }
@@ -109,13 +192,37 @@ impl Drop for VcpuThread {
     }
 }
 
-fn run(mut vcpu: VcpuFd, shared: &Shared) {
+fn lock(vcpu: &Mutex<VcpuFd>) -> MutexGuard<'_, VcpuFd> {
+    vcpu.lock().expect("a vCPU that panicked ended the process")
+}
+
+/// Finishes what the last exit began (an access's second half is done at the
+/// next entry), without running the guest.
+fn finish_exit(vcpu: &mut VcpuFd) {
+    vcpu.set_kvm_immediate_exit(1);
+    // Comes back at once, interrupted.
+    let _ = vcpu.run();
+    vcpu.set_kvm_immediate_exit(0);
+}
+
+fn run(shared_vcpu: &Mutex<VcpuFd>, shared: &Shared) {
+    let mut vcpu = lock(shared_vcpu);
     let count = |counter: &AtomicU64| {
         counter.fetch_add(1, Ordering::Relaxed);
     };
     let reason = loop {
         if shared.stop.load(Ordering::SeqCst) {
             return;
+        }
+        if shared.rest.asked() {
+            finish_exit(&mut vcpu);
+            drop(vcpu);
+            shared.rest.here();
+            vcpu = lock(shared_vcpu);
+            // The guest is not to take the pause for a hang of its own. Fails
+            // where it has no such clock.
+            let _ = vcpu.kvmclock_ctrl();
+            continue;
         }
         match vcpu.run() {
             Ok(VcpuExit::IoIn(port, data)) => {

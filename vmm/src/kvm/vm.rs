@@ -76,6 +76,11 @@ impl Vm {
             .map_err(failed("no vCPU can be made"))
     }
 
+    /// The descriptor.
+    pub fn fd(&self) -> &VmFd {
+        &self.fd
+    }
+
     /// What CPUID may say here.
     pub fn supported_cpuid(&self) -> &CpuId {
         &self.supported_cpuid

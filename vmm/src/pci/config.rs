@@ -105,6 +105,18 @@ impl ConfigSpace {
         self.writable[offset..offset + mask.len()].copy_from_slice(mask);
     }
 
+    /// All of it, to be saved.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// Takes what a guest may have written from saved bytes.
+    pub fn restore(&mut self, saved: &[u8]) {
+        for ((byte, mask), saved) in self.bytes.iter_mut().zip(self.writable).zip(saved) {
+            *byte = (*byte & !mask) | (saved & mask);
+        }
+    }
+
     /// The 16-bit register at `offset`.
     pub fn u16_at(&self, offset: usize) -> u16 {
         u16::from_le_bytes([self.bytes[offset], self.bytes[offset + 1]])

@@ -10,6 +10,7 @@ use std::{
     },
 };
 
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
 /// Capability id.
@@ -26,7 +27,7 @@ pub const CONTROL_WRITABLE: u16 = ENABLE | FUNCTION_MASK;
 const VECTOR_MASKED: u32 = 1;
 
 /// An interrupt message.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Message {
     /// Address it is written to.
     pub address: u64,
@@ -52,6 +53,28 @@ pub trait NotifyRegistrar {
     fn register_notify(&self, event: &EventFd, address: u64) -> io::Result<()>;
     /// Undoes it.
     fn unregister_notify(&self, event: &EventFd, address: u64) -> io::Result<()>;
+}
+
+/// The table as it is saved.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MsixState {
+    enabled: bool,
+    function_masked: bool,
+    vectors: Vec<VectorState>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct VectorState {
+    message: Message,
+    control: u32,
+    pending: bool,
+}
+
+impl MsixState {
+    /// How many vectors it has.
+    pub fn count(&self) -> usize {
+        self.vectors.len()
+    }
 }
 
 struct Vector {
@@ -112,6 +135,42 @@ impl Msix {
                 vectors,
             }),
         })
+    }
+
+    /// Reads the table.
+    pub fn save(&self) -> MsixState {
+        let state = self.lock();
+        let vectors = state.vectors.iter().zip(&self.lines);
+        MsixState {
+            enabled: state.enabled,
+            function_masked: state.function_masked,
+            vectors: vectors
+                .map(|(vector, line)| VectorState {
+                    message: vector.message,
+                    control: vector.control,
+                    pending: line.pending.load(Ordering::SeqCst),
+                })
+                .collect(),
+        }
+    }
+
+    /// Makes a new table what the saved one was; false when it has another
+    /// number of vectors.
+    pub fn restore(&self, saved: &MsixState) -> bool {
+        let mut state = self.lock();
+        if saved.vectors.len() != state.vectors.len() {
+            return false;
+        }
+        state.enabled = saved.enabled;
+        state.function_masked = saved.function_masked;
+        let vectors = state.vectors.iter_mut().zip(&self.lines);
+        for ((vector, line), saved) in vectors.zip(&saved.vectors) {
+            vector.message = saved.message;
+            vector.control = saved.control & VECTOR_MASKED;
+            line.pending.store(saved.pending, Ordering::SeqCst);
+        }
+        self.update(&mut state);
+        true
     }
 
     /// The capability's body: message control, table and pending bits in BAR 0.

@@ -95,6 +95,18 @@ impl Queues {
             .map(|queue| &queue.kick)
     }
 
+    /// How far each queue has been worked: its index, and the next positions in
+    /// the available and in the used ring.
+    pub fn positions(&self) -> impl Iterator<Item = (usize, u16, u16)> + '_ {
+        self.queues.iter().map(|queue| {
+            (
+                queue.index,
+                queue.queue.next_avail(),
+                queue.queue.next_used(),
+            )
+        })
+    }
+
     /// A queue by its index.
     pub fn get(&mut self, index: usize) -> Option<&mut Queue> {
         self.queues

@@ -12,6 +12,7 @@ use virtio_queue::Queue;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::chain::Queues;
 use crate::event::{EventHandler, HandlerRef, LoopHandle};
 
 /// Guest memory as devices hold it: replaced as a whole on hotplug.
@@ -75,9 +76,15 @@ pub enum DeviceError {
 /// Why a state could not be saved or restored.
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
-    /// Known, and not built yet.
-    #[error("{0} cannot save or restore its state yet")]
-    NotYet(&'static str),
+    /// Not in this condition: says which, and what to do.
+    #[error("{0}")]
+    Busy(&'static str),
+    /// The saved state is of another device, or damaged.
+    #[error("{0}")]
+    Unfit(String),
+    /// It could not start to work again.
+    #[error("cannot work again")]
+    Activate(#[source] DeviceError),
 }
 
 /// A virtio device, seen from the transport. Events reach it through
@@ -110,11 +117,19 @@ pub trait VirtioDevice: EventHandler {
     /// descriptor registered with the loop is unregistered on return.
     fn reset(&mut self);
 
-    /// Saves the device's own state, once its work is paused.
+    /// The queues between DRIVER_OK and reset.
+    fn queues(&self) -> Option<&Queues>;
+
+    /// Saves what the device knows besides its queues and features, while its
+    /// loop rests.
     fn save(&mut self) -> Result<Vec<u8>, StateError>;
 
-    /// Restores what [`Self::save`] gave.
+    /// Takes what [`Self::save`] gave, before it is activated.
     fn restore(&mut self, state: &[u8]) -> Result<(), StateError>;
+
+    /// Tells the driver what is not as it was. Called once after a restore,
+    /// while its loop rests, if the driver had activated the device.
+    fn announce(&mut self) {}
 }
 
 /// A device as the transport and the builder hold it. The same allocation
@@ -130,4 +145,16 @@ pub fn read_bytes(config: &[u8], offset: u64, data: &mut [u8]) {
     let length = rest.len().min(data.len());
     data[..length].copy_from_slice(&rest[..length]);
     data[length..].fill(0);
+}
+
+/// For devices whose saved state is empty.
+pub fn expect_empty(state: &[u8]) -> Result<(), StateError> {
+    if state.is_empty() {
+        Ok(())
+    } else {
+        Err(StateError::Unfit(format!(
+            "{} bytes of state where none are",
+            state.len()
+        )))
+    }
 }

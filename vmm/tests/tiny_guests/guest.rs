@@ -90,6 +90,14 @@ impl Code {
             .bytes(&[0xee])
     }
 
+    /// Keeps a byte in memory, and prints it again and again from there.
+    pub fn print_for_ever(self, byte: u8) -> Self {
+        // mov byte [0x1f00000], byte; 1: mov al, [0x1f00000]; out dx, al; jmp 1b
+        self.port(SERIAL)
+            .bytes(&[0xc6, 0x05, 0x00, 0x00, 0xf0, 0x01, byte])
+            .bytes(&[0xa0, 0x00, 0x00, 0xf0, 0x01, 0xee, 0xeb, 0xf8])
+    }
+
     /// Sleeps for ever.
     pub fn halt(self) -> Self {
         // 1: cli; hlt; jmp 1b

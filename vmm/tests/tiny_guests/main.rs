@@ -5,4 +5,5 @@
 mod configuration;
 mod guest;
 mod lifecycle;
+mod snapshot;
 mod vmm;

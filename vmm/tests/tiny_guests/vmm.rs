@@ -14,12 +14,13 @@ use std::{
 
 use bulkhead_vmm_api::{
     Call, Channel, ChannelError, Event, Failure, FailureKind, FromVmm, KernelConfig, Outcome,
-    Request, Status, VmConfig,
+    Request, RestoreConfig, SnapshotFiles, Status, VmConfig,
 };
 use nix::sys::{
     socket::{setsockopt, sockopt::ReceiveTimeout},
     time::TimeVal,
 };
+use vmm_sys_util::tempfile::TempFile;
 
 /// How long anything may take.
 pub const LONG: Duration = Duration::from_secs(30);
@@ -80,6 +81,20 @@ impl Setup {
         ours.set_read_timeout(Some(LONG)).unwrap();
         self.config.serial = Some(self.pass(theirs));
         ours
+    }
+}
+
+/// The two files of a snapshot.
+pub struct Snapshot {
+    pub state: TempFile,
+    pub memory: TempFile,
+}
+
+impl Snapshot {
+    fn fds(&self) -> Vec<OwnedFd> {
+        [&self.state, &self.memory]
+            .map(|file| file.as_file().try_clone().unwrap().into())
+            .into()
     }
 }
 
@@ -149,6 +164,47 @@ impl Vmm {
     pub fn configure(&mut self, setup: &Setup) -> Result<(), Failure> {
         let call = Call::Configure(Box::new(setup.config.clone()));
         done(self.request(call, &setup.fds))
+    }
+
+    /// Pauses the VM and writes it to two files.
+    pub fn snapshot(&mut self) -> Result<Snapshot, Failure> {
+        let snapshot = Snapshot {
+            state: TempFile::new().unwrap(),
+            memory: TempFile::new().unwrap(),
+        };
+        self.call(Call::Pause)?;
+        let call = Call::Snapshot(SnapshotFiles {
+            state: 0,
+            memory: 1,
+        });
+        done(self.request(call, &snapshot.fds()))?;
+        Ok(snapshot)
+    }
+
+    /// A VMM whose paused VM comes from a snapshot. `change` adds devices and
+    /// their descriptors.
+    pub fn restore(
+        snapshot: &Snapshot,
+        change: impl FnOnce(&mut RestoreConfig, &mut Vec<OwnedFd>),
+    ) -> Result<Self, Failure> {
+        let mut vmm = Self::spawn();
+        let mut fds = snapshot.fds();
+        let mut config = RestoreConfig {
+            snapshot: SnapshotFiles {
+                state: 0,
+                memory: 1,
+            },
+            serial: None,
+            pmem: vec![],
+            fs: vec![],
+            vsock: None,
+            net: vec![],
+            blk: vec![],
+            rng: false,
+        };
+        change(&mut config, &mut fds);
+        done(vmm.request(Call::Restore(Box::new(config)), &fds))?;
+        Ok(vmm)
     }
 
     pub fn status(&mut self) -> Status {

@@ -27,9 +27,11 @@ const QUEUE: u16 = 256;
 /// A disk.
 pub struct Blk {
     name: String,
-    config: [u8; 24],
+    pub(super) config: [u8; 24],
     features: u64,
     pub(super) disk: Disk,
+    /// The guest knows of another capacity.
+    pub(super) resized: bool,
     pub(super) active: Option<Queues>,
 }
 
@@ -71,6 +73,7 @@ impl Blk {
                 read_only: config.read_only,
                 serial,
             },
+            resized: false,
             active: None,
         })
     }
@@ -106,11 +109,19 @@ impl VirtioDevice for Blk {
         self.active = None;
     }
 
+    fn queues(&self) -> Option<&Queues> {
+        self.active.as_ref()
+    }
+
     fn save(&mut self) -> Result<Vec<u8>, StateError> {
         self.save_state()
     }
 
     fn restore(&mut self, state: &[u8]) -> Result<(), StateError> {
         self.restore_state(state)
+    }
+
+    fn announce(&mut self) {
+        self.announce_capacity();
     }
 }

@@ -1,15 +1,31 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Saving and restoring; comes with snapshots.
+//! Saving and restoring.
 
 use super::Blk;
 use crate::virtio::device::StateError;
 
+/// Bytes of the capacity, the first field of the configuration.
+const CAPACITY: usize = 8;
+
 impl Blk {
+    /// The capacity that the guest knows.
     pub(super) fn save_state(&mut self) -> Result<Vec<u8>, StateError> {
-        Err(StateError::NotYet("blk"))
+        Ok(self.config[..CAPACITY].to_vec())
     }
 
-    pub(super) fn restore_state(&mut self, _state: &[u8]) -> Result<(), StateError> {
-        Err(StateError::NotYet("blk"))
+    pub(super) fn restore_state(&mut self, state: &[u8]) -> Result<(), StateError> {
+        if state.len() != CAPACITY {
+            return Err(StateError::Unfit("no capacity".into()));
+        }
+        self.resized = *state != self.config[..CAPACITY];
+        Ok(())
+    }
+
+    /// The driver reads the capacity again.
+    pub(super) fn announce_capacity(&mut self) {
+        if let (Some(queues), true) = (&self.active, self.resized) {
+            queues.interrupt.signal_config();
+        }
+        self.resized = false;
     }
 }

@@ -4,6 +4,10 @@
 use std::{
     io,
     os::fd::{AsRawFd, OwnedFd},
+    sync::{
+        atomic::{AtomicBool, Ordering},
+        Arc,
+    },
     time::Duration,
 };
 
@@ -56,6 +60,14 @@ pub(super) struct Active {
     pub backend: Backend,
     /// The thread that serves it has been prepared.
     pub prepared: bool,
+    mounted: Arc<AtomicBool>,
+}
+
+impl Active {
+    /// Whether the guest has a session.
+    pub fn mounted(&self) -> bool {
+        self.mounted.load(Ordering::SeqCst)
+    }
 }
 
 impl Fs {
@@ -98,16 +110,16 @@ impl Fs {
             active: None,
         };
         // Shows now what would fail at the guest's start.
-        fs.backend()?;
+        fs.backend(Arc::default())?;
         Ok(fs)
     }
 
     /// A backend that knows nothing yet.
-    fn backend(&self) -> io::Result<Backend> {
+    fn backend(&self, mounted: Arc<AtomicBool>) -> io::Result<Backend> {
         let files = PassthroughFs::new(self.options.clone())?;
         files.import()?;
         let shared = self.options.cache_policy != CachePolicy::Always;
-        Ok(Server::new(Files::new(files, shared)))
+        Ok(Server::new(Files::new(files, shared, mounted)))
     }
 }
 
@@ -135,21 +147,29 @@ impl VirtioDevice for Fs {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
-        let backend = self.backend().map_err(|source| DeviceError::System {
-            action: "open the shared directory",
-            source,
-        })?;
+        let mounted = Arc::<AtomicBool>::default();
+        let backend = self
+            .backend(Arc::clone(&mounted))
+            .map_err(|source| DeviceError::System {
+                action: "open the shared directory",
+                source,
+            })?;
         let queues = Queues::new(activation, QUEUES)?;
         self.active = Some(Active {
             queues,
             backend,
             prepared: false,
+            mounted,
         });
         Ok(())
     }
 
     fn reset(&mut self) {
         self.active = None;
+    }
+
+    fn queues(&self) -> Option<&Queues> {
+        self.active.as_ref().map(|active| &active.queues)
     }
 
     fn save(&mut self) -> Result<Vec<u8>, StateError> {

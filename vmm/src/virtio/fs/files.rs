@@ -2,7 +2,15 @@
 //! What the library's file system is to this device: its answers, less what a
 //! guest need not have, plus what it does not negotiate by itself.
 
-use std::{ffi::CStr, io, time::Duration};
+use std::{
+    ffi::CStr,
+    io,
+    sync::{
+        atomic::{AtomicBool, Ordering},
+        Arc,
+    },
+    time::Duration,
+};
 
 use fuse_backend_rs::{
     abi::fuse_abi::{stat64, statvfs64, CreateIn},
@@ -43,12 +51,19 @@ pub(super) struct Files {
     inner: PassthroughFs<()>,
     /// Somebody else than the guest may change files.
     shared: bool,
+    /// The guest has begun a session.
+    mounted: Arc<AtomicBool>,
 }
 
 impl Files {
-    /// `shared`: somebody else than the guest may change files.
-    pub fn new(inner: PassthroughFs<()>, shared: bool) -> Self {
-        Self { inner, shared }
+    /// `shared`: somebody else than the guest may change files. `mounted` is
+    /// set while the guest has a session.
+    pub fn new(inner: PassthroughFs<()>, shared: bool, mounted: Arc<AtomicBool>) -> Self {
+        Self {
+            inner,
+            shared,
+            mounted,
+        }
     }
 
     /// The file system that a directory lies in.
@@ -92,11 +107,13 @@ impl FileSystem for Files {
         if self.shared {
             wanted |= FsOptions::AUTO_INVAL_DATA;
         }
+        self.mounted.store(true, Ordering::SeqCst);
         Ok(wanted)
     }
 
     fn destroy(&self) {
         self.inner.destroy();
+        self.mounted.store(false, Ordering::SeqCst);
     }
 
     fn lookup(&self, ctx: &Context, parent: u64, name: &CStr) -> io::Result<Entry> {

@@ -29,8 +29,8 @@ pub(super) const HEADER: usize = 12;
 /// A network interface.
 pub struct Net {
     name: String,
-    config: [u8; 12],
-    features: u64,
+    pub(super) config: [u8; 12],
+    pub(super) features: u64,
     pub(super) tap: File,
     /// Whether the loop watches the tap: not while the guest has no buffers.
     pub(super) watched: bool,
@@ -151,6 +151,10 @@ impl VirtioDevice for Net {
             queues.event_loop.unregister(&self.tap);
             self.watched = false;
         }
+    }
+
+    fn queues(&self) -> Option<&Queues> {
+        self.active.as_ref()
     }
 
     fn save(&mut self) -> Result<Vec<u8>, StateError> {

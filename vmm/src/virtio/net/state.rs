@@ -1,15 +1,30 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Saving and restoring; comes with snapshots.
+//! Saving and restoring.
+
+use virtio_bindings::virtio_net::VIRTIO_NET_F_MTU;
 
 use super::Net;
 use crate::virtio::device::StateError;
 
 impl Net {
+    /// The configuration, and whether the MTU in it was offered.
     pub(super) fn save_state(&mut self) -> Result<Vec<u8>, StateError> {
-        Err(StateError::NotYet("net"))
+        let mut state = self.config.to_vec();
+        state.push(u8::from(self.features & (1 << VIRTIO_NET_F_MTU) != 0));
+        Ok(state)
     }
 
-    pub(super) fn restore_state(&mut self, _state: &[u8]) -> Result<(), StateError> {
-        Err(StateError::NotYet("net"))
+    /// The guest keeps what it was told: it does not look again.
+    pub(super) fn restore_state(&mut self, state: &[u8]) -> Result<(), StateError> {
+        let (Some((config, [mtu])), true) = (
+            state.split_at_checked(self.config.len()),
+            state.len() == self.config.len() + 1,
+        ) else {
+            return Err(StateError::Unfit("no configuration".into()));
+        };
+        self.config.copy_from_slice(config);
+        self.features &= !(1 << VIRTIO_NET_F_MTU);
+        self.features |= u64::from(mtu & 1) << VIRTIO_NET_F_MTU;
+        Ok(())
     }
 }

@@ -17,7 +17,7 @@ use crate::virtio::{
 pub struct Pmem {
     name: String,
     /// `struct virtio_pmem_config`: start and size.
-    config: [u8; 16],
+    pub(super) config: [u8; 16],
     /// The file to flush; none when the guest cannot write.
     pub(super) flush: Option<File>,
     pub(super) active: Option<Queues>,
@@ -66,6 +66,10 @@ impl VirtioDevice for Pmem {
 
     fn reset(&mut self) {
         self.active = None;
+    }
+
+    fn queues(&self) -> Option<&Queues> {
+        self.active.as_ref()
     }
 
     fn save(&mut self) -> Result<Vec<u8>, StateError> {

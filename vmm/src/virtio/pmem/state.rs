@@ -1,15 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Saving and restoring; comes with snapshots.
+//! Saving and restoring.
 
 use super::Pmem;
 use crate::virtio::device::StateError;
 
 impl Pmem {
     pub(super) fn save_state(&mut self) -> Result<Vec<u8>, StateError> {
-        Err(StateError::NotYet("pmem"))
+        Ok(self.config.to_vec())
     }
 
-    pub(super) fn restore_state(&mut self, _state: &[u8]) -> Result<(), StateError> {
-        Err(StateError::NotYet("pmem"))
+    /// The window must lie where it was: the guest has it mapped.
+    pub(super) fn restore_state(&mut self, state: &[u8]) -> Result<(), StateError> {
+        if state == self.config {
+            return Ok(());
+        }
+        let size = |config: &[u8]| {
+            let bytes = config.get(8..16).and_then(|bytes| bytes.try_into().ok());
+            bytes.map_or(0, u64::from_le_bytes)
+        };
+        Err(StateError::Unfit(format!(
+            "its file has {} bytes and had {}, or one before it has another size",
+            size(&self.config),
+            size(state)
+        )))
     }
 }

@@ -54,6 +54,10 @@ impl VirtioDevice for Rng {
         self.active = None;
     }
 
+    fn queues(&self) -> Option<&Queues> {
+        self.active.as_ref()
+    }
+
     fn save(&mut self) -> Result<Vec<u8>, StateError> {
         self.save_state()
     }

@@ -18,6 +18,9 @@ pub(super) struct QueueSetup {
     pub descriptors: u64,
     pub driver: u64,
     pub device: u64,
+    /// Where to go on in the rings: not zero only after a restore.
+    pub next_available: u16,
+    pub next_used: u16,
 }
 
 impl QueueSetup {
@@ -29,7 +32,18 @@ impl QueueSetup {
             descriptors: 0,
             driver: 0,
             device: 0,
+            next_available: 0,
+            next_used: 0,
         }
+    }
+
+    /// Whether the queue may have that size.
+    pub fn set_size(&mut self, size: u16) -> bool {
+        let possible = size.is_power_of_two() && size <= self.max_size;
+        if possible {
+            self.size = size;
+        }
+        possible
     }
 
     /// The queue; none when it does not lie in memory as it must.
@@ -44,6 +58,8 @@ impl QueueSetup {
         let (low, high) = split(self.device);
         queue.set_used_ring_address(low, high);
         queue.set_event_idx(event_idx);
+        queue.set_next_avail(self.next_available);
+        queue.set_next_used(self.next_used);
         queue.set_ready(true);
         queue.is_valid(memory).then_some(queue)
     }
@@ -54,10 +70,10 @@ impl QueueSetup {
 pub(super) struct Registers {
     pub status: u8,
     features: u64,
-    feature_select: u32,
-    driver_feature_select: u32,
+    pub feature_select: u32,
+    pub driver_feature_select: u32,
     pub driver_features: u64,
-    queue_select: u16,
+    pub queue_select: u16,
     pub queues: Vec<QueueSetup>,
 }
 
@@ -72,6 +88,11 @@ impl Registers {
             queue_select: 0,
             queues: sizes.iter().map(|size| QueueSetup::new(*size)).collect(),
         }
+    }
+
+    /// Changes what is offered, before a driver has looked.
+    pub fn offer(&mut self, features: u64) {
+        self.features = features;
     }
 
     pub fn reset(&mut self) {
@@ -196,10 +217,8 @@ impl VirtioPci {
             0x16 => registers.queue_select = value as u16,
             0x18 => {
                 if let Some(queue) = registers.changeable() {
-                    let size = value as u16;
-                    if size.is_power_of_two() && size <= queue.max_size {
-                        queue.size = size;
-                    }
+                    // What it cannot have, it does not get.
+                    let _ = queue.set_size(value as u16);
                 }
             }
             0x1a => {

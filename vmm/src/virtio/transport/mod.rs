@@ -2,6 +2,7 @@
 //! The virtio-pci transport (virtio 1.2 §4.1), modern only.
 
 mod common;
+mod state;
 #[cfg(test)]
 mod tests;
 
@@ -16,6 +17,7 @@ use std::{
 use vmm_sys_util::eventfd::EventFd;
 
 use self::common::Registers;
+pub use self::state::FunctionState;
 use vm_memory::GuestAddressSpace;
 
 use super::device::{Activation, ActiveQueue, DeviceRef, GuestRam, Interrupt};
@@ -186,9 +188,24 @@ impl VirtioPci {
         })
     }
 
+    /// The device's name.
+    pub fn name(&self) -> String {
+        let device = self.device.lock();
+        device
+            .expect("a device that panicked ended the process")
+            .name()
+            .to_owned()
+    }
+
     /// The device's interrupts, for what changes outside of a queue.
     pub fn interrupt(&self) -> Arc<dyn Interrupt> {
         self.lines.clone()
+    }
+
+    fn config(&self) -> std::sync::MutexGuard<'_, ConfigSpace> {
+        self.config
+            .lock()
+            .expect("no holder of the configuration's lock panics")
     }
 
     fn registers(&self) -> std::sync::MutexGuard<'_, Registers> {
@@ -295,17 +312,11 @@ impl VirtioPci {
 
 impl PciFunction for VirtioPci {
     fn read_config(&self, offset: usize, data: &mut [u8]) {
-        self.config
-            .lock()
-            .expect("no holder of the configuration's lock panics")
-            .read(offset, data);
+        self.config().read(offset, data);
     }
 
     fn write_config(&self, offset: usize, data: &[u8]) {
-        let mut config = self
-            .config
-            .lock()
-            .expect("no holder of the configuration's lock panics");
+        let mut config = self.config();
         let before = config.u16_at(self.msix_control);
         config.write(offset, data);
         let after = config.u16_at(self.msix_control);

@@ -26,8 +26,8 @@ use crate::virtio::{
 pub(super) mod queue {
     pub const RECEIVE: usize = 0;
     pub const SEND: usize = 1;
-    /// The third is for events, of which there are none yet: they come with
-    /// snapshots.
+    /// Tells the guest of a reset, after a restore.
+    pub const EVENT: usize = 2;
     pub const COUNT: usize = 3;
 }
 
@@ -134,12 +134,20 @@ impl VirtioDevice for Vsock {
         self.active = None;
     }
 
+    fn queues(&self) -> Option<&Queues> {
+        self.active.as_ref().map(|active| &active.queues)
+    }
+
     fn save(&mut self) -> Result<Vec<u8>, StateError> {
         self.save_state()
     }
 
     fn restore(&mut self, state: &[u8]) -> Result<(), StateError> {
         self.restore_state(state)
+    }
+
+    fn announce(&mut self) {
+        self.announce_reset();
     }
 }
 

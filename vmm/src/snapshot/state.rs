@@ -1,0 +1,164 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What the sections of a state file hold.
+
+use std::{
+    fs::File,
+    io::{Read, Seek, Write},
+};
+
+use serde::{de::DeserializeOwned, Deserialize, Serialize};
+
+use super::{
+    format::{FormatError, Section, StateFile, MAX_FILE},
+    SnapshotError,
+};
+use crate::{
+    config::{MAX_VCPUS, MEMORY_MIB},
+    kvm::state::{VcpuState, VmState},
+    serial::SerialRegisters,
+    virtio::transport::FunctionState,
+};
+
+/// Kinds of sections.
+mod kind {
+    pub const MACHINE: u32 = 1;
+    pub const VCPU: u32 = 2;
+    pub const SERIAL: u32 = 3;
+    pub const FUNCTION: u32 = 4;
+}
+
+/// Version of each section's content.
+const VERSION: u32 = 1;
+
+/// All of a machine but its memory.
+#[derive(Clone, Serialize, Deserialize)]
+pub struct MachineState {
+    /// Bytes of memory.
+    pub memory_size: u64,
+    /// Interrupt controllers and clock.
+    pub vm: VmState,
+    /// In the order of their numbers.
+    pub vcpus: Vec<VcpuState>,
+    /// The serial port.
+    pub serial: SerialRegisters,
+    /// The PCI bus, from device 1.
+    pub functions: Vec<FunctionState>,
+}
+
+impl MachineState {
+    /// The state file.
+    pub fn to_file(&self) -> StateFile {
+        let mut sections = vec![
+            section(kind::MACHINE, &self.vm),
+            section(kind::SERIAL, &self.serial),
+        ];
+        sections.extend(self.vcpus.iter().map(|vcpu| section(kind::VCPU, vcpu)));
+        let functions = self.functions.iter();
+        sections.extend(functions.map(|function| section(kind::FUNCTION, function)));
+        StateFile {
+            memory_size: self.memory_size,
+            build: env!("CARGO_PKG_VERSION").into(),
+            sections,
+        }
+    }
+
+    /// Reads a state file.
+    ///
+    /// # Errors
+    /// A section is missing, unknown, or cannot be read.
+    pub fn from_file(file: &StateFile) -> Result<Self, FormatError> {
+        let known = kind::MACHINE..=kind::FUNCTION;
+        let unknown = file
+            .sections
+            .iter()
+            .find(|section| !known.contains(&section.kind) || section.version != VERSION);
+        if let Some(Section { kind, version, .. }) = unknown {
+            return Err(FormatError::Unknown {
+                kind: *kind,
+                version: *version,
+            });
+        }
+        let vcpus: Vec<VcpuState> = all(file, kind::VCPU)?;
+        if !(1..=usize::from(MAX_VCPUS)).contains(&vcpus.len()) {
+            return Err(FormatError::Missing {
+                kind: kind::VCPU,
+                count: vcpus.len(),
+            });
+        }
+        let mib = u32::try_from(file.memory_size >> 20).unwrap_or(u32::MAX);
+        if file.memory_size % (1 << 20) != 0 || !MEMORY_MIB.contains(&mib) {
+            return Err(FormatError::Memory {
+                size: file.memory_size,
+            });
+        }
+        Ok(Self {
+            memory_size: file.memory_size,
+            vm: one(file, kind::MACHINE)?,
+            serial: one(file, kind::SERIAL)?,
+            vcpus,
+            functions: all(file, kind::FUNCTION)?,
+        })
+    }
+}
+
+/// Writes a state file, from its start.
+///
+/// # Errors
+/// The file cannot be written.
+pub fn write(state: &MachineState, mut file: &File) -> Result<(), SnapshotError> {
+    let bytes = state.to_file().encode();
+    file.set_len(0)
+        .and_then(|()| file.rewind())
+        .and_then(|()| file.write_all(&bytes))
+        .map_err(|source| SnapshotError::File {
+            what: "write the state file",
+            source,
+        })
+}
+
+/// Reads one, from its start.
+///
+/// # Errors
+/// It cannot be read, or is not one that fits.
+pub fn read(mut file: &File) -> Result<MachineState, SnapshotError> {
+    let mut bytes = Vec::new();
+    file.rewind()
+        .and_then(|()| file.take(MAX_FILE + 1).read_to_end(&mut bytes))
+        .map_err(|source| SnapshotError::File {
+            what: "read the state file",
+            source,
+        })?;
+    Ok(MachineState::from_file(&StateFile::decode(&bytes)?)?)
+}
+
+fn section<T: Serialize>(kind: u32, content: &T) -> Section {
+    Section {
+        kind,
+        version: VERSION,
+        content: postcard::to_stdvec(content)
+            .expect("a vector grows, and the types have nothing that cannot be written"),
+    }
+}
+
+fn all<T: DeserializeOwned>(file: &StateFile, kind: u32) -> Result<Vec<T>, FormatError> {
+    let sections = file.sections.iter().filter(|section| section.kind == kind);
+    sections
+        .map(
+            |section| match postcard::take_from_bytes(&section.content) {
+                Ok((content, [])) => Ok(content),
+                _ => Err(FormatError::Content { kind }),
+            },
+        )
+        .collect()
+}
+
+fn one<T: DeserializeOwned>(file: &StateFile, kind: u32) -> Result<T, FormatError> {
+    let mut found = all(file, kind)?;
+    match (found.pop(), found.len()) {
+        (Some(content), 0) => Ok(content),
+        (last, others) => Err(FormatError::Missing {
+            kind,
+            count: others + usize::from(last.is_some()),
+        }),
+    }
+}
