@@ -25,3 +25,4 @@ mod sys;
 pub mod timeline;
 
 pub use sys::{in_terminal, kvm_create_vm, set_window_size, window_size};
+pub mod vmm;

@@ -1,25 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What a boot costs in exits and system calls.
 
-use std::fs::{self, File};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 
-use anyhow::{bail, Context, Result};
-use bulkhead_agent_protocol::{AGENT_PORT, SHARED_TAG};
-use bulkhead_runtime::hypervisor::cmdline;
-use bulkhead_vmm_api::{
-    Call, Channel, Event, Exits, FromVmm, FsCache, FsConfig, KernelConfig, Outcome, PmemConfig,
-    Request, VmConfig, VsockConfig,
-};
-use nix::fcntl::{fcntl, FcntlArg, FdFlag};
+use anyhow::{Context, Result};
+use bulkhead_vmm_api::Exits;
 
 use super::{Bench, Figure, LIMIT};
 use crate::install::which;
 use crate::proc;
+use crate::vmm::{self, Vmm};
 
 /// `boot-exits`: those that the VMM handles until the agent calls.
 ///
@@ -27,7 +21,7 @@ use crate::proc;
 /// When the guest does not come up.
 pub fn exits(bench: &Bench) -> Result<Vec<Figure>> {
     let dir = bench.dir.join("exits");
-    fs::create_dir_all(dir.join("shared"))?;
+    fs::create_dir_all(&dir)?;
     let exits = boot(bench, &dir)?;
     let figure = Figure::new(
         "boot-exits",
@@ -41,82 +35,12 @@ pub fn exits(bench: &Bench) -> Result<Vec<Figure>> {
     Ok(vec![figure])
 }
 
-/// Kills the process when dropped.
-struct Vmm(Child);
-
-impl Drop for Vmm {
-    fn drop(&mut self) {
-        // It may have ended.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
 fn boot(bench: &Bench, dir: &Path) -> Result<Exits> {
-    let (channel, theirs) = Channel::pair()?;
-    // For the child to inherit.
-    fcntl(theirs.as_fd(), FcntlArg::F_SETFD(FdFlag::empty()))?;
-    let child = Command::new(bench.products.program("bulkhead-vmm"))
-        .args(["--control-fd", &theirs.as_raw_fd().to_string()])
-        .stdin(Stdio::null())
-        .spawn()
-        .context("run the VMM")?;
-    drop(theirs);
-    let _vmm = Vmm(child);
-
-    let vsock = dir.join("vsock");
-    let _agent = UnixListener::bind(format!("{}_{AGENT_PORT}", vsock.display()))?;
-    let fds: [OwnedFd; 4] = [
-        File::open(bench.products.kernel())?.into(),
-        File::open(bench.products.image())?.into(),
-        File::open(dir.join("shared"))?.into(),
-        File::options().write(true).open("/dev/null")?.into(),
-    ];
-    // As the runtime describes a pod without a network.
-    let config = VmConfig {
-        vcpus: 1,
-        memory_mib: 256,
-        kernel: KernelConfig {
-            image: 0,
-            cmdline: cmdline::build(""),
-            initrd: None,
-        },
-        serial: Some(3),
-        pmem: vec![PmemConfig {
-            id: "image".into(),
-            file: 1,
-            read_only: true,
-        }],
-        fs: vec![FsConfig {
-            tag: SHARED_TAG.into(),
-            directory: 2,
-            cache: FsCache::Auto,
-        }],
-        vsock: Some(VsockConfig {
-            cid: 3,
-            listener: None,
-            uds_path: vsock.to_string_lossy().into_owned(),
-            ready_port: Some(AGENT_PORT),
-        }),
-        net: Vec::new(),
-        blk: Vec::new(),
-        rng: true,
-    };
-    let fds: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
-    let send = |id, call, fds: &[BorrowedFd<'_>]| channel.send(&Request { id, call }, fds);
-    send(1, Call::Configure(Box::new(config)), &fds)?;
-    send(2, Call::Boot, &[])?;
-    loop {
-        match channel.receive()?.0 {
-            FromVmm::Event(Event::GuestReady(_)) => send(3, Call::Status, &[])?,
-            FromVmm::Event(other) => bail!("the guest did not come up: {other:?}"),
-            FromVmm::Reply(reply) => match reply.outcome {
-                Outcome::Done => {}
-                Outcome::Status(status) => return Ok(status.exits),
-                Outcome::Failed(failure) => bail!("the VMM refused: {}", failure.message),
-            },
-        }
-    }
+    let _agent = UnixListener::bind(vmm::agent_socket(dir))?;
+    let mut vmm = Vmm::start(&bench.products, LIMIT)?;
+    vmm.boot(&bench.products, dir)?;
+    vmm.wait_ready()?;
+    vmm.exits()
 }
 
 /// `boot-syscalls`: those of the VMM's process up to its first KVM_RUN.

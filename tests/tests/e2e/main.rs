@@ -9,6 +9,7 @@
 
 mod basic;
 mod boxed;
+mod clone;
 mod context;
 mod failure;
 mod host;
@@ -41,6 +42,7 @@ fn all() -> Vec<Test> {
         failure::TESTS,
         kill::TESTS,
         host::TESTS,
+        clone::TESTS,
     ]
     .concat()
 }

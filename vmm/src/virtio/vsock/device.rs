@@ -15,7 +15,7 @@ use vmm_sys_util::epoll::EventSet;
 
 use super::{
     muxer::{token, Muxer, OnConnect},
-    stream::Watcher,
+    stream::{Key, Watcher},
 };
 use crate::virtio::{
     chain::Queues,
@@ -37,6 +37,8 @@ pub struct Vsock {
     uds_path: String,
     pub(super) listener: Option<UnixListener>,
     on_connect: OnConnect,
+    /// Connections that a snapshot's machine had: to be reset.
+    pub(super) lost: Vec<Key>,
     pub(super) active: Option<Active>,
 }
 
@@ -70,6 +72,7 @@ impl Vsock {
             uds_path: config.uds_path.clone(),
             listener,
             on_connect,
+            lost: Vec::new(),
             active: None,
         })
     }

@@ -122,6 +122,25 @@ impl Muxer {
         self.slots.len() - self.free.len()
     }
 
+    /// The connections that the guest may know of.
+    pub fn keys(&self) -> impl Iterator<Item = Key> + '_ {
+        self.keys.keys().copied()
+    }
+
+    /// Resets connections of a machine that this one was made from, behind all
+    /// that the guest has yet to read of them.
+    pub fn reset_lost(&mut self, keys: &[Key]) {
+        self.resets.extend(keys.iter().map(|key| Header {
+            src_cid: HOST_CID,
+            dst_cid: self.guest_cid,
+            src_port: key.host,
+            dst_port: key.guest,
+            kind: TYPE_STREAM,
+            op: Op::Rst as u16,
+            ..Header::default()
+        }));
+    }
+
     /// Takes what the guest sent.
     pub fn on_sent(&mut self, sent: Sent<'_>) {
         match sent {

@@ -1,0 +1,256 @@
+// SPDX-License-Identifier: Apache-2.0
+//! `bulkhead-vmm` driven over its control socket, without the runtime.
+
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{bail, Context, Result};
+use bulkhead_agent_protocol::{AGENT_PORT, SHARED_TAG};
+use bulkhead_runtime::hypervisor::cmdline;
+use bulkhead_vmm_api::{
+    Call, Channel, Event, Exits, FromVmm, FsCache, FsConfig, KernelConfig, Outcome, PmemConfig,
+    Request, RestoreConfig, SnapshotFiles, VmConfig, VsockConfig,
+};
+use nix::fcntl::{fcntl, FcntlArg, FdFlag};
+use nix::sys::socket::{setsockopt, sockopt::ReceiveTimeout};
+use nix::sys::time::TimeVal;
+
+use crate::install::Products;
+
+/// A VMM's process; killed when dropped.
+pub struct Vmm {
+    child: Child,
+    channel: Channel,
+    next: u64,
+    /// Came while a reply was waited for.
+    early: Vec<Event>,
+}
+
+impl Drop for Vmm {
+    fn drop(&mut self) {
+        // It may have ended.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Vmm {
+    /// Starts one; no answer may take longer than `limit`.
+    ///
+    /// # Errors
+    /// When it cannot be run.
+    pub fn start(products: &Products, limit: Duration) -> Result<Self> {
+        let (channel, theirs) = Channel::pair()?;
+        let patience = TimeVal::new(limit.as_secs().try_into()?, 0);
+        setsockopt(&channel, ReceiveTimeout, &patience)?;
+        // For the child to inherit.
+        fcntl(theirs.as_fd(), FcntlArg::F_SETFD(FdFlag::empty()))?;
+        let child = Command::new(products.program("bulkhead-vmm"))
+            .args(["--control-fd", &theirs.as_raw_fd().to_string()])
+            .stdin(Stdio::null())
+            .spawn()
+            .context("run the VMM")?;
+        Ok(Self {
+            child,
+            channel,
+            next: 1,
+            early: Vec::new(),
+        })
+    }
+
+    /// The process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Calls it.
+    ///
+    /// # Errors
+    /// When it refuses or does not answer.
+    pub fn call(&mut self, call: Call, fds: &[OwnedFd]) -> Result<Outcome> {
+        let id = self.next;
+        self.next += 1;
+        let fds: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
+        self.channel.send(&Request { id, call }, &fds)?;
+        loop {
+            match self.channel.receive::<FromVmm>()?.0 {
+                FromVmm::Event(event) => self.early.push(event),
+                FromVmm::Reply(reply) if reply.id == id => match reply.outcome {
+                    Outcome::Failed(failure) => bail!("the VMM refused: {}", failure.message),
+                    outcome => return Ok(outcome),
+                },
+                FromVmm::Reply(reply) => bail!("an answer to nothing: {reply:?}"),
+            }
+        }
+    }
+
+    /// The next thing it tells.
+    ///
+    /// # Errors
+    /// When it tells nothing.
+    pub fn event(&mut self) -> Result<Event> {
+        if !self.early.is_empty() {
+            return Ok(self.early.remove(0));
+        }
+        match self.channel.receive::<FromVmm>()?.0 {
+            FromVmm::Event(event) => Ok(event),
+            FromVmm::Reply(reply) => bail!("an answer to nothing: {reply:?}"),
+        }
+    }
+
+    /// Waits for the agent's call.
+    ///
+    /// # Errors
+    /// When the guest does not come up.
+    pub fn wait_ready(&mut self) -> Result<()> {
+        match self.event()? {
+            Event::GuestReady(_) => Ok(()),
+            other => bail!("the guest did not come up: {other:?}"),
+        }
+    }
+
+    /// Exits so far.
+    ///
+    /// # Errors
+    /// When it does not answer.
+    pub fn exits(&mut self) -> Result<Exits> {
+        match self.call(Call::Status, &[])? {
+            Outcome::Status(status) => Ok(status.exits),
+            other => bail!("no status: {other:?}"),
+        }
+    }
+
+    /// Boots a pod's machine as the runtime does, without a network. `dir`
+    /// holds the sockets and the shared directory.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn boot(&mut self, products: &Products, dir: &Path) -> Result<()> {
+        let devices = Devices::new(products, dir)?;
+        let mut fds = devices.fds;
+        fds.push(File::open(products.kernel())?.into());
+        let config = VmConfig {
+            vcpus: 1,
+            memory_mib: 256,
+            kernel: KernelConfig {
+                image: fds.len() as u32 - 1,
+                cmdline: cmdline::build(""),
+                initrd: None,
+            },
+            serial: Some(0),
+            pmem: devices.pmem,
+            fs: devices.fs,
+            vsock: Some(devices.vsock),
+            net: Vec::new(),
+            blk: Vec::new(),
+            rng: true,
+        };
+        self.call(Call::Configure(Box::new(config)), &fds)?;
+        self.call(Call::Boot, &[])?;
+        Ok(())
+    }
+
+    /// Writes the machine, which is then paused, to two files.
+    ///
+    /// # Errors
+    /// When it cannot.
+    pub fn snapshot(&mut self, state: &Path, memory: &Path) -> Result<()> {
+        self.call(Call::Pause, &[])?;
+        let fds = [File::create(state)?.into(), File::create(memory)?.into()];
+        let files = SnapshotFiles {
+            state: 0,
+            memory: 1,
+        };
+        self.call(Call::Snapshot(files), &fds)?;
+        Ok(())
+    }
+
+    /// Makes a machine of what [`Self::boot`] booted and [`Self::snapshot`]
+    /// wrote, with `dir` of its own, and lets it run.
+    ///
+    /// # Errors
+    /// When it cannot.
+    pub fn clone_of(
+        &mut self,
+        state: &Path,
+        memory: &Path,
+        products: &Products,
+        dir: &Path,
+    ) -> Result<()> {
+        let devices = Devices::new(products, dir)?;
+        let mut fds = devices.fds;
+        let first = fds.len() as u32;
+        fds.push(File::open(state)?.into());
+        fds.push(File::open(memory)?.into());
+        let config = RestoreConfig {
+            snapshot: SnapshotFiles {
+                state: first,
+                memory: first + 1,
+            },
+            serial: Some(0),
+            pmem: devices.pmem,
+            fs: devices.fs,
+            vsock: Some(devices.vsock),
+            net: Vec::new(),
+            blk: Vec::new(),
+            rng: true,
+        };
+        self.call(Call::Restore(Box::new(config)), &fds)?;
+        self.call(Call::Resume, &[])?;
+        Ok(())
+    }
+}
+
+/// A pod's devices.
+struct Devices {
+    fds: Vec<OwnedFd>,
+    pmem: Vec<PmemConfig>,
+    fs: Vec<FsConfig>,
+    vsock: VsockConfig,
+}
+
+impl Devices {
+    fn new(products: &Products, dir: &Path) -> Result<Self> {
+        let shared = dir.join("shared");
+        std::fs::create_dir_all(&shared)?;
+        let console = File::options()
+            .create(true)
+            .append(true)
+            .open(dir.join("console"))?;
+        Ok(Self {
+            fds: vec![
+                console.into(),
+                File::open(products.image())?.into(),
+                File::open(shared)?.into(),
+            ],
+            pmem: vec![PmemConfig {
+                id: "image".into(),
+                file: 1,
+                read_only: true,
+            }],
+            fs: vec![FsConfig {
+                tag: SHARED_TAG.into(),
+                directory: 2,
+                cache: FsCache::Auto,
+            }],
+            vsock: VsockConfig {
+                cid: 3,
+                listener: None,
+                uds_path: vsock_path(dir),
+                ready_port: Some(AGENT_PORT),
+            },
+        })
+    }
+}
+
+fn vsock_path(dir: &Path) -> String {
+    dir.join("vsock").to_string_lossy().into_owned()
+}
+
+/// Where the agent of the machine with that directory calls.
+pub fn agent_socket(dir: &Path) -> String {
+    format!("{}_{AGENT_PORT}", vsock_path(dir))
+}
