@@ -135,6 +135,7 @@ impl Vmm {
         let config = VmConfig {
             vcpus: 1,
             memory_mib: 256,
+            huge_pages: false,
             kernel: KernelConfig {
                 image: fds.len() as u32 - 1,
                 cmdline: cmdline::build(""),

@@ -26,6 +26,7 @@ fn main() -> Result<()> {
     let mut config = VmConfig {
         vcpus: 1,
         memory_mib: 256,
+        huge_pages: false,
         kernel: KernelConfig {
             image: 0,
             cmdline: String::new(),

@@ -161,6 +161,12 @@ impl Machine {
         let mut resources = resources;
         let kvm = Kvm::new().map_err(BuildError::OpenKvm)?;
         let memory = memory::allocate(resources.memory_size)?;
+        let huge = if resources.huge_pages {
+            0..u64::MAX
+        } else {
+            boot::extent(&mut resources.kernel)
+        };
+        memory::advise(&memory, huge);
         let vm = Arc::new(Vm::new(&kvm, &memory)?);
         let entry = boot::load(
             &memory,

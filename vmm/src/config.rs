@@ -53,6 +53,8 @@ pub struct Resources {
     pub vcpus: u8,
     /// Bytes of memory.
     pub memory_size: u64,
+    /// Whether all of it may be huge pages.
+    pub huge_pages: bool,
     /// Kernel image.
     pub kernel: File,
     /// Its command line.
@@ -166,6 +168,7 @@ impl Resources {
         Ok(Self {
             vcpus: config.vcpus,
             memory_size: u64::from(config.memory_mib) << 20,
+            huge_pages: config.huge_pages,
             kernel,
             cmdline,
             initrd,
@@ -326,6 +329,7 @@ mod tests {
         VmConfig {
             vcpus: 1,
             memory_mib: 128,
+            huge_pages: false,
             kernel: KernelConfig {
                 image: 0,
                 cmdline: String::new(),

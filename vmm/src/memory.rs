@@ -2,11 +2,16 @@
 //! Guest memory: private and anonymous, so that KSM, free page return and
 //! copy-on-write templates work on it.
 
-use std::fs::File;
+use std::{fs::File, ops::Range};
 
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
+use vm_memory::{
+    Address, FileOffset, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionMmap, MmapRegion,
+};
 
 use crate::arch::x86_64::layout;
+
+const PAGE: usize = 4096;
 
 /// Why guest memory could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -53,6 +58,33 @@ pub fn ranges(size: u64) -> Vec<(u64, u64)> {
 /// Maps `size` bytes of guest memory. Nothing is populated.
 pub fn allocate(size: u64) -> Result<GuestMemoryMmap, MemoryError> {
     map(size, libc::MAP_ANONYMOUS, |_| Ok(None))
+}
+
+/// Says how the host is to back guest memory, before it is touched: by small
+/// pages, but for `huge` (guest-physical), which is used as a whole. Advice:
+/// a host without huge pages has nothing to follow.
+pub fn advise(memory: &GuestMemoryMmap, huge: Range<u64>) {
+    for region in memory.iter() {
+        madvise(region, 0..region.len(), libc::MADV_NOHUGEPAGE);
+        let start = region.start_addr().raw_value();
+        let part = huge.start.max(start)..huge.end.min(start + region.len());
+        if part.start < part.end {
+            madvise(
+                region,
+                part.start - start..part.end - start,
+                libc::MADV_HUGEPAGE,
+            );
+        }
+    }
+}
+
+fn madvise(region: &GuestRegionMmap, range: Range<u64>, advice: libc::c_int) {
+    // Whole pages: the range may begin and end anywhere.
+    let start = (region.as_ptr() as usize + range.start as usize) & !(PAGE - 1);
+    let end = (region.as_ptr() as usize + range.end as usize).next_multiple_of(PAGE);
+    // SAFETY: the pages are of this region, which the caller holds, and the
+    // advice does not change what they contain.
+    unsafe { libc::madvise(start as *mut libc::c_void, end - start, advice) };
 }
 
 /// Maps a snapshot's memory file as guest memory of `size` bytes: pages are
@@ -121,8 +153,6 @@ impl WindowAllocator {
 
 #[cfg(test)]
 mod tests {
-    use vm_memory::GuestMemory;
-
     use super::*;
 
     #[test]

@@ -24,6 +24,7 @@ const KNOWN: [(&str, &[&str]); 3] = [
             "image",
             "vcpus",
             "memory_mib",
+            "huge_pages",
             "kernel_params",
         ],
     ),
@@ -47,6 +48,7 @@ struct Hypervisor {
     image: Option<PathBuf>,
     vcpus: Option<u64>,
     memory_mib: Option<u64>,
+    huge_pages: Option<bool>,
     kernel_params: Option<String>,
 }
 
@@ -167,6 +169,7 @@ impl File {
             &mut to.memory_mib,
             self.hypervisor.memory_mib.and_then(|n| n.try_into().ok()),
         );
+        set(&mut to.huge_pages, self.hypervisor.huge_pages);
         set(&mut to.kernel_params, self.hypervisor.kernel_params);
         set(
             &mut config.agent.ready_timeout_ms,

@@ -54,6 +54,9 @@ pub struct Hypervisor {
     pub vcpus: u8,
     /// Guest memory in MiB where nothing else says how much.
     pub memory_mib: u32,
+    /// Whether the host may back all of it by transparent huge pages: a little
+    /// faster, at the price of 2 MiB for every page that the guest touches.
+    pub huge_pages: bool,
     /// Appended to the guest's command line.
     pub kernel_params: String,
 }
@@ -117,6 +120,7 @@ impl Default for Hypervisor {
             image: "/usr/local/share/bulkhead/rootfs.erofs".into(),
             vcpus: 1,
             memory_mib: 256,
+            huge_pages: false,
             kernel_params: String::new(),
         }
     }

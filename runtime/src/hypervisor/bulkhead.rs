@@ -306,6 +306,7 @@ fn describe(machine: &Machine) -> (VmConfig, Vec<&OwnedFd>) {
     let config = VmConfig {
         vcpus: machine.vcpus,
         memory_mib: machine.memory_mib,
+        huge_pages: machine.huge_pages,
         kernel: KernelConfig {
             image: pass(&machine.kernel),
             cmdline: machine.cmdline.clone(),

@@ -22,6 +22,8 @@ pub struct Machine {
     pub vcpus: u8,
     /// Guest memory in MiB.
     pub memory_mib: u32,
+    /// Whether the host may back all of it by huge pages.
+    pub huge_pages: bool,
     /// The guest kernel's command line.
     pub cmdline: String,
     /// The guest kernel.

@@ -151,6 +151,7 @@ async fn boot(
     let machine = Machine {
         vcpus: plan.size.vcpus,
         memory_mib: plan.size.memory_mib,
+        huge_pages: config.hypervisor.huge_pages,
         cmdline: cmdline::build(&config.hypervisor.kernel_params),
         kernel: plan.kernel,
         image: plan.image,

@@ -2,6 +2,7 @@
 //! Memory of an idle container.
 
 use std::fs;
+use std::ops::Range;
 use std::thread;
 use std::time::Duration;
 
@@ -66,26 +67,57 @@ fn private(program: &str) -> Result<(u64, u64)> {
 }
 
 fn sum(smaps: &str) -> (u64, u64) {
-    let (mut own, mut guest, mut size) = (0, 0, 0);
+    let (mut own, mut guest) = (0, 0);
+    // Mappings side by side with the same rights are one that was given
+    // different advice; the guest's memory is.
+    let mut block = Block::default();
     for line in smaps.lines() {
+        if let Some((range, rest)) = mapping(line) {
+            let rights = rest.split(' ').next().unwrap_or_default();
+            if range.start != block.end || rights != block.rights {
+                block.add_to(&mut own, &mut guest);
+                block = Block {
+                    rights: rights.to_owned(),
+                    ..Block::default()
+                };
+            }
+            block.end = range.end;
+            block.size += (range.end - range.start) >> 10;
+            continue;
+        }
         let Some((key, value)) = line.split_once(':') else {
             continue;
         };
-        let Some(kib) = value
-            .trim()
-            .strip_suffix("kB")
-            .and_then(|v| v.trim().parse::<u64>().ok())
-        else {
-            continue;
-        };
-        match key {
-            "Size" => size = kib,
-            "Private_Clean" | "Private_Dirty" if size >= GUEST => guest += kib,
-            "Private_Clean" | "Private_Dirty" => own += kib,
-            _ => {}
+        let kib = value.trim().strip_suffix("kB");
+        let kib = kib.and_then(|v| v.trim().parse::<u64>().ok());
+        if let ("Private_Clean" | "Private_Dirty", Some(kib)) = (key, kib) {
+            block.private += kib;
         }
     }
+    block.add_to(&mut own, &mut guest);
     (own, guest)
+}
+
+#[derive(Default)]
+struct Block {
+    end: u64,
+    rights: String,
+    size: u64,
+    private: u64,
+}
+
+impl Block {
+    fn add_to(&self, own: &mut u64, guest: &mut u64) {
+        *if self.size >= GUEST { guest } else { own } += self.private;
+    }
+}
+
+/// The range of addresses that a mapping's first line begins with.
+fn mapping(line: &str) -> Option<(Range<u64>, &str)> {
+    let (range, rest) = line.split_once(' ')?;
+    let (start, end) = range.split_once('-')?;
+    let hex = |text| u64::from_str_radix(text, 16).ok();
+    Some((hex(start)?..hex(end)?, rest))
 }
 
 #[cfg(test)]
@@ -94,8 +126,10 @@ mod tests {
 
     #[test]
     fn guest_memory_is_told_by_its_size() {
-        let smaps = "7f00-7f01 rw-p 00000000 00:00 0\nSize:  262144 kB\nPrivate_Clean: 0 kB\nPrivate_Dirty: 30000 kB\n\
-            5500-5501 r-xp 00000000 00:00 0 /bin/x\nSize: 400 kB\nPrivate_Clean: 300 kB\nPrivate_Dirty: 4 kB\nVmFlags: rd\n";
-        assert_eq!(sum(smaps), (304, 30000));
+        let smaps = "7f0000000000-7f0001000000 rw-p 00000000 00:00 0\nSize:  16384 kB\nPrivate_Clean: 0 kB\nPrivate_Dirty: 10000 kB\n\
+            7f0001000000-7f0010000000 rw-p 00000000 00:00 0\nSize:  245760 kB\nPrivate_Dirty: 20000 kB\n\
+            7f0010000000-7f0010100000 r--p 00000000 00:00 0\nSize:  1024 kB\nPrivate_Dirty: 1 kB\n\
+            7f0020000000-7f0020100000 r-xp 00000000 00:00 0 /bin/x\nSize: 1024 kB\nPrivate_Clean: 300 kB\nPrivate_Dirty: 4 kB\nVmFlags: rd\n";
+        assert_eq!(sum(smaps), (305, 30000));
     }
 }

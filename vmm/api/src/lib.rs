@@ -129,6 +129,11 @@ pub struct VmConfig {
     pub vcpus: u8,
     /// Guest memory in MiB, 32 to 1,048,576.
     pub memory_mib: u32,
+    /// Whether the host may back all of the guest's memory by huge pages
+    /// (transparent ones): a little faster, and a page the guest touches costs
+    /// 2 MiB. The kernel's image, which is used as a whole, may be in any case.
+    #[serde(default)]
+    pub huge_pages: bool,
     /// What to boot.
     pub kernel: KernelConfig,
     /// Where the first serial port writes; none: nowhere. Never blocks the
@@ -431,6 +436,7 @@ mod tests {
             call: Call::Configure(Box::new(VmConfig {
                 vcpus: 1,
                 memory_mib: 128,
+                huge_pages: false,
                 kernel: KernelConfig {
                     image: 0,
                     cmdline: "quiet".into(),

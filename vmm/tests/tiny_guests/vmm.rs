@@ -52,6 +52,7 @@ impl Setup {
             config: VmConfig {
                 vcpus: 1,
                 memory_mib: 32,
+                huge_pages: false,
                 kernel: KernelConfig {
                     image: 0,
                     cmdline: String::new(),

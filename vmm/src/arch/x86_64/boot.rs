@@ -2,11 +2,16 @@
 //! Loads a kernel and describes the machine to it by the PVH boot protocol
 //! (Xen's "x86/HVM direct boot ABI").
 
-use std::fs::File;
+use std::{
+    fs::File,
+    io::{Read, Seek, SeekFrom},
+    ops::Range,
+};
 
 use linux_loader::{
     cmdline::Cmdline,
     configurator::{pvh::PvhBootConfigurator, BootConfigurator, BootParams},
+    elf::{Elf64_Ehdr, Elf64_Phdr, PT_LOAD},
     loader::{
         elf::{
             start_info::{hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info},
@@ -15,7 +20,7 @@ use linux_loader::{
         load_cmdline, KernelLoader,
     },
 };
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, GuestMemoryMmap};
+use vm_memory::{Address, ByteValued, Bytes, GuestAddress, GuestMemory, GuestMemoryMmap};
 
 use super::layout;
 use crate::memory;
@@ -108,6 +113,30 @@ pub fn load(
         .transpose()?;
     write_start_info(memory, memory_size, modules)?;
     Ok(entry)
+}
+
+/// Where in guest memory the image's segments go; empty for what is no ELF
+/// file, which [`load`] refuses.
+pub fn extent(kernel: &mut File) -> Range<u64> {
+    read_extent(kernel).unwrap_or_default()
+}
+
+fn read_extent(kernel: &mut File) -> std::io::Result<Range<u64>> {
+    let mut header = Elf64_Ehdr::default();
+    kernel.rewind()?;
+    kernel.read_exact(header.as_mut_slice())?;
+    kernel.seek(SeekFrom::Start(header.e_phoff))?;
+    let (mut start, mut end) = (u64::MAX, 0);
+    for _ in 0..header.e_phnum {
+        let mut segment = Elf64_Phdr::default();
+        kernel.read_exact(segment.as_mut_slice())?;
+        if segment.p_type == PT_LOAD {
+            start = start.min(segment.p_paddr);
+            end = end.max(segment.p_paddr.saturating_add(segment.p_memsz));
+        }
+    }
+    kernel.rewind()?;
+    Ok(start..end)
 }
 
 /// Puts the ramdisk at the top of the first memory region.
