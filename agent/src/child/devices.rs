@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::AtFlags;
-use nix::sys::stat::{fchmodat, mknodat, FchmodatFlags, Mode, SFlag};
-use nix::unistd::{fchownat, symlinkat, Gid, Uid};
+use nix::sys::stat::{fchmodat, fstatat, mknodat, FchmodatFlags, Mode, SFlag};
+use nix::unistd::{fchownat, symlinkat, unlinkat, Gid, Uid, UnlinkatFlags};
 
 use super::path::{make_file, parent};
 use super::report::{At, Done};
@@ -72,12 +72,8 @@ pub fn make_all(plan: &ContainerPlan, root: BorrowedFd<'_>) -> Done<()> {
             // Images bring some of these; ptmx must be the container's own.
             Err(Errno::EEXIST) if !path.ends_with("ptmx") => {}
             Err(Errno::EEXIST) => {
-                nix::unistd::unlinkat(
-                    &directory,
-                    name.as_os_str(),
-                    nix::unistd::UnlinkatFlags::NoRemoveDir,
-                )
-                .at("replace", path)?;
+                unlinkat(&directory, name.as_os_str(), UnlinkatFlags::NoRemoveDir)
+                    .at("replace", path)?;
                 symlinkat(Path::new(target), &directory, name.as_os_str()).at("link", path)?;
             }
             Err(errno) => return Err(errno).at("link", path),
@@ -93,7 +89,18 @@ fn make(root: BorrowedFd<'_>, device: &DevicePlan) -> Done<()> {
     let kind = SFlag::from_bits_retain(device.kind);
     let mode = Mode::from_bits_retain(device.mode);
     match mknodat(&directory, name, kind, mode, device.number) {
-        Ok(()) | Err(Errno::EEXIST) => {}
+        Err(Errno::EEXIST) => {
+            let there = fstatat(&directory, name, AtFlags::AT_SYMLINK_NOFOLLOW);
+            let there = there.at("inspect", path)?;
+            let same =
+                there.st_mode & libc::S_IFMT == device.kind && there.st_rdev == device.number;
+            if !same {
+                // The image's, a link to a file of the guest perhaps.
+                unlinkat(&directory, name, UnlinkatFlags::NoRemoveDir).at("replace", path)?;
+                mknodat(&directory, name, kind, mode, device.number).at("create device", path)?;
+            }
+        }
+        Ok(()) => {}
         Err(Errno::EPERM) => return bind(root, path),
         Err(errno) => return Err(errno).at("create device", path),
     }

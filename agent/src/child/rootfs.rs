@@ -4,21 +4,23 @@
 //! Paths", "Readonly Paths").
 
 use std::fs::{self, File};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::mount::{umount2, MntFlags};
 use nix::sys::stat::fchmod;
+use nix::sys::statfs::{fstatfs, PROC_SUPER_MAGIC};
 use nix::unistd::{chdir, fchdir};
 
 use super::path::{locate, make_directory, make_file};
 use super::report::{At, Done, Failure};
-use crate::container::mounts::{MountPlan, Source};
+use crate::container::mounts::{check_place, MountPlan, Source};
 use crate::container::plan::ContainerPlan;
 use crate::sys::mount::{
-    attach, clone_tree, cwd, new_mount, open_in_root, pivot_here, set_attr, MountAttr, ATTR_RDONLY,
+    attach, clone_tree, cwd, new_mount, open_in_root, pivot_here, set_attr, FsOption, MountAttr,
+    ATTR_RDONLY,
 };
 
 /// Detaches the process's mounts from the guest's and attaches a copy of the
@@ -51,6 +53,11 @@ pub fn mount_all(plan: &ContainerPlan, root: BorrowedFd<'_>) -> Done<()> {
 
 fn mount_one(plan: &MountPlan, root: BorrowedFd<'_>) -> Done<()> {
     let destination = &plan.destination;
+    let covered = match plan.mode_of_covered {
+        true => mode_of(root, destination)?,
+        false => None,
+    };
+    let target = mount_point(plan, root)?;
     let tree = match &plan.source {
         Source::Bind { path, recursive } => {
             let tree = clone_tree(cwd(), path, *recursive).at("open mount source", path)?;
@@ -61,28 +68,92 @@ fn mount_one(plan: &MountPlan, root: BorrowedFd<'_>) -> Done<()> {
             fs_type,
             source,
             options,
-        } => new_mount(fs_type, source.as_deref(), options, plan.attr.set).map_err(
-            |(errno, complaint)| {
-                let step = if complaint.is_empty() {
-                    format!("mount {fs_type} on")
-                } else {
-                    format!("mount {fs_type} ({complaint}) on")
-                };
-                Failure::step(&step, destination, errno)
-            },
-        )?,
+        } => {
+            let mut options = options.clone();
+            options.extend(covered.map(|mode| FsOption::Value("mode".into(), format!("{mode:o}"))));
+            new_mount(fs_type, source.as_deref(), &options, plan.attr.set).map_err(
+                |(errno, complaint)| {
+                    let step = if complaint.is_empty() {
+                        format!("mount {fs_type} on")
+                    } else {
+                        format!("mount {fs_type} ({complaint}) on")
+                    };
+                    Failure::step(&step, destination, errno)
+                },
+            )?
+        }
     };
-    let target = mount_point(plan, root)?;
+    check_target(plan, root, &target, &tree)?;
     if plan.copy_up {
-        copy_up(&target, &tree, destination)?;
+        copy_up(&target, &tree, plan)?;
     }
     attach(tree.as_fd(), target.as_fd()).at("mount on", destination)?;
-    if let Some((kind, recursive)) = plan.propagation {
+    for (kind, recursive) in &plan.propagation {
         let attr = MountAttr {
-            propagation: kind,
+            propagation: *kind,
             ..MountAttr::default()
         };
-        set_attr(tree.as_fd(), &attr, recursive).at("set propagation of", destination)?;
+        set_attr(tree.as_fd(), &attr, *recursive).at("set propagation of", destination)?;
+    }
+    Ok(())
+}
+
+/// The mode of what is at `path`, if something is.
+fn mode_of(root: BorrowedFd<'_>, path: &Path) -> Done<Option<u32>> {
+    match locate(root, path) {
+        Ok(place) => {
+            let meta = File::from(place).metadata().at("inspect", path)?;
+            Ok(Some(meta.mode() & 0o7777))
+        }
+        // Where this cannot be told the mount will not work either.
+        Err(_) => Ok(None),
+    }
+}
+
+/// The path of `place` in the container, without links.
+fn path_in(root: BorrowedFd<'_>, place: &OwnedFd, path: &Path) -> Done<PathBuf> {
+    let real_path = |fd: RawFd| fs::read_link(format!("/proc/self/fd/{fd}"));
+    let real = real_path(place.as_raw_fd()).at("inspect", path)?;
+    let top = real_path(root.as_raw_fd()).at("inspect", "root")?;
+    match real.strip_prefix(&top) {
+        Ok(rest) => Ok(Path::new("/").join(rest)),
+        Err(_) => Err(Failure::invalid(format!(
+            "mounts: {}: leads out of the container's root",
+            path.display()
+        ))),
+    }
+}
+
+/// Refuses places that a symbolic link of the image has led to and that the
+/// specification could not have named, and proc or sysfs through any link:
+/// they would end up where masking does not look.
+fn check_target(
+    plan: &MountPlan,
+    root: BorrowedFd<'_>,
+    target: &OwnedFd,
+    tree: &OwnedFd,
+) -> Done<()> {
+    let destination = &plan.destination;
+    let refused = |why: &str| {
+        let path = destination.display();
+        Err(Failure::invalid(format!("mounts: {path}: {why}")))
+    };
+    let real = path_in(root, target, destination)?;
+    let kind = match &plan.source {
+        Source::New { fs_type, .. } => fs_type.as_str(),
+        Source::Bind { .. } => "bind",
+    };
+    if matches!(kind, "proc" | "sysfs") && real != *destination {
+        return refused(&format!("{kind} cannot be mounted through a symbolic link"));
+    }
+    if let Err(why) = check_place(&real) {
+        return refused(&why);
+    }
+    if real == Path::new("/proc") {
+        let found = fstatfs(tree).at("inspect", destination)?;
+        if found.filesystem_type() != PROC_SUPER_MAGIC {
+            return refused("only a proc file system can be mounted over /proc");
+        }
     }
     Ok(())
 }
@@ -110,38 +181,25 @@ fn mount_point(plan: &MountPlan, root: BorrowedFd<'_>) -> Done<OwnedFd> {
                 make_file(root, destination, 0o644)
             }
         }
-        Source::New { fs_type, .. } => {
-            let place = make_directory(root, destination)?;
-            if fs_type == "proc" || fs_type == "sysfs" {
-                // Through a link these would end up where masking and the
-                // checks on /proc do not look.
-                let real = fs::read_link(format!("/proc/self/fd/{}", raw(&place)))
-                    .at("inspect", destination)?;
-                let top =
-                    fs::read_link(format!("/proc/self/fd/{}", raw(&root))).at("inspect", "root")?;
-                let wanted = top.join(destination.strip_prefix("/").unwrap_or(destination));
-                if real != wanted {
-                    return Err(Failure::invalid(format!(
-                        "mounts: {}: {fs_type} cannot be mounted through a symbolic link",
-                        destination.display()
-                    )));
-                }
-            }
-            Ok(place)
-        }
+        Source::New { .. } => make_directory(root, destination),
     }
-}
-
-fn raw(fd: &impl std::os::fd::AsFd) -> std::os::fd::RawFd {
-    use std::os::fd::AsRawFd;
-    fd.as_fd().as_raw_fd()
 }
 
 /// Copies what the image has at a mount point into the file system that is
 /// about to cover it.
-fn copy_up(from: &OwnedFd, to: &OwnedFd, destination: &Path) -> Done<()> {
-    let link = |fd: &OwnedFd| PathBuf::from(format!("/proc/self/fd/{}", raw(fd)));
-    copy_tree(&link(from), &link(to)).at("copy up", destination)
+fn copy_up(from: &OwnedFd, to: &OwnedFd, plan: &MountPlan) -> Done<()> {
+    let link = |fd: &OwnedFd| PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()));
+    let asked_for = fs::metadata(link(to))
+        .at("inspect", &plan.destination)?
+        .mode();
+    copy_tree(&link(from), &link(to)).at("copy up", &plan.destination)?;
+    if plan.mode_of_covered {
+        return Ok(());
+    }
+    // The options' mode is not the image's.
+    let mode = nix::sys::stat::Mode::from_bits_retain(asked_for & 0o7777);
+    let directory = File::open(link(to)).at("copy up", &plan.destination)?;
+    fchmod(&directory, mode).at("copy up", &plan.destination)
 }
 
 fn copy_tree(from: &Path, to: &Path) -> std::io::Result<()> {

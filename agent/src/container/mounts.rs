@@ -44,10 +44,14 @@ pub struct MountPlan {
     pub attr: MountAttr,
     /// Attributes of everything below it too.
     pub recursive_attr: MountAttr,
-    /// MS_SHARED and so on, and whether for everything below it too.
-    pub propagation: Option<(u64, bool)>,
+    /// MS_SHARED and so on, and whether for everything below it too; one after
+    /// the other.
+    pub propagation: Vec<(u64, bool)>,
     /// Fill a tmpfs with what the image has at the destination.
     pub copy_up: bool,
+    /// A tmpfs that takes its mode from the directory it covers: the options
+    /// do not say it.
+    pub mode_of_covered: bool,
     /// To become read-only only when everything is mounted: something may be
     /// mounted inside, which needs a mount point.
     pub read_only_later: bool,
@@ -77,9 +81,7 @@ pub fn plan(mount: &oci::Mount) -> Result<MountPlan> {
     let invalid =
         |why: String| AgentError::Invalid(format!("mounts: {}: {why}", mount.destination));
     let destination = normalise(&mount.destination);
-    if destination == Path::new("/") {
-        return Err(invalid("cannot be mounted over".into()));
-    }
+    check_place(&destination).map_err(&invalid)?;
     if !mount.uid_mappings.is_empty() || !mount.gid_mappings.is_empty() {
         return Err(invalid("id-mapped mounts are not supported yet".into()));
     }
@@ -89,7 +91,6 @@ pub fn plan(mount: &oci::Mount) -> Result<MountPlan> {
     }
     let bind = options.bind || options.bind_recursive || mount.type_ == "bind";
     let source = if bind {
-        check_proc(&destination).map_err(&invalid)?;
         if !mount.source.starts_with('/') {
             return Err(invalid(format!(
                 "source {:?} is not absolute",
@@ -103,11 +104,28 @@ pub fn plan(mount: &oci::Mount) -> Result<MountPlan> {
     } else {
         new_source(mount, &mut options).map_err(&invalid)?
     };
+    if destination == Path::new(PROC) && !may_be_proc(&source) {
+        return Err(invalid(
+            "only a proc file system can be mounted here".into(),
+        ));
+    }
+    let (mut attr, mut recursive_attr) = (options.attr, options.recursive_attr);
+    let mut mode_of_covered = false;
+    if let Source::New {
+        fs_type, options, ..
+    } = &source
+    {
+        // Nothing is below a file system that was just made.
+        merge(&mut attr, std::mem::take(&mut recursive_attr));
+        mode_of_covered = fs_type == "tmpfs"
+            && !options
+                .iter()
+                .any(|option| matches!(option, FsOption::Value(key, _) if key == "mode"));
+    }
     let tmpfs = matches!(&source, Source::New { fs_type, .. } if fs_type == "tmpfs");
     if options.copy_up && !tmpfs {
         return Err(invalid("tmpcopyup is for tmpfs".into()));
     }
-    let mut attr = options.attr;
     let read_only_later = tmpfs && attr.set & ATTR_RDONLY != 0;
     if read_only_later {
         attr.set &= !ATTR_RDONLY;
@@ -116,9 +134,10 @@ pub fn plan(mount: &oci::Mount) -> Result<MountPlan> {
         destination,
         source,
         attr,
-        recursive_attr: options.recursive_attr,
+        recursive_attr,
         propagation: options.propagation,
         copy_up: options.copy_up,
+        mode_of_covered,
         read_only_later,
     })
 }
@@ -163,16 +182,34 @@ pub fn normalise(path: &str) -> PathBuf {
     clean
 }
 
-fn check_proc(destination: &Path) -> std::result::Result<(), String> {
-    let below = destination.starts_with("/proc") && destination != Path::new("/proc");
-    if below
-        && !PROC_ALLOWED
-            .iter()
-            .any(|path| destination == Path::new(path))
-    {
+/// Where a container's kernel state is.
+const PROC: &str = "/proc";
+
+/// Whether something may be mounted at `path` of a container, which is free of
+/// links. Over the root it would not be seen, and below /proc it could fool
+/// security checks.
+///
+/// # Errors
+/// Why not.
+pub fn check_place(path: &Path) -> std::result::Result<(), String> {
+    if path == Path::new("/") {
+        return Err("the root directory cannot be mounted over".into());
+    }
+    let below = path.starts_with(PROC) && path != Path::new(PROC);
+    let allowed = || PROC_ALLOWED.iter().any(|known| path == Path::new(known));
+    if below && !allowed() {
         return Err("only some files of /proc can be mounted over".into());
     }
     Ok(())
+}
+
+/// Whether this can be a proc file system; of a bind mount only its source
+/// can tell.
+fn may_be_proc(source: &Source) -> bool {
+    match source {
+        Source::Bind { .. } => true,
+        Source::New { fs_type, .. } => fs_type == "proc",
+    }
 }
 
 #[derive(Default)]
@@ -182,7 +219,7 @@ struct Options {
     copy_up: bool,
     attr: MountAttr,
     recursive_attr: MountAttr,
-    propagation: Option<(u64, bool)>,
+    propagation: Vec<(u64, bool)>,
     data: Vec<FsOption>,
 }
 
@@ -198,7 +235,7 @@ impl Options {
             return Ok(());
         }
         if let Some(propagation) = propagation(option) {
-            self.propagation = Some(propagation);
+            self.propagation.push(propagation);
             return Ok(());
         }
         match option {
@@ -207,8 +244,9 @@ impl Options {
             "tmpcopyup" => self.copy_up = true,
             "idmap" | "ridmap" => return Err("id-mapped mounts are not supported yet".into()),
             "remount" => return Err("remount is not supported".into()),
-            "" | "defaults" | "async" | "nomand" | "loud" | "silent" | "noiversion"
-            | "nolazytime" => {}
+            // What the kernel does by default, or not at all any more.
+            "" | "defaults" | "async" | "nomand" | "mand" | "loud" | "silent" | "iversion"
+            | "noiversion" | "nolazytime" | "acl" | "noacl" => {}
             _ => self.data.push(match option.split_once('=') {
                 Some((key, value)) => FsOption::Value(key.to_owned(), value.to_owned()),
                 None => FsOption::Flag(option.to_owned()),
@@ -235,9 +273,9 @@ fn attribute(option: &str) -> Option<(u64, bool)> {
         "symfollow" => (ATTR_NOSYMFOLLOW, false),
         "noatime" => (ATTR_NOATIME, true),
         "strictatime" => (ATTR_STRICTATIME, true),
-        // The kernel's default is relatime; its value is 0 within the mask.
-        "relatime" | "atime" | "nostrictatime" => (ATTR_RELATIME, true),
-        "norelatime" => (ATTR_STRICTATIME, true),
+        // The kernel's default is relatime, also where it is asked for by
+        // taking another away; its value is 0 within the mask.
+        "relatime" | "norelatime" | "atime" | "nostrictatime" => (ATTR_RELATIME, true),
         _ => return None,
     })
 }
@@ -255,6 +293,12 @@ fn change(attr: &mut MountAttr, attribute: u64, set: bool) {
         attr.clear |= attribute;
         attr.set &= !attribute;
     }
+}
+
+/// Adds changes that come later, and win.
+fn merge(attr: &mut MountAttr, later: MountAttr) {
+    attr.set = attr.set & !later.clear | later.set;
+    attr.clear = attr.clear & !later.set | later.clear;
 }
 
 /// A propagation type by its name, and whether it is recursive.
@@ -298,7 +342,7 @@ mod tests {
             }
         );
         assert_eq!(plan.attr.set, ATTR_RDONLY);
-        assert_eq!(plan.propagation, Some((libc::MS_PRIVATE, true)));
+        assert_eq!(plan.propagation, [(libc::MS_PRIVATE, true)]);
         assert!(!plan.read_only_later);
     }
 
@@ -362,6 +406,54 @@ mod tests {
     }
 
     #[test]
+    fn every_option_that_runc_knows() {
+        let known = "acl async atime bind defaults dev diratime dirsync exec iversion lazytime \
+            loud mand noacl noatime nodev nodiratime noexec noiversion nolazytime nomand \
+            norelatime nostrictatime nosuid nosymfollow private rbind relatime ro rprivate rshared \
+            rslave runbindable rw shared silent slave strictatime suid symfollow sync unbindable \
+            ratime rdev rdiratime rexec rnoatime rnodev rnodiratime rnoexec rnorelatime \
+            rnostrictatime rnosuid rnosymfollow rrelatime rro rrw rstrictatime rsuid rsymfollow";
+        let options: Vec<&str> = known.split_whitespace().collect();
+        let mut all = Options::default();
+        for option in &options {
+            all.take(option).unwrap();
+        }
+        // These three belong to the superblock.
+        let flags = ["dirsync", "lazytime", "sync"].map(|name| FsOption::Flag(name.into()));
+        assert_eq!(all.data, flags);
+        assert_eq!(all.propagation.len(), 8);
+        let everything = ATTR_RDONLY | ATTR_NOSUID | ATTR_NODEV | ATTR_NOEXEC | ATTR_NODIRATIME;
+        let wanted = [
+            everything | ATTR_NOSYMFOLLOW | ATTR_ATIME_MASK,
+            everything | ATTR_NOSYMFOLLOW | ATTR_ATIME_MASK,
+        ];
+        let touched = [all.attr, all.recursive_attr].map(|attr| attr.set | attr.clear);
+        assert_eq!(touched, wanted);
+    }
+
+    #[test]
+    fn a_new_file_system_has_nothing_below_it() {
+        let plan = plan(&mount(
+            "tmpfs",
+            "/x",
+            &["noexec", "rro", "rexec", "rnoatime"],
+        ))
+        .unwrap();
+        assert_eq!(plan.recursive_attr, MountAttr::default());
+        assert_eq!(plan.attr.set, ATTR_NOATIME);
+        assert!(plan.read_only_later && plan.mode_of_covered);
+    }
+
+    #[test]
+    fn propagation_types_add_up() {
+        let plan = plan(&mount("bind", "/x", &["rbind", "rslave", "shared"])).unwrap();
+        assert_eq!(
+            plan.propagation,
+            [(libc::MS_SLAVE, true), (libc::MS_SHARED, false)]
+        );
+    }
+
+    #[test]
     fn cgroup_becomes_version_two() {
         let plan = plan(&mount(
             "cgroup",
@@ -388,6 +480,8 @@ mod tests {
             mount("bind", "/x", &["bind", "idmap"]),
             mount("", "/x", &[]),
             mount("proc", "/proc", &["tmpcopyup"]),
+            mount("tmpfs", "/proc", &[]),
+            mount("tmpfs", "/proc/acpi", &[]),
         ] {
             let error = plan(&bad).unwrap_err();
             assert!(matches!(error, AgentError::Invalid(_)), "{bad:?}");
