@@ -9,8 +9,9 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
+use nix::sched::sched_setaffinity;
 use nix::sys::stat::{umask, Mode};
-use nix::unistd::{chdir, faccessat, getcwd, setresgid, setresuid, AccessFlags, Gid, Uid};
+use nix::unistd::{chdir, faccessat, getcwd, setresgid, setresuid, AccessFlags, Gid, Pid, Uid};
 
 use super::report::{At, Done, Failure};
 use crate::container::plan::{Capabilities, ProcessPlan};
@@ -32,6 +33,16 @@ pub struct Program {
 /// Scheduling, limits and the like: what needs privileges the program may not
 /// have.
 pub fn limit(plan: &ProcessPlan) -> Done<()> {
+    if let Some(set) = &plan.affinity {
+        match sched_setaffinity(Pid::from_raw(0), set) {
+            Err(Errno::EINVAL) => {
+                return Err(Failure::invalid(
+                    "process.execCPUAffinity: the container has none of these processors",
+                ))
+            }
+            other => other.at("set CPU affinity", "")?,
+        }
+    }
     if let Some(attr) = plan.scheduler {
         process::sched_setattr(attr).at("set scheduler", "")?;
     }

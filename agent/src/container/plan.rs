@@ -8,6 +8,7 @@ use std::ffi::CString;
 use std::path::PathBuf;
 
 use bulkhead_agent_protocol::oci;
+use nix::sched::CpuSet;
 
 use super::caps;
 use super::mounts::{self, MountPlan};
@@ -119,6 +120,8 @@ pub struct ProcessPlan {
     pub io_priority: Option<u32>,
     /// Execution domain.
     pub personality: Option<libc::c_ulong>,
+    /// Processors to run on.
+    pub affinity: Option<CpuSet>,
 }
 
 /// Checks and translates a container's specification.
@@ -160,17 +163,7 @@ pub fn container(spec: &oci::Spec) -> Result<ContainerPlan> {
             return Err(invalid("hooks: hooks in the guest are not supported yet"));
         }
     }
-    for (given, field) in [
-        (&process.apparmor_profile, "process.apparmorProfile"),
-        (&process.selinux_label, "process.selinuxLabel"),
-        (&linux.mount_label, "linux.mountLabel"),
-    ] {
-        if !given.is_empty() && given != "unconfined" {
-            return Err(invalid(format!(
-                "{field}: {given:?}: the guest's kernel has no such security module"
-            )));
-        }
-    }
+    no_label(&linux.mount_label, "linux.mountLabel")?;
     Ok(ContainerPlan {
         rootfs: PathBuf::from(&root.path),
         root_read_only: root.readonly,
@@ -224,6 +217,8 @@ pub fn process(process: &oci::Process, init: Option<&ProcessPlan>) -> Result<Pro
             process.cwd
         )));
     }
+    no_label(&process.apparmor_profile, "process.apparmorProfile")?;
+    no_label(&process.selinux_label, "process.selinuxLabel")?;
     let user = process.user.clone().unwrap_or_default();
     let capabilities = match (process.capabilities.as_ref(), init) {
         (Some(sets), _) => Capabilities {
@@ -255,7 +250,10 @@ pub fn process(process: &oci::Process, init: Option<&ProcessPlan>) -> Result<Pro
         groups: user.additional_gids.clone(),
         umask: user.umask.unwrap_or(0o022) & 0o777,
         capabilities,
-        rlimits: rlimits(&process.rlimits)?,
+        rlimits: match init {
+            Some(init) if process.rlimits.is_empty() => init.rlimits.clone(),
+            _ => rlimits(&process.rlimits)?,
+        },
         no_new_privileges: process.no_new_privileges,
         terminal: process.terminal,
         console_size,
@@ -268,10 +266,27 @@ pub fn process(process: &oci::Process, init: Option<&ProcessPlan>) -> Result<Pro
             Some(value) => value,
             None => init.map_or(0, |init| init.oom_score_adj),
         },
-        scheduler: scheduler(process.scheduler.as_ref())?,
-        io_priority: io_priority(process.io_priority.as_ref())?,
+        scheduler: scheduler(process.scheduler.as_ref())?
+            .or_else(|| init.and_then(|init| init.scheduler)),
+        io_priority: io_priority(process.io_priority.as_ref())?
+            .or_else(|| init.and_then(|init| init.io_priority)),
         personality: init.and_then(|init| init.personality),
+        // A container's first process has none by the specification.
+        affinity: match init {
+            Some(_) => affinity(process.exec_cpu_affinity.as_ref())?,
+            None => None,
+        },
     })
+}
+
+/// Labels of security modules that the guest's kernel has not.
+fn no_label(given: &str, field: &str) -> Result<()> {
+    if given.is_empty() || given == "unconfined" {
+        return Ok(());
+    }
+    Err(invalid(format!(
+        "{field}: {given:?}: the guest's kernel has no such security module"
+    )))
 }
 
 fn invalid(text: impl Into<String>) -> AgentError {
@@ -407,10 +422,11 @@ fn sysctls(
             // A container may set what belongs to a namespace of its own, and
             // what is the pod's network's; all else is the guest's.
             let ipc = ["kernel.msg", "kernel.sem", "kernel.shm", "fs.mqueue."];
-            let allowed = name.starts_with("net.")
-                || ipc.iter().any(|prefix| name.starts_with(prefix))
+            let dotted = name.replace('/', ".");
+            let allowed = dotted.starts_with("net.")
+                || ipc.iter().any(|prefix| dotted.starts_with(prefix))
                     && namespaces & libc::CLONE_NEWIPC != 0
-                || name == "kernel.domainname" && namespaces & libc::CLONE_NEWUTS != 0;
+                || dotted == "kernel.domainname" && namespaces & libc::CLONE_NEWUTS != 0;
             if !allowed {
                 return Err(invalid(format!(
                     "linux.sysctl: {name:?} is not in a namespace of the container"
@@ -497,6 +513,38 @@ fn io_priority(priority: Option<&oci::IoPriority>) -> Result<Option<u32>> {
             priority.priority
         ))),
     }
+}
+
+/// The processors of a further process. It is born in its container's cgroup,
+/// so what counts is where it is to end.
+fn affinity(affinity: Option<&oci::CpuAffinity>) -> Result<Option<CpuSet>> {
+    let Some(affinity) = affinity else {
+        return Ok(None);
+    };
+    let initial = cpus(&affinity.initial, "process.execCPUAffinity.initial")?;
+    let last = cpus(&affinity.final_, "process.execCPUAffinity.final")?;
+    Ok(last.or(initial))
+}
+
+/// A list of processors such as `0-3,7`.
+fn cpus(list: &str, field: &str) -> Result<Option<CpuSet>> {
+    let wrong = || invalid(format!("{field}: {list:?} is not a list such as 0-3,7"));
+    if list.is_empty() {
+        return Ok(None);
+    }
+    let mut set = CpuSet::new();
+    for part in list.split(',') {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let number = |text: &str| text.parse::<usize>().map_err(|_| wrong());
+        let (first, last) = (number(first)?, number(last)?);
+        if first > last || last >= CpuSet::count() {
+            return Err(wrong());
+        }
+        for cpu in first..=last {
+            set.set(cpu).map_err(|_| wrong())?;
+        }
+    }
+    Ok(Some(set))
 }
 
 fn personality(personality: Option<&oci::Personality>) -> Result<Option<libc::c_ulong>> {
@@ -628,6 +676,16 @@ mod tests {
             ..Default::default()
         })
         .into();
+        let process_spec = spec.process.mut_or_insert_default();
+        process_spec.rlimits.push(oci::Rlimit {
+            type_: "RLIMIT_CORE".into(),
+            ..Default::default()
+        });
+        process_spec.io_priority = Some(oci::IoPriority {
+            class: "IOPRIO_CLASS_IDLE".into(),
+            ..Default::default()
+        })
+        .into();
         let init = container(&spec).unwrap().process;
         let exec = oci::Process {
             args: vec!["x".into()],
@@ -636,6 +694,27 @@ mod tests {
         };
         let plan = process(&exec, Some(&init)).unwrap();
         assert_eq!(plan.capabilities.bounding, 1 << 5);
+        assert_eq!(plan.rlimits, init.rlimits);
+        assert_eq!(plan.io_priority, Some(3 << 13));
+        let label = oci::Process {
+            selinux_label: "system_u:object_r:x:s0".into(),
+            ..exec
+        };
+        let text = process(&label, Some(&init)).unwrap_err().to_string();
+        assert!(text.starts_with("process.selinuxLabel"), "{text}");
+    }
+
+    #[test]
+    fn lists_of_processors() {
+        let set = |list: &str| {
+            let set = cpus(list, "field").ok()??;
+            Some((0..64).filter(|cpu| set.is_set(*cpu).unwrap()).collect())
+        };
+        assert_eq!(set("0-2,5"), Some(vec![0, 1, 2, 5]));
+        assert_eq!(set("3"), Some(vec![3]));
+        for bad in ["", "3-1", "a", "1,", "-1", "0-99999999999", "1-2-3"] {
+            assert_eq!(set(bad), None, "{bad}");
+        }
     }
 
     #[test]

@@ -130,9 +130,10 @@ pub fn container(spec: &Spec, id: &str) -> Result<Prepared, SpecError> {
     let mut linux = translate_linux(spec.linux().as_ref(), role)?;
     if role == Role::Sandbox {
         linux.sysctl.retain(|key, value| {
+            let dotted = key.replace('/', ".");
             let pods = NAMESPACED_SYSCTLS
                 .iter()
-                .any(|prefix| key.starts_with(prefix));
+                .any(|prefix| dotted.starts_with(prefix));
             if pods {
                 pod_sysctls.insert(key.clone(), std::mem::take(value));
             }
@@ -330,7 +331,7 @@ mod tests {
     fn a_pods_own_container_leaves_its_namespaces_to_the_pod() {
         let namespaces = r#"{"namespaces":[{"type":"pid"},{"type":"ipc"},{"type":"uts"},
             {"type":"mount"},{"type":"network","path":"/run/netns/x"}],
-            "sysctl":{"kernel.shmmax":"1","net.core.somaxconn":"2"}}"#;
+            "sysctl":{"kernel.shmmax":"1","kernel/msgmax":"2","net.core.somaxconn":"3"}}"#;
         let kinds = |annotations: &str| {
             let prepared = container(&spec(namespaces, "[]", annotations), "c").unwrap();
             let kinds: Vec<String> = prepared
@@ -348,7 +349,7 @@ mod tests {
         );
         assert_eq!(
             kinds(r#"{"io.kubernetes.cri.container-type":"sandbox"}"#),
-            (["pid", "mount"].map(String::from).to_vec(), 1)
+            (["pid", "mount"].map(String::from).to_vec(), 2)
         );
     }
 

@@ -93,6 +93,14 @@ pub fn process(process: &Process) -> Result<oci::Process, SpecError> {
         })
         .into();
     }
+    if let Some(affinity) = process.exec_cpu_affinity() {
+        out.exec_cpu_affinity = Some(oci::CpuAffinity {
+            initial: affinity.initial().clone().unwrap_or_default(),
+            final_: affinity.cpu_affinity_final().clone().unwrap_or_default(),
+            ..Default::default()
+        })
+        .into();
+    }
     Ok(out)
 }
 
@@ -101,4 +109,48 @@ fn capabilities(set: &Option<Capabilities>) -> Vec<String> {
     let mut names: Vec<String> = set.iter().flatten().map(name).collect();
     names.sort_unstable();
     names
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_of_a_process_is_lost() {
+        let process: Process = serde_json::from_str(
+            r#"{"terminal":true,"consoleSize":{"height":24,"width":80},"cwd":"/srv","args":["a","b"],
+                "env":["X=1"],"user":{"uid":1,"gid":2,"umask":63,"additionalGids":[3,4]},
+                "capabilities":{"bounding":["CAP_KILL"],"effective":["CAP_CHOWN"],
+                    "inheritable":["CAP_FOWNER"],"permitted":["CAP_SETUID"],"ambient":["CAP_SETGID"]},
+                "rlimits":[{"type":"RLIMIT_NOFILE","soft":5,"hard":6}],"noNewPrivileges":true,
+                "oomScoreAdj":-7,"scheduler":{"policy":"SCHED_FIFO","priority":9,
+                    "flags":["SCHED_FLAG_RESET_ON_FORK"]},
+                "ioPriority":{"class":"IOPRIO_CLASS_BE","priority":6},
+                "execCPUAffinity":{"initial":"0-3","final":"1"}}"#,
+        )
+        .unwrap();
+        let out = super::process(&process).unwrap();
+        assert!(out.terminal && out.no_new_privileges);
+        assert_eq!((out.console_size.height, out.console_size.width), (24, 80));
+        assert_eq!((out.user.uid, out.user.gid), (1, 2));
+        assert_eq!(out.user.umask, Some(0o077));
+        assert_eq!(out.user.additional_gids, [3, 4]);
+        let sets = &out.capabilities;
+        for (set, name) in [
+            (&sets.bounding, "CAP_KILL"),
+            (&sets.effective, "CAP_CHOWN"),
+            (&sets.inheritable, "CAP_FOWNER"),
+            (&sets.permitted, "CAP_SETUID"),
+            (&sets.ambient, "CAP_SETGID"),
+        ] {
+            assert_eq!(set.as_slice(), [name]);
+        }
+        assert_eq!(out.rlimits[0].type_, "RLIMIT_NOFILE");
+        assert_eq!(out.oom_score_adj, Some(-7));
+        assert_eq!(out.scheduler.policy, "SCHED_FIFO");
+        assert_eq!(out.scheduler.flags, ["SCHED_FLAG_RESET_ON_FORK"]);
+        assert_eq!(out.io_priority.class, "IOPRIO_CLASS_BE");
+        assert_eq!(out.exec_cpu_affinity.initial, "0-3");
+        assert_eq!(out.exec_cpu_affinity.final_, "1");
+    }
 }
