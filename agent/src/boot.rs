@@ -24,7 +24,7 @@ const CGROUPS: &str = "/sys/fs/cgroup";
 type Mount = (&'static str, &'static str, MsFlags, &'static str);
 
 /// In an order in which each target is there.
-fn mounts() -> [Mount; 8] {
+fn mounts() -> [Mount; 9] {
     let quiet = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     let memory = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
     [
@@ -38,6 +38,8 @@ fn mounts() -> [Mount; 8] {
             "newinstance,gid=5,mode=620,ptmxmode=666",
         ),
         ("tmpfs", "/dev/shm", memory, "mode=1777"),
+        // The pod's message queues, for who may not mount them.
+        ("mqueue", "/dev/mqueue", quiet, ""),
         ("tmpfs", "/run", memory, "mode=755"),
         ("tmpfs", "/tmp", memory, "mode=1777"),
         ("cgroup2", CGROUPS, quiet, "nsdelegate,memory_recursiveprot"),
@@ -129,7 +131,7 @@ fn raise_descriptor_limit() {
     // The kernel's ceiling (fs.nr_open); children get what their
     // specification says, or the usual 1024 and 4096.
     let most = 1 << 20;
-    if let Err(errno) = crate::sys::process::setrlimit(libc::RLIMIT_NOFILE as i32, most, most) {
+    if let Err(errno) = crate::sys::process::setrlimit(0, libc::RLIMIT_NOFILE as i32, most, most) {
         crate::warn!("msg=\"descriptor limit stays\" errno={errno}");
     }
 }

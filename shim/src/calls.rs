@@ -39,7 +39,7 @@ fn exec(id: &str) -> Option<&str> {
 fn json<T: DeserializeOwned>(what: &'static str, any: &MessageField<Any>) -> Result<T, CallError> {
     match any.as_ref() {
         Some(any) => {
-            serde_json::from_slice(&any.value).map_err(|source| CallError::Json(what, source))
+            bulkhead_runtime::oci::parse(&any.value).map_err(|source| CallError::Json(what, source))
         }
         None => Err(CallError::Invalid(format!("{what} is missing"))),
     }

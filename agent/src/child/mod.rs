@@ -19,8 +19,8 @@ use nix::errno::Errno;
 use nix::sched::{unshare, CloneFlags};
 use nix::unistd::setsid;
 
+use crate::container::namespaces::CLONE_NEWTIME;
 use crate::container::plan::{ContainerPlan, ProcessPlan};
-use crate::seccomp::Filter;
 use crate::stdio::ChildEnds;
 use crate::sys::process::{exit_now, new_session_keyring, prctl, reset_signals, setns};
 use crate::sys::{fd, host};
@@ -53,14 +53,12 @@ pub fn run_init(plan: &ContainerPlan, parts: &Parts<'_>) -> Infallible {
 
 /// Runs a further process in the container of `init` (its pidfd).
 pub fn run_exec(
+    container: &ContainerPlan,
     plan: &ProcessPlan,
-    seccomp: Option<&Filter>,
     init: &OwnedFd,
-    namespaces: libc::c_int,
     parts: &Parts<'_>,
 ) -> Infallible {
-    let result =
-        begin(parts, &[init]).and_then(|()| set_up_exec(plan, seccomp, init, namespaces, parts));
+    let result = begin(parts, &[init]).and_then(|()| set_up_exec(container, plan, init, parts));
     end(result, plan, parts)
 }
 
@@ -83,13 +81,26 @@ fn begin(parts: &Parts<'_>, others: &[&OwnedFd]) -> Done<()> {
 
 /// The order is that of the specification's life cycle and of what later
 /// steps need: /proc of the guest until the pivot, privileges until the user.
+/// In a user namespace everything that takes the guest's root comes before its
+/// own root is become, who owns what is made then.
 fn set_up_init(plan: &ContainerPlan, parts: &Parts<'_>) -> Done<program::Program> {
+    let namespaces = &plan.namespaces;
     set_oom_score(plan.process.oom_score_adj)?;
-    if plan.own_cgroup_namespace {
+    if namespaces.user.is_some() && !report::await_mapped(parts.channel.as_fd()).at("wait", "")? {
+        exit_now(EXIT_FAILED);
+    }
+    if namespaces.own_cgroup {
         // Now, in the container's cgroup, so that it is the root seen.
         unshare(CloneFlags::CLONE_NEWCGROUP).at("create cgroup namespace", "")?;
     }
-    for (path, value) in &plan.sysctls {
+    if let Some(offsets) = &namespaces.time {
+        set_time(offsets)?;
+    }
+    let mut roots = rootfs::prepare_root(plan)?;
+    if namespaces.user.is_some() {
+        program::become_its_root()?;
+    }
+    for (path, value) in plan.sysctls_of_child() {
         fs::write(path, value).at("write sysctl", path)?;
     }
     if !plan.hostname.is_empty() {
@@ -100,8 +111,8 @@ fn set_up_init(plan: &ContainerPlan, parts: &Parts<'_>) -> Done<program::Program
     }
     // Modes of what is made from here on are as asked for.
     nix::sys::stat::umask(nix::sys::stat::Mode::empty());
-    let root = rootfs::prepare_root(plan)?;
-    rootfs::mount_all(plan, root.as_fd())?;
+    rootfs::mount_all(plan, &mut roots)?;
+    let root = roots.root;
     devices::make_all(plan, root.as_fd())?;
     rootfs::pivot(root.as_fd())?;
     make_cwd(&plan.process.cwd)?;
@@ -109,29 +120,46 @@ fn set_up_init(plan: &ContainerPlan, parts: &Parts<'_>) -> Done<program::Program
     rootfs::finish(plan)?;
     rootfs::protect(&plan.read_only_paths)?;
     rootfs::mask(&plan.masked_paths)?;
-    program::limit(&plan.process)?;
+    program::limit(&plan.process, namespaces.user.is_some())?;
     program::become_user(&plan.process, plan.seccomp.as_deref())
 }
 
+/// Makes a time namespace, which the program's execution enters.
+fn set_time(offsets: &str) -> Done<()> {
+    unshare(CloneFlags::from_bits_retain(CLONE_NEWTIME)).at("create time namespace", "")?;
+    if offsets.is_empty() {
+        return Ok(());
+    }
+    let path = "/proc/self/timens_offsets";
+    match fs::write(path, offsets) {
+        Err(error) if error.raw_os_error() == Some(libc::ERANGE) => Err(Failure::invalid(
+            "linux.timeOffsets: a clock would be negative or too far ahead",
+        )),
+        other => other.at("write", path),
+    }
+}
+
 fn set_up_exec(
+    container: &ContainerPlan,
     plan: &ProcessPlan,
-    seccomp: Option<&Filter>,
     init: &OwnedFd,
-    namespaces: libc::c_int,
     parts: &Parts<'_>,
 ) -> Done<program::Program> {
     set_oom_score(plan.oom_score_adj)?;
-    // The pid namespace was joined by being born into it.
-    match setns(init.as_fd(), namespaces & !libc::CLONE_NEWPID) {
+    match setns(init.as_fd(), container.namespaces.to_join()) {
         Err(Errno::ESRCH) => {
             return Err(Failure::invalid("the container's first process has ended"))
         }
         other => other.at("join namespaces", "")?,
     }
+    let own_user_namespace = container.namespaces.user.is_some();
+    if own_user_namespace {
+        program::become_its_root()?;
+    }
     nix::sys::stat::umask(nix::sys::stat::Mode::empty());
     terminal::set_up(plan, parts.ends, parts.channel.as_fd(), false)?;
-    program::limit(plan)?;
-    program::become_user(plan, seccomp)
+    program::limit(plan, own_user_namespace)?;
+    program::become_user(plan, container.seccomp.as_deref())
 }
 
 /// Reports, waits for the start and runs the program.

@@ -14,6 +14,7 @@ use nix::sys::stat::{umask, Mode};
 use nix::unistd::{chdir, faccessat, getcwd, setresgid, setresuid, AccessFlags, Gid, Pid, Uid};
 
 use super::report::{At, Done, Failure};
+use crate::container::limits;
 use crate::container::plan::{Capabilities, ProcessPlan};
 use crate::seccomp::Filter;
 use crate::sys::fd::cloexec_from_three;
@@ -31,8 +32,8 @@ pub struct Program {
 }
 
 /// Scheduling, limits and the like: what needs privileges the program may not
-/// have.
-pub fn limit(plan: &ProcessPlan) -> Done<()> {
+/// have. In a user namespace the agent does the most of it.
+pub fn limit(plan: &ProcessPlan, own_user_namespace: bool) -> Done<()> {
     if let Some(set) = &plan.affinity {
         match sched_setaffinity(Pid::from_raw(0), set) {
             Err(Errno::EINVAL) => {
@@ -43,20 +44,21 @@ pub fn limit(plan: &ProcessPlan) -> Done<()> {
             other => other.at("set CPU affinity", "")?,
         }
     }
-    if let Some(attr) = plan.scheduler {
-        process::sched_setattr(attr).at("set scheduler", "")?;
-    }
-    if let Some(value) = plan.io_priority {
-        process::ioprio_set(value).at("set I/O priority", "")?;
-    }
     if let Some(persona) = plan.personality {
         process::personality(persona).at("set personality", "")?;
     }
-    for (resource, soft, hard) in &plan.rlimits {
-        process::setrlimit(*resource, *soft, *hard)
-            .at(&format!("set resource limit {resource}"), "")?;
+    if own_user_namespace {
+        return Ok(());
     }
-    Ok(())
+    limits::apply(plan, 0).map_err(|(step, errno)| Failure::step(&step, Path::new(""), errno))
+}
+
+/// Becomes root of a user namespace, who is nobody in particular outside.
+pub fn become_its_root() -> Done<()> {
+    let (gid, uid) = (Gid::from_raw(0), Uid::from_raw(0));
+    setresgid(gid, gid, gid).at("become root of the user namespace", "")?;
+    process::setgroups(&[]).at("become root of the user namespace", "")?;
+    setresuid(uid, uid, uid).at("become root of the user namespace", "")
 }
 
 /// Becomes the program's user with its capabilities, in its directory, and

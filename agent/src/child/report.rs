@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What the child of clone3 and the agent tell each other over their socket.
 //!
-//! The child sends at most one terminal, then "ready" or a failure. The agent
+//! The child of a new user namespace first waits for "mapped": its ids are
+//! known now. A child sends at most one terminal, then "ready" or a failure. The agent
 //! answers "ready" with "go"; then the socket closes because the program was
 //! executed, or a failure comes. Each message is one packet: a letter, then
 //! its contents.
@@ -113,6 +114,7 @@ const READY: u8 = b'R';
 const TERMINAL: u8 = b'T';
 const FAILED: u8 = b'F';
 const GO: u8 = b'G';
+const MAPPED: u8 = b'M';
 
 /// From the child by plain write(2): a seccomp profile that is in force by now
 /// need not allow more.
@@ -142,11 +144,25 @@ pub fn send_go(socket: BorrowedFd<'_>) -> nix::Result<()> {
 
 /// Waits for "go" (in the child). `false`: the agent is gone.
 pub fn await_go(socket: BorrowedFd<'_>) -> nix::Result<bool> {
+    await_letter(socket, GO)
+}
+
+/// Tells a child that its user namespace has its ids.
+pub fn send_mapped(socket: BorrowedFd<'_>) -> nix::Result<()> {
+    crate::sys::socket::send(socket, &[MAPPED])
+}
+
+/// Waits for "mapped" (in the child). `false`: the agent is gone.
+pub fn await_mapped(socket: BorrowedFd<'_>) -> nix::Result<bool> {
+    await_letter(socket, MAPPED)
+}
+
+fn await_letter(socket: BorrowedFd<'_>, letter: u8) -> nix::Result<bool> {
     let mut buffer = [0u8; 8];
     loop {
         match fd::read(socket, &mut buffer) {
             Err(Errno::EINTR) => {}
-            other => return other.map(|count| count == 1 && buffer[0] == GO),
+            other => return other.map(|count| count == 1 && buffer[0] == letter),
         }
     }
 }

@@ -23,9 +23,20 @@ use crate::sys::mount::{
     ATTR_RDONLY,
 };
 
+/// What is taken from the guest's file system, before the container's own
+/// begins.
+pub struct Roots {
+    /// The container's root directory.
+    pub root: OwnedFd,
+    /// Detached copies of the bind mounts' sources, in the order of the plan's
+    /// mounts; `None` for file systems that are made.
+    sources: Vec<Option<OwnedFd>>,
+}
+
 /// Detaches the process's mounts from the guest's and attaches a copy of the
-/// root file system over itself, which pivot_root(2) wants. Gives its root.
-pub fn prepare_root(plan: &ContainerPlan) -> Done<OwnedFd> {
+/// root file system over itself, which pivot_root(2) wants. Opens what is to
+/// be mounted while the guest's root can: the container's may not get there.
+pub fn prepare_root(plan: &ContainerPlan) -> Done<Roots> {
     let slash = slash()?;
     let propagation = MountAttr {
         propagation: plan.initial_propagation,
@@ -34,8 +45,15 @@ pub fn prepare_root(plan: &ContainerPlan) -> Done<OwnedFd> {
     set_attr(slash.as_fd(), &propagation, true).at("set propagation of", "/")?;
     let root = clone_tree(cwd(), &plan.rootfs, true).at("open root file system", &plan.rootfs)?;
     let target = File::open(&plan.rootfs).at("open root file system", &plan.rootfs)?;
+    let open = |mount: &MountPlan| match &mount.source {
+        Source::Bind { path, recursive } => clone_tree(cwd(), path, *recursive)
+            .at("open mount source", path)
+            .map(Some),
+        Source::New { .. } => Ok(None),
+    };
+    let sources = plan.mounts.iter().map(open).collect::<Done<_>>()?;
     attach(root.as_fd(), target.as_fd()).at("bind root file system", &plan.rootfs)?;
-    Ok(root)
+    Ok(Roots { root, sources })
 }
 
 /// The root directory.
@@ -44,43 +62,57 @@ fn slash() -> Done<OwnedFd> {
 }
 
 /// Makes the mounts of the specification, in their order.
-pub fn mount_all(plan: &ContainerPlan, root: BorrowedFd<'_>) -> Done<()> {
-    for mount in &plan.mounts {
-        mount_one(mount, root)?;
+pub fn mount_all(plan: &ContainerPlan, roots: &mut Roots) -> Done<()> {
+    let own_user_namespace = plan.namespaces.user.is_some();
+    for (mount, source) in plan.mounts.iter().zip(&mut roots.sources) {
+        mount_one(mount, source.take(), roots.root.as_fd(), own_user_namespace)?;
     }
     Ok(())
 }
 
-fn mount_one(plan: &MountPlan, root: BorrowedFd<'_>) -> Done<()> {
+fn mount_one(
+    plan: &MountPlan,
+    bound: Option<OwnedFd>,
+    root: BorrowedFd<'_>,
+    own_user_namespace: bool,
+) -> Done<()> {
     let destination = &plan.destination;
     let covered = match plan.mode_of_covered {
         true => mode_of(root, destination)?,
         false => None,
     };
-    let target = mount_point(plan, root)?;
-    let tree = match &plan.source {
-        Source::Bind { path, recursive } => {
-            let tree = clone_tree(cwd(), path, *recursive).at("open mount source", path)?;
-            set_attributes(&tree, plan, destination)?;
-            tree
-        }
-        Source::New {
-            fs_type,
-            source,
-            options,
-        } => {
+    let target = mount_point(bound.as_ref(), root, destination)?;
+    let tree = match (&plan.source, bound) {
+        (
+            Source::New {
+                fs_type,
+                source,
+                options,
+            },
+            _,
+        ) => {
             let mut options = options.clone();
             options.extend(covered.map(|mode| FsOption::Value("mode".into(), format!("{mode:o}"))));
-            new_mount(fs_type, source.as_deref(), &options, plan.attr.set).map_err(
-                |(errno, complaint)| {
+            match new_mount(fs_type, source.as_deref(), &options, plan.attr.set) {
+                // Its namespace is the guest's, whose root this is not.
+                Err((Errno::EPERM, _)) if own_user_namespace => guests_own(fs_type, plan)?,
+                Err((errno, complaint)) => {
                     let step = if complaint.is_empty() {
                         format!("mount {fs_type} on")
                     } else {
                         format!("mount {fs_type} ({complaint}) on")
                     };
-                    Failure::step(&step, destination, errno)
-                },
-            )?
+                    return Err(Failure::step(&step, destination, errno));
+                }
+                Ok(tree) => tree,
+            }
+        }
+        (Source::Bind { .. }, Some(tree)) => {
+            set_attributes(&tree, plan, destination)?;
+            tree
+        }
+        (Source::Bind { path, .. }, None) => {
+            return Err(Failure::step("open mount source", path, Errno::ENOENT))
         }
     };
     check_target(plan, root, &target, &tree)?;
@@ -96,6 +128,24 @@ fn mount_one(plan: &MountPlan, root: BorrowedFd<'_>) -> Done<()> {
         set_attr(tree.as_fd(), &attr, *recursive).at("set propagation of", destination)?;
     }
     Ok(())
+}
+
+/// The guest's own mount of a file system that belongs to one of its
+/// namespaces, for a container that has a user namespace but shares that one.
+fn guests_own(fs_type: &str, plan: &MountPlan) -> Done<OwnedFd> {
+    let destination = &plan.destination;
+    let path = match fs_type {
+        "sysfs" => Path::new("/sys"),
+        "cgroup2" => Path::new("/sys/fs/cgroup"),
+        "mqueue" => Path::new("/dev/mqueue"),
+        _ => {
+            let step = format!("mount {fs_type} in a user namespace on");
+            return Err(Failure::step(&step, destination, Errno::EPERM));
+        }
+    };
+    let tree = clone_tree(cwd(), path, true).at("open mount source", path)?;
+    set_attr(tree.as_fd(), &plan.attr, true).at("set mount options of", destination)?;
+    Ok(tree)
 }
 
 /// The mode of what is at `path`, if something is.
@@ -167,22 +217,17 @@ fn set_attributes(tree: &OwnedFd, plan: &MountPlan, destination: &Path) -> Done<
     Ok(())
 }
 
-/// Opens the place of a mount, making it where it is missing.
-fn mount_point(plan: &MountPlan, root: BorrowedFd<'_>) -> Done<OwnedFd> {
-    let destination = &plan.destination;
-    match &plan.source {
-        Source::Bind { path, .. } => {
-            let is_directory = fs::metadata(path)
-                .at("inspect mount source", path)?
-                .is_dir();
-            if is_directory {
-                make_directory(root, destination)
-            } else {
-                make_file(root, destination, 0o644)
-            }
+/// Opens the place of a mount, making it where it is missing: a file for a
+/// file that is bound, else a directory.
+fn mount_point(bound: Option<&OwnedFd>, root: BorrowedFd<'_>, destination: &Path) -> Done<OwnedFd> {
+    if let Some(tree) = bound {
+        let source = tree.try_clone().map(File::from);
+        let meta = source.and_then(|file| file.metadata());
+        if !meta.at("inspect mount source of", destination)?.is_dir() {
+            return make_file(root, destination, 0o644);
         }
-        Source::New { .. } => make_directory(root, destination),
     }
+    make_directory(root, destination)
 }
 
 /// Copies what the image has at a mount point into the file system that is

@@ -9,6 +9,7 @@ use bulkhead_agent_protocol::agent;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 
+use super::namespaces::PidNamespace;
 use super::plan::{self, ContainerPlan};
 use super::process::{self, ExitWatch, Gate, Process};
 use super::state::{next, Event, State};
@@ -57,7 +58,7 @@ struct Actor {
 }
 
 /// Makes a container's cgroup and starts its actor, which answers `created`
-/// when the first process is ready.
+/// when the first process is ready. `neighbour`: whose pid namespace it joins.
 ///
 /// # Errors
 /// When the cgroup cannot be made or limited as asked.
@@ -65,6 +66,7 @@ pub fn start(
     containers: Containers,
     id: String,
     plan: ContainerPlan,
+    neighbour: Option<Process>,
     stdio: Option<agent::Stdio>,
     created: Reply<u32>,
 ) -> Result<mpsc::UnboundedSender<Message>> {
@@ -87,14 +89,14 @@ pub fn start(
         execs: HashMap::new(),
         created: Some(created),
     };
-    actor.launch(stdio);
+    actor.launch(neighbour, stdio);
     tokio::spawn(actor.run(messages));
     Ok(mailbox)
 }
 
 impl Actor {
     /// Makes the first process, on a task of its own.
-    fn launch(&self, stdio: Option<agent::Stdio>) {
+    fn launch(&self, neighbour: Option<Process>, stdio: Option<agent::Stdio>) {
         let shared = self.containers.clone();
         let (plan, cgroup, mailbox) =
             (self.plan.clone(), self.cgroup.clone(), self.mailbox.clone());
@@ -106,7 +108,8 @@ impl Actor {
             let launch = async {
                 let shared = shared.shared();
                 let streams = process::open_streams(shared, stdio.as_ref(), &plan.process).await?;
-                let child = process::spawn_init(shared, &plan, &cgroup, streams)?;
+                let child =
+                    process::spawn_init(shared, &plan, neighbour.as_ref(), &cgroup, streams)?;
                 tell(&mailbox, Own::Born(child.process.clone()));
                 let ended = mailbox.clone();
                 child.ready(move || tell(&ended, Own::Exited)).await
@@ -162,6 +165,7 @@ impl Actor {
             Message::DeleteProcess(exec_id, reply) => {
                 answer(reply, self.delete_process(&exec_id));
             }
+            Message::PidNamespace(reply) => answer(reply, self.pid_namespace()),
             Message::Own(own) => return self.own(own).await,
         }
         false
@@ -197,7 +201,7 @@ impl Actor {
             Own::Exited => {
                 self.state = next(self.state, Event::Exited).unwrap_or(self.state);
                 // With a pid namespace the kernel has done it.
-                if self.plan.namespaces & libc::CLONE_NEWPID == 0 {
+                if self.plan.namespaces.pid != PidNamespace::Own {
                     if let Err(error) = self.cgroup.kill() {
                         crate::warn!("msg=\"cannot kill\" id={} error=\"{error}\"", self.id);
                     }
@@ -291,6 +295,20 @@ impl Actor {
             let result = launch.await;
             let _ = mailbox.send(Message::Own(Own::Exec(id, result, reply)));
         });
+    }
+
+    /// By which process others join this container's pid namespace.
+    fn pid_namespace(&self) -> Result<Option<Process>> {
+        if self.plan.namespaces.pid == PidNamespace::Guest {
+            return Ok(None);
+        }
+        match &self.init {
+            Some(init) if !init.has_ended() => Ok(Some(init.clone())),
+            _ => Err(AgentError::Precondition(format!(
+                "container {} has no process whose pid namespace could be joined",
+                self.id
+            ))),
+        }
     }
 
     fn process(&self, exec_id: &str) -> Result<&Process> {

@@ -6,10 +6,13 @@
 
 mod actor;
 pub mod caps;
+pub mod limits;
 pub mod mounts;
+pub mod namespaces;
 pub mod plan;
 pub mod process;
 pub mod state;
+pub mod user;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -18,7 +21,8 @@ use bulkhead_agent_protocol::{agent, oci};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::error::{AgentError, Result};
-use process::{ExitWatch, Shared};
+use namespaces::PidNamespace;
+use process::{ExitWatch, Process, Shared};
 
 /// Where the answer to a message goes.
 type Reply<T> = oneshot::Sender<Result<T>>;
@@ -48,6 +52,9 @@ pub enum Message {
     Delete(Reply<()>),
     /// DeleteProcess.
     DeleteProcess(String, Reply<()>),
+    /// The process by which the container's pid namespace is joined; `None`:
+    /// its processes are numbered with the agent.
+    PidNamespace(Reply<Option<Process>>),
     /// From the actor's own tasks.
     Own(actor::Own),
 }
@@ -92,6 +99,10 @@ impl Containers {
             .as_ref()
             .ok_or_else(|| AgentError::Invalid("spec: missing".into()))?;
         let plan = plan::container(spec)?;
+        let neighbour = match &plan.namespaces.pid {
+            PidNamespace::Of(other) => self.ask(other, Message::PidNamespace).await?,
+            PidNamespace::Guest | PidNamespace::Own => None,
+        };
         let (reply, answer) = oneshot::channel();
         {
             let mut actors = self.actors();
@@ -102,6 +113,7 @@ impl Containers {
                 self.clone(),
                 id.clone(),
                 plan,
+                neighbour,
                 request.stdio.into_option(),
                 reply,
             )?;

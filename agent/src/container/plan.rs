@@ -5,13 +5,14 @@
 
 use std::collections::HashSet;
 use std::ffi::CString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use bulkhead_agent_protocol::oci;
 use nix::sched::CpuSet;
 
 use super::caps;
 use super::mounts::{self, MountPlan};
+use super::namespaces::Namespaces;
 use crate::error::{AgentError, Result};
 use crate::seccomp;
 use crate::sys::process::SchedAttr;
@@ -27,10 +28,8 @@ pub struct ContainerPlan {
     pub initial_propagation: u64,
     /// Propagation of `/` at the end, if the initial one does not say it.
     pub root_propagation: Option<(u64, bool)>,
-    /// CLONE_NEW* flags of the namespaces to make with the process.
-    pub namespaces: libc::c_int,
-    /// Whether the container sees its own cgroup as the root.
-    pub own_cgroup_namespace: bool,
+    /// Its namespaces.
+    pub namespaces: Namespaces,
     /// Mounts in the order of the specification.
     pub mounts: Vec<MountPlan>,
     /// Device nodes besides the default ones.
@@ -51,6 +50,25 @@ pub struct ContainerPlan {
     pub seccomp: Option<std::sync::Arc<seccomp::Filter>>,
     /// Limits.
     pub resources: oci::Resources,
+}
+
+impl ContainerPlan {
+    /// Sysctls that the container's child writes.
+    pub fn sysctls_of_child(&self) -> impl Iterator<Item = &(PathBuf, String)> {
+        self.sysctls
+            .iter()
+            .filter(|(path, _)| !self.is_agents(path))
+    }
+
+    /// Sysctls that the agent writes: the network is the guest's, and not to
+    /// be changed from within a user namespace.
+    pub fn sysctls_of_agent(&self) -> impl Iterator<Item = &(PathBuf, String)> {
+        self.sysctls.iter().filter(|(path, _)| self.is_agents(path))
+    }
+
+    fn is_agents(&self, path: &Path) -> bool {
+        self.namespaces.user.is_some() && path.starts_with("/proc/sys/net")
+    }
 }
 
 /// A device node to make.
@@ -141,12 +159,12 @@ pub fn container(spec: &oci::Spec) -> Result<ContainerPlan> {
         )));
     }
     let linux = spec.linux.clone().unwrap_or_default();
-    let namespaces = namespaces(&linux)?;
-    if !spec.hostname.is_empty() && namespaces & libc::CLONE_NEWUTS == 0 {
+    let namespaces = Namespaces::new(&linux)?;
+    let own_uts = namespaces.flags & libc::CLONE_NEWUTS != 0;
+    if !spec.hostname.is_empty() && !own_uts {
         // The pod's name is not a container's to change.
         crate::warn_limited!("msg=\"host name left alone: the UTS namespace is the pod's\"");
     }
-    let own_uts = namespaces & libc::CLONE_NEWUTS != 0;
     let own = |name: &str| {
         if own_uts {
             name.to_owned()
@@ -156,7 +174,6 @@ pub fn container(spec: &oci::Spec) -> Result<ContainerPlan> {
     };
     let (initial_propagation, root_propagation) = root_propagation(&linux.rootfs_propagation)?;
     let personality = personality(linux.personality.as_ref())?;
-    let cgroup_flag = libc::CLONE_NEWCGROUP;
     if let Some(hooks) = spec.hooks.as_ref() {
         // The others concern the host.
         if !hooks.create_container.is_empty() || !hooks.start_container.is_empty() {
@@ -169,8 +186,6 @@ pub fn container(spec: &oci::Spec) -> Result<ContainerPlan> {
         root_read_only: root.readonly,
         initial_propagation,
         root_propagation,
-        namespaces: namespaces & !cgroup_flag,
-        own_cgroup_namespace: namespaces & cgroup_flag != 0,
         mounts: spec
             .mounts
             .iter()
@@ -189,7 +204,8 @@ pub fn container(spec: &oci::Spec) -> Result<ContainerPlan> {
             .collect(),
         hostname: own(&spec.hostname),
         domainname: own(&spec.domainname),
-        sysctls: sysctls(&linux.sysctl, namespaces)?,
+        sysctls: sysctls(&linux.sysctl, namespaces.flags)?,
+        namespaces,
         process: ProcessPlan {
             personality,
             ..self::process(process, None)?
@@ -299,48 +315,6 @@ fn strings(list: &[String], field: &str) -> Result<Vec<CString>> {
             CString::new(text.as_str()).map_err(|_| invalid(format!("{field}: NUL in {text:?}")))
         })
         .collect()
-}
-
-/// Which namespaces to make. Those given by path are the pod's, which are the
-/// guest's own: the guest is the pod.
-fn namespaces(linux: &oci::Linux) -> Result<libc::c_int> {
-    let mut flags = 0;
-    let mut seen = HashSet::new();
-    for namespace in &linux.namespaces {
-        let kind = namespace.type_.as_str();
-        if !seen.insert(kind) {
-            return Err(invalid(format!("linux.namespaces: {kind} is there twice")));
-        }
-        let joined = !namespace.path.is_empty();
-        match kind {
-            // The pod's network is the guest's own, with and without a path.
-            "network" => {}
-            "ipc" if joined => {}
-            "uts" if joined => {}
-            "mount" if !joined => flags |= libc::CLONE_NEWNS,
-            "pid" if !joined => flags |= libc::CLONE_NEWPID,
-            "ipc" => flags |= libc::CLONE_NEWIPC,
-            "uts" => flags |= libc::CLONE_NEWUTS,
-            "cgroup" if !joined => flags |= libc::CLONE_NEWCGROUP,
-            "mount" | "pid" | "cgroup" => {
-                return Err(invalid(format!(
-                    "linux.namespaces: joining a {kind} namespace is not supported yet"
-                )))
-            }
-            "user" | "time" => {
-                return Err(invalid(format!(
-                    "linux.namespaces: {kind} namespaces are not supported yet"
-                )))
-            }
-            other => return Err(invalid(format!("linux.namespaces: unknown type {other:?}"))),
-        }
-    }
-    if flags & libc::CLONE_NEWNS == 0 {
-        return Err(invalid(
-            "linux.namespaces: a container needs a mount namespace of its own",
-        ));
-    }
-    Ok(flags)
 }
 
 fn root_propagation(name: &str) -> Result<(u64, Option<(u64, bool)>)> {
@@ -604,7 +578,8 @@ mod tests {
     #[test]
     fn a_plain_container() {
         let plan = container(&spec()).unwrap();
-        assert_eq!(plan.namespaces, libc::CLONE_NEWNS | libc::CLONE_NEWPID);
+        let flags = libc::CLONE_NEWNS | libc::CLONE_NEWPID;
+        assert_eq!(plan.namespaces.flags, flags);
         assert_eq!(plan.process.umask, 0o022);
         assert_eq!(plan.process.capabilities, Capabilities::default());
     }
@@ -622,36 +597,10 @@ mod tests {
             refused(|s| s.process.mut_or_insert_default().cwd = "x".into())
                 .starts_with("process.cwd")
         );
-        assert!(
-            refused(|s| s.linux.mut_or_insert_default().namespaces.clear())
-                .contains("mount namespace")
-        );
-        let user = oci::Namespace {
-            type_: "user".into(),
-            ..Default::default()
-        };
-        assert!(
-            refused(|s| s.linux.mut_or_insert_default().namespaces.push(user)).contains("user")
-        );
         assert!(refused(|s| {
             s.process.mut_or_insert_default().args = vec!["a\0b".into()];
         })
         .starts_with("process.args"));
-    }
-
-    #[test]
-    fn a_namespace_by_path_is_the_pods() {
-        let mut spec = spec();
-        spec.linux
-            .mut_or_insert_default()
-            .namespaces
-            .extend(["uts", "ipc"].map(|kind| oci::Namespace {
-                type_: kind.into(),
-                path: "/proc/1/ns/x".into(),
-                ..Default::default()
-            }));
-        let plan = container(&spec).unwrap();
-        assert_eq!(plan.namespaces, libc::CLONE_NEWNS | libc::CLONE_NEWPID);
     }
 
     #[test]

@@ -11,7 +11,10 @@ use nix::errno::Errno;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{oneshot, watch};
 
+use super::limits;
+use super::namespaces::PidNamespace;
 use super::plan::{ContainerPlan, ProcessPlan};
+use super::user::UserPlan;
 use crate::cgroup::{stats, Cgroup, Hierarchy};
 use crate::child::report::{self, Report};
 use crate::child::{run_exec, run_init, Parts};
@@ -97,6 +100,8 @@ pub struct Child {
     exit: watch::Sender<Option<Exit>>,
     cgroup: Arc<Cgroup>,
     oom_kills_before: u64,
+    /// What the agent has to set, for the child may not.
+    limits: Option<Box<ProcessPlan>>,
 }
 
 /// A child that waits to be told to run its program.
@@ -136,23 +141,44 @@ async fn next_report(channel: &AsyncFd<OwnedFd>) -> Result<Option<Report>> {
     received.step(|| "receive from child")
 }
 
-/// Starts a container's first process. Nothing is awaited in here: the
-/// descriptors it makes are never seen by another child.
+/// Starts a container's first process, in the pid namespace of `neighbour` if
+/// there is one. Nothing is awaited in here: the descriptors it makes are never
+/// seen by another child.
 ///
 /// # Errors
 /// When the process cannot be made.
 pub fn spawn_init(
     shared: &Shared,
     plan: &ContainerPlan,
+    neighbour: Option<&Process>,
     cgroup: &Arc<Cgroup>,
     streams: Streams,
 ) -> Result<Child> {
-    spawn(shared, cgroup, streams, |parts| {
-        process::spawn(plan.namespaces, Some(cgroup.directory().as_fd()), || {
-            run_init(plan, parts)
+    for (path, value) in plan.sysctls_of_agent() {
+        std::fs::write(path, value).step(|| format!("write sysctl {}", path.display()))?;
+    }
+    let user = plan.namespaces.user.as_ref();
+    let mut child = spawn(shared, &plan.process, user, cgroup, streams, |parts| {
+        in_pid_namespace(shared, neighbour, || {
+            process::spawn(
+                plan.namespaces.flags,
+                Some(cgroup.directory().as_fd()),
+                || run_init(plan, parts),
+            )
         })
-        .step(|| "create process")
-    })
+    })?;
+    if let Some(user) = user {
+        let mapped = user.write(child.process.pid).and_then(|()| {
+            report::send_mapped(child.channel.as_fd()).step(|| "tell of the user namespace")
+        });
+        if let Err(error) = mapped {
+            // It waits, and is reaped like any orphan.
+            let _ = child.process.signal(libc::SIGKILL);
+            child.reaped.close();
+            return Err(error);
+        }
+    }
+    Ok(child)
 }
 
 /// Starts a further process in the container whose first one is `init`.
@@ -167,49 +193,46 @@ pub fn spawn_exec(
     cgroup: &Arc<Cgroup>,
     streams: Streams,
 ) -> Result<Child> {
-    let namespaces = container.namespaces
-        | if container.own_cgroup_namespace {
-            libc::CLONE_NEWCGROUP
-        } else {
-            0
-        };
-    let gone = || AgentError::Precondition("the container's first process has ended".into());
-    spawn(shared, cgroup, streams, |parts| {
-        let body = || {
-            run_exec(
-                plan,
-                container.seccomp.as_deref(),
-                init.pidfd(),
-                namespaces,
-                parts,
-            )
-        };
-        let own_pids = container.namespaces & libc::CLONE_NEWPID != 0;
-        if own_pids {
-            match process::setns(init.pidfd().as_fd(), libc::CLONE_NEWPID) {
-                Err(Errno::ESRCH) => return Err(gone()),
-                other => other.step(|| "join pid namespace")?,
+    let user = container.namespaces.user.as_ref();
+    let neighbour = (container.namespaces.pid != PidNamespace::Guest).then_some(init);
+    spawn(shared, plan, user, cgroup, streams, |parts| {
+        let body = || run_exec(container, plan, init.pidfd(), parts);
+        in_pid_namespace(shared, neighbour, || {
+            match process::spawn(0, Some(cgroup.directory().as_fd()), body) {
+                // The container manages cgroups of its own: go where its first
+                // process is.
+                Err(Errno::EBUSY) => match group_of(init.pid) {
+                    Some(group) => process::spawn(0, Some(group.as_fd()), body),
+                    None => Err(Errno::EBUSY),
+                },
+                other => other,
             }
-        }
-        let made = match process::spawn(0, Some(cgroup.directory().as_fd()), body) {
-            // The container manages cgroups of its own: go where its first
-            // process is.
-            Err(Errno::EBUSY) => match group_of(init.pid) {
-                Some(group) => process::spawn(0, Some(group.as_fd()), body),
-                None => Err(Errno::EBUSY),
-            },
-            other => other,
-        };
-        if own_pids {
-            process::setns(shared.pid_namespace.as_fd(), libc::CLONE_NEWPID)
-                .expect("the agent can always return to its own pid namespace");
-        }
-        match made {
-            // A pid namespace without its first process takes no more.
-            Err(Errno::ENOMEM) if own_pids => Err(gone()),
-            other => other.step(|| "create process"),
-        }
+        })
     })
+}
+
+/// Makes a child that is born into the pid namespace of `neighbour`.
+fn in_pid_namespace<T>(
+    shared: &Shared,
+    neighbour: Option<&Process>,
+    make: impl FnOnce() -> nix::Result<T>,
+) -> Result<T> {
+    let Some(neighbour) = neighbour else {
+        return make().step(|| "create process");
+    };
+    let gone = || AgentError::Precondition("the container's first process has ended".into());
+    match process::setns(neighbour.pidfd().as_fd(), libc::CLONE_NEWPID) {
+        Err(Errno::ESRCH) => return Err(gone()),
+        other => other.step(|| "join pid namespace")?,
+    }
+    let made = make();
+    process::setns(shared.pid_namespace.as_fd(), libc::CLONE_NEWPID)
+        .expect("the agent can always return to its own pid namespace");
+    match made {
+        // A pid namespace without its first process takes no more.
+        Err(Errno::ENOMEM) => Err(gone()),
+        other => other.step(|| "create process"),
+    }
 }
 
 /// The cgroup directory that a process is in.
@@ -222,11 +245,18 @@ fn group_of(pid: pid_t) -> Option<OwnedFd> {
 
 fn spawn(
     shared: &Shared,
+    plan: &ProcessPlan,
+    user: Option<&UserPlan>,
     cgroup: &Arc<Cgroup>,
     streams: Streams,
     make: impl FnOnce(&Parts<'_>) -> Result<(pid_t, OwnedFd)>,
 ) -> Result<Child> {
     let (child_ends, ends) = stdio::connect(streams)?;
+    if let Some(uid) = user.and_then(|user| user.outside(plan.uid)) {
+        child_ends
+            .give_to(uid)
+            .step(|| format!("give standard streams to user {uid}"))?;
+    }
     let (ours, theirs) = fd::packet_pair().step(|| "create socket to child")?;
     let channel = fd::watched(ours).step(|| "watch child")?;
     let oom_kills_before = stats::oom_kills(cgroup);
@@ -250,6 +280,7 @@ fn spawn(
         exit,
         cgroup: cgroup.clone(),
         oom_kills_before,
+        limits: user.map(|_| Box::new(plan.clone())),
     })
 }
 
@@ -269,9 +300,15 @@ impl Child {
             exit,
             cgroup,
             oom_kills_before,
+            limits,
         } = self;
+        let set_limits = || match &limits {
+            Some(plan) => limits::apply(plan, process.pid)
+                .map_err(|(step, errno)| AgentError::Step { step, errno }),
+            None => Ok(()),
+        };
         let io = match await_ready(&channel).await {
-            Ok(master) => Io::start(ends, master),
+            Ok(master) => set_limits().and_then(|()| Io::start(ends, master)),
             Err(error) => Err(error),
         };
         let io = match io {

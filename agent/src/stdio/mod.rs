@@ -88,6 +88,19 @@ impl ChildEnds {
             Self::Terminal => Vec::new(),
         }
     }
+
+    /// Makes the descriptors a user's, who may open them again.
+    ///
+    /// # Errors
+    /// fchown(2)'s.
+    pub fn give_to(&self, uid: u32) -> std::io::Result<()> {
+        if let Self::Pipes(ends) = self {
+            for end in ends.iter().flatten() {
+                std::os::unix::fs::fchown(end, Some(uid), None)?;
+            }
+        }
+        Ok(())
+    }
 }
 
 /// What the agent keeps: its ends of the pipes, with the streams they go to.

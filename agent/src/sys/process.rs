@@ -264,8 +264,8 @@ pub fn setgroups(groups: &[u32]) -> nix::Result<()> {
     Errno::result(unsafe { libc::setgroups(groups.len(), groups.as_ptr()) }).map(drop)
 }
 
-/// Sets a resource limit of the calling process.
-pub fn setrlimit(resource: c_int, soft: u64, hard: u64) -> nix::Result<()> {
+/// Sets a resource limit of a process; 0: the calling one.
+pub fn setrlimit(pid: pid_t, resource: c_int, soft: u64, hard: u64) -> nix::Result<()> {
     let limit = libc::rlimit64 {
         rlim_cur: soft,
         rlim_max: hard,
@@ -273,7 +273,7 @@ pub fn setrlimit(resource: c_int, soft: u64, hard: u64) -> nix::Result<()> {
     // SAFETY: `limit` is alive; a null old limit is allowed.
     Errno::result(unsafe {
         libc::prlimit64(
-            0,
+            pid,
             resource as libc::__rlimit_resource_t,
             &limit,
             ptr::null_mut(),
@@ -304,19 +304,19 @@ pub struct SchedAttr {
     pub period: u64,
 }
 
-/// Sets the calling thread's scheduling policy.
-pub fn sched_setattr(mut attr: SchedAttr) -> nix::Result<()> {
+/// Sets a thread's scheduling policy; 0: the calling one's.
+pub fn sched_setattr(pid: pid_t, mut attr: SchedAttr) -> nix::Result<()> {
     attr.size = size_of::<SchedAttr>() as u32;
     // SAFETY: `attr` is alive and its size is in it.
-    Errno::result(unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &attr, 0) }).map(drop)
+    Errno::result(unsafe { libc::syscall(libc::SYS_sched_setattr, pid, &attr, 0) }).map(drop)
 }
 
-/// Sets the calling thread's I/O priority (class and data as ioprio_set(2)
-/// packs them).
-pub fn ioprio_set(value: u32) -> nix::Result<()> {
+/// Sets a thread's I/O priority (class and data as ioprio_set(2) packs them);
+/// 0: the calling one's.
+pub fn ioprio_set(pid: pid_t, value: u32) -> nix::Result<()> {
     const IOPRIO_WHO_PROCESS: c_int = 1;
     // SAFETY: integers only.
-    Errno::result(unsafe { libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, 0, value) })
+    Errno::result(unsafe { libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, pid, value) })
         .map(drop)
 }
 

@@ -5,9 +5,9 @@
 use std::{collections::HashMap, path::PathBuf};
 
 use bulkhead_agent_protocol::{oci, SHARED_MOUNT};
-use oci_spec::runtime::{Linux, LinuxNamespaceType, Mount, Spec};
+use oci_spec::runtime::{Linux, Mount, Spec};
 
-use super::{name, process, resources, seccomp, SpecError};
+use super::{name, namespaces, process, resources, seccomp, SpecError};
 
 /// File systems that the guest makes itself.
 const GUEST_FILE_SYSTEMS: [&str; 9] = [
@@ -78,11 +78,20 @@ pub fn role(spec: &Spec) -> Role {
     }
 }
 
-/// Translates the container `id`.
+/// The pod that a container joins.
+#[derive(Debug, Clone, Copy)]
+pub struct Pod<'a> {
+    /// What stands for all of its processes on the host.
+    pub pid: u32,
+    /// The container that stands for it.
+    pub sandbox: &'a str,
+}
+
+/// Translates the container `id`. `pod`: what there is already for it to join.
 ///
 /// # Errors
 /// What cannot be had in a virtual machine, naming the field.
-pub fn container(spec: &Spec, id: &str) -> Result<Prepared, SpecError> {
+pub fn container(spec: &Spec, id: &str, pod: Option<Pod<'_>>) -> Result<Prepared, SpecError> {
     let role = role(spec);
     let directory = format!("{SHARED_MOUNT}/{id}");
     let mut volumes = Vec::new();
@@ -127,7 +136,7 @@ pub fn container(spec: &Spec, id: &str) -> Result<Prepared, SpecError> {
             }
         }
     }
-    let mut linux = translate_linux(spec.linux().as_ref(), role)?;
+    let mut linux = translate_linux(spec.linux().as_ref(), role, pod)?;
     if role == Role::Sandbox {
         linux.sysctl.retain(|key, value| {
             let dotted = key.replace('/', ".");
@@ -207,43 +216,28 @@ fn translate_mount(
     Ok(out)
 }
 
-fn translate_linux(linux: Option<&Linux>, role: Role) -> Result<oci::Linux, SpecError> {
+fn translate_linux(
+    linux: Option<&Linux>,
+    role: Role,
+    pod: Option<Pod<'_>>,
+) -> Result<oci::Linux, SpecError> {
     let mut out = oci::Linux::new();
     let Some(linux) = linux else {
         return Ok(out);
     };
     for namespace in linux.namespaces().iter().flatten() {
-        let joined = namespace.path().is_some();
-        let kind = namespace.typ();
-        let pods = match kind {
-            // The guest is the pod: its network, host name and IPC objects
-            // are shared by who joins another's.
-            LinuxNamespaceType::Network => true,
-            LinuxNamespaceType::Ipc | LinuxNamespaceType::Uts => joined || role == Role::Sandbox,
-            LinuxNamespaceType::Mount | LinuxNamespaceType::Cgroup | LinuxNamespaceType::Pid
-                if joined =>
-            {
-                return Err(SpecError::field(
-                    format!("linux.namespaces: {}", name(&kind)),
-                    "joining another's is not supported",
-                ));
-            }
-            LinuxNamespaceType::User | LinuxNamespaceType::Time => {
-                return Err(SpecError::field(
-                    format!("linux.namespaces: {}", name(&kind)),
-                    "is not supported",
-                ));
-            }
-            LinuxNamespaceType::Mount | LinuxNamespaceType::Cgroup | LinuxNamespaceType::Pid => {
-                false
-            }
+        out.namespaces
+            .extend(namespaces::translate(namespace, linux, role, pod)?);
+    }
+    out.uid_mappings = namespaces::mappings(linux.uid_mappings());
+    out.gid_mappings = namespaces::mappings(linux.gid_mappings());
+    for (clock, offset) in linux.time_offsets().iter().flatten() {
+        let offset = oci::TimeOffset {
+            secs: offset.secs().unwrap_or(0),
+            nanosecs: offset.nanosecs().unwrap_or(0),
+            ..Default::default()
         };
-        if !pods {
-            out.namespaces.push(oci::Namespace {
-                type_: name(&kind),
-                ..Default::default()
-            });
-        }
+        out.time_offsets.insert(clock.clone(), offset);
     }
     out.sysctl = linux.sysctl().clone().unwrap_or_default();
     if let Some(limits) = linux.resources() {
@@ -303,7 +297,7 @@ mod tests {
                 {"destination":"/dev/shm","type":"bind","source":"/run/x/shm","options":["rbind"]}]"#,
             "{}",
         );
-        let prepared = container(&spec, "c1").unwrap();
+        let prepared = container(&spec, "c1", None).unwrap();
         let mounts = &prepared.spec.mounts;
         assert_eq!(prepared.spec.root.path, "/run/bulkhead/shared/c1/rootfs");
         assert_eq!(mounts[1].source, "/run/bulkhead/shared/c1/mounts/1");
@@ -333,7 +327,7 @@ mod tests {
             {"type":"mount"},{"type":"network","path":"/run/netns/x"}],
             "sysctl":{"kernel.shmmax":"1","kernel/msgmax":"2","net.core.somaxconn":"3"}}"#;
         let kinds = |annotations: &str| {
-            let prepared = container(&spec(namespaces, "[]", annotations), "c").unwrap();
+            let prepared = container(&spec(namespaces, "[]", annotations), "c", None).unwrap();
             let kinds: Vec<String> = prepared
                 .spec
                 .linux
@@ -361,7 +355,16 @@ mod tests {
                 "[]",
                 "linux.namespaces: pid",
             ),
-            (r#"{"namespaces":[{"type":"user"}]}"#, "[]", "user"),
+            (
+                r#"{"namespaces":[{"type":"user","path":"/proc/1/ns/user"}]}"#,
+                "[]",
+                "linux.namespaces: user",
+            ),
+            (
+                r#"{"namespaces":[{"type":"time","path":"/proc/1/ns/time"}]}"#,
+                "[]",
+                "linux.namespaces: time",
+            ),
             (
                 "{}",
                 r#"[{"destination":"/x","type":"ext4","source":"/dev/sda"}]"#,
@@ -373,7 +376,7 @@ mod tests {
                 "mounts: /x",
             ),
         ] {
-            let text = container(&spec(linux, mounts, "{}"), "c")
+            let text = container(&spec(linux, mounts, "{}"), "c", None)
                 .unwrap_err()
                 .to_string();
             assert!(text.contains(field), "{text}");

@@ -2,6 +2,7 @@
 //! A bundle's config.json, and what of it goes into the guest.
 
 mod guest;
+mod namespaces;
 mod process;
 mod resources;
 mod seccomp;
@@ -13,10 +14,11 @@ use std::{
 };
 
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
-use serde::Serialize;
+use serde::{de::DeserializeOwned, Serialize};
+use serde_json::Value;
 
 pub use self::{
-    guest::{container, role, Prepared, Role, Volume},
+    guest::{container, role, Pod, Prepared, Role, Volume},
     process::process,
     resources::resources,
     size::Size,
@@ -73,7 +75,23 @@ pub fn load(bundle: &Path) -> Result<Spec, SpecError> {
         Ok(text) => text,
         Err(source) => return Err(SpecError::Read { path, source }),
     };
-    serde_json::from_slice(&text).map_err(|source| SpecError::Syntax { path, source })
+    parse(&text).map_err(|source| SpecError::Syntax { path, source })
+}
+
+/// Reads a specification, or a process of one.
+///
+/// # Errors
+/// It is not what the runtime specification says.
+pub fn parse<T: DeserializeOwned>(text: &[u8]) -> serde_json::Result<T> {
+    serde_json::from_slice(text).or_else(|error| {
+        // What the types call differently from the specification is rare: the
+        // text is gone through only when it was not understood.
+        let mut value: Value = serde_json::from_slice(text)?;
+        match process::rename_flags(&mut value) {
+            true => serde_json::from_value(value),
+            false => Err(error),
+        }
+    })
 }
 
 /// The network namespace to attach to: the path of the spec's network

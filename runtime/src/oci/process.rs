@@ -3,6 +3,7 @@
 
 use bulkhead_agent_protocol::oci;
 use oci_spec::runtime::{Capabilities, Process};
+use serde_json::Value;
 
 use super::{name, SpecError};
 
@@ -76,7 +77,12 @@ pub fn process(process: &Process) -> Result<oci::Process, SpecError> {
             policy: name(scheduler.policy()),
             nice: scheduler.nice().unwrap_or(0),
             priority: scheduler.priority().unwrap_or(0),
-            flags: scheduler.flags().iter().flatten().map(name).collect(),
+            flags: scheduler
+                .flags()
+                .iter()
+                .flatten()
+                .map(|flag| flag_name(&name(flag)))
+                .collect(),
             runtime: scheduler.runtime().unwrap_or(0),
             deadline: scheduler.deadline().unwrap_or(0),
             period: scheduler.period().unwrap_or(0),
@@ -104,6 +110,38 @@ pub fn process(process: &Process) -> Result<oci::Process, SpecError> {
     Ok(out)
 }
 
+/// Flags of a scheduler that the types call differently: as the types do, and
+/// as the specification does.
+const FLAGS: [(&str, &str); 2] = [
+    ("SCHED_RESET_ON_FORK", "SCHED_FLAG_RESET_ON_FORK"),
+    ("SCHED_FLAG_D_L_OVERRUN", "SCHED_FLAG_DL_OVERRUN"),
+];
+
+/// The specification's name of a flag.
+fn flag_name(name: &str) -> String {
+    let known = FLAGS.iter().find(|(types, _)| *types == name);
+    known
+        .map_or(name, |(_, specification)| specification)
+        .into()
+}
+
+/// Renames the specification's flags of schedulers, of a whole specification
+/// or of a process, to what the types call them. Whether there were any.
+pub fn rename_flags(value: &mut Value) -> bool {
+    let mut renamed = false;
+    for place in ["/process/scheduler/flags", "/scheduler/flags"] {
+        let list = value.pointer_mut(place).and_then(Value::as_array_mut);
+        for flag in list.into_iter().flatten() {
+            let known = FLAGS.iter().find(|(_, name)| flag.as_str() == Some(name));
+            if let Some((types, _)) = known {
+                *flag = Value::from(*types);
+                renamed = true;
+            }
+        }
+    }
+    renamed
+}
+
 /// In an order that does not change from run to run.
 fn capabilities(set: &Option<Capabilities>) -> Vec<String> {
     let mut names: Vec<String> = set.iter().flatten().map(name).collect();
@@ -117,14 +155,14 @@ mod tests {
 
     #[test]
     fn nothing_of_a_process_is_lost() {
-        let process: Process = serde_json::from_str(
-            r#"{"terminal":true,"consoleSize":{"height":24,"width":80},"cwd":"/srv","args":["a","b"],
+        let process: Process = crate::oci::parse(
+            br#"{"terminal":true,"consoleSize":{"height":24,"width":80},"cwd":"/srv","args":["a","b"],
                 "env":["X=1"],"user":{"uid":1,"gid":2,"umask":63,"additionalGids":[3,4]},
                 "capabilities":{"bounding":["CAP_KILL"],"effective":["CAP_CHOWN"],
                     "inheritable":["CAP_FOWNER"],"permitted":["CAP_SETUID"],"ambient":["CAP_SETGID"]},
                 "rlimits":[{"type":"RLIMIT_NOFILE","soft":5,"hard":6}],"noNewPrivileges":true,
                 "oomScoreAdj":-7,"scheduler":{"policy":"SCHED_FIFO","priority":9,
-                    "flags":["SCHED_FLAG_RESET_ON_FORK"]},
+                    "flags":["SCHED_FLAG_RESET_ON_FORK","SCHED_FLAG_DL_OVERRUN","SCHED_FLAG_RECLAIM"]},
                 "ioPriority":{"class":"IOPRIO_CLASS_BE","priority":6},
                 "execCPUAffinity":{"initial":"0-3","final":"1"}}"#,
         )
@@ -148,7 +186,8 @@ mod tests {
         assert_eq!(out.rlimits[0].type_, "RLIMIT_NOFILE");
         assert_eq!(out.oom_score_adj, Some(-7));
         assert_eq!(out.scheduler.policy, "SCHED_FIFO");
-        assert_eq!(out.scheduler.flags, ["SCHED_FLAG_RESET_ON_FORK"]);
+        let flags = ["RESET_ON_FORK", "DL_OVERRUN", "RECLAIM"].map(|f| format!("SCHED_FLAG_{f}"));
+        assert_eq!(out.scheduler.flags, flags);
         assert_eq!(out.io_priority.class, "IOPRIO_CLASS_BE");
         assert_eq!(out.exec_cpu_affinity.initial, "0-3");
         assert_eq!(out.exec_cpu_affinity.final_, "1");

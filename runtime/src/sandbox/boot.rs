@@ -71,7 +71,7 @@ pub async fn start(
     // Before anything is taken.
     let spec = oci::load(&request.bundle)?;
     let size = Size::of(&spec, &config.hypervisor)?;
-    let pod_sysctls = oci::container(&spec, &request.id)?.pod_sysctls;
+    let pod_sysctls = oci::container(&spec, &request.id, None)?.pod_sysctls;
     let kernel = open_kernel(&config.hypervisor.kernel)?;
     let image = open_image(&config.hypervisor.image)?;
 

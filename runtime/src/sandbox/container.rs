@@ -106,7 +106,11 @@ async fn make(
     directory: &Path,
 ) -> Result<Copies, Error> {
     let spec = oci::load(&request.bundle)?;
-    let prepared = oci::container(&spec, &request.id)?;
+    let pod = oci::Pod {
+        pid: inner.pod().pid,
+        sandbox: &inner.id,
+    };
+    let prepared = oci::container(&spec, &request.id, Some(pod))?;
     if oci::has_host_hooks(&spec) {
         tracing::warn!(
             sandbox = inner.id,
