@@ -5,8 +5,8 @@
 use std::io;
 
 use crate::{
-    agent::AgentError, config::ConfigError, hypervisor::HypervisorError, oci::SpecError,
-    resource::network::NetworkError,
+    agent::AgentError, config::ConfigError, hooks::HookError, hypervisor::HypervisorError,
+    oci::SpecError, resource::network::NetworkError,
 };
 
 /// What a front end tells its caller about an error.
@@ -64,6 +64,9 @@ pub enum Error {
     /// The bundle's config.json is not usable.
     #[error("container specification")]
     Spec(#[from] SpecError),
+    /// A program that the specification wants run has failed.
+    #[error("hook")]
+    Hook(#[from] HookError),
     /// The pod's network could not be attached.
     #[error("pod network")]
     Network(#[from] NetworkError),
@@ -111,6 +114,8 @@ impl Error {
                 }
                 NetworkError::Netlink { .. } | NetworkError::System { .. } => ErrorKind::Internal,
             },
+            Self::Hook(HookError::TimedOut { .. }) => ErrorKind::DeadlineExceeded,
+            Self::Hook(_) => ErrorKind::FailedPrecondition,
             Self::Hypervisor(source) => source.kind(),
             Self::Agent { source, .. } => source.kind(),
             Self::System { .. } | Self::Internal(_) => ErrorKind::Internal,

@@ -18,8 +18,9 @@ use bulkhead_vmm_api::Channel;
 use tokio::io::{unix::AsyncFd, Interest};
 
 /// Lets the child inherit `fd` under its number, and die with the thread that
-/// spawns it. Its parent's other descriptors are close-on-exec.
-pub fn inherit_and_die_with_parent(command: &mut Command, fd: BorrowedFd<'_>) {
+/// spawns it. Its parent's other descriptors are close-on-exec. With
+/// `own_network` it gets a network namespace, which is empty.
+pub fn inherit_and_die_with_parent(command: &mut Command, fd: BorrowedFd<'_>, own_network: bool) {
     let fd = fd.as_raw_fd();
     let parent = std::process::id();
     // SAFETY: between fork and exec only system calls are made, which are
@@ -34,6 +35,9 @@ pub fn inherit_and_die_with_parent(command: &mut Command, fd: BorrowedFd<'_>) {
             // The parent may have died before.
             if libc::getppid().unsigned_abs() != parent {
                 return Err(io::Error::from_raw_os_error(libc::ESRCH));
+            }
+            if own_network && libc::unshare(libc::CLONE_NEWNET) != 0 {
+                return Err(io::Error::last_os_error());
             }
             if libc::fcntl(fd, libc::F_SETFD, 0) != 0 {
                 return Err(io::Error::last_os_error());

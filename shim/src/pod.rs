@@ -241,6 +241,7 @@ impl Pod {
             .filter_map(Streams::child)
             .collect();
         children.insert(vmm);
+        children.extend(bulkhead_runtime::hooks::children());
         Some(children)
     }
 

@@ -118,7 +118,7 @@ impl BulkheadVmm {
     ///
     /// # Errors
     /// When the binary cannot be run or KVM cannot be opened.
-    pub fn spawn(binary: &Path) -> Result<Self, HypervisorError> {
+    pub fn spawn(binary: &Path, own_network: bool) -> Result<Self, HypervisorError> {
         OpenOptions::new()
             .read(true)
             .write(true)
@@ -139,7 +139,7 @@ impl BulkheadVmm {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(their_stderr);
-        sys::inherit_and_die_with_parent(&mut command, theirs.as_fd());
+        sys::inherit_and_die_with_parent(&mut command, theirs.as_fd(), own_network);
         let child = command.spawn().map_err(|source| HypervisorError::Spawn {
             path: binary.into(),
             source,

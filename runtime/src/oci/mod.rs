@@ -57,7 +57,7 @@ pub enum SpecError {
 }
 
 impl SpecError {
-    fn field(field: impl Into<String>, problem: impl Into<String>) -> Self {
+    pub(crate) fn field(field: impl Into<String>, problem: impl Into<String>) -> Self {
         Self::Field {
             field: field.into(),
             problem: problem.into(),
@@ -105,20 +105,12 @@ pub fn network_namespace(spec: &Spec) -> Option<&Path> {
         .as_deref()
 }
 
-/// Whether the spec wants programs run on the host at points of the
-/// container's life (config.md, "POSIX-platform Hooks").
-pub fn has_host_hooks(spec: &Spec) -> bool {
-    let Some(hooks) = spec.hooks() else {
-        return false;
-    };
-    #[allow(deprecated)] // and in use all the same
-    let lists = [
-        hooks.prestart(),
-        hooks.create_runtime(),
-        hooks.poststart(),
-        hooks.poststop(),
-    ];
-    lists.into_iter().flatten().any(|list| !list.is_empty())
+/// Whether the spec wants a network namespace that nobody has made yet.
+pub fn wants_new_network(spec: &Spec) -> bool {
+    let namespaces = spec.linux().as_ref().and_then(|l| l.namespaces().as_ref());
+    namespaces.into_iter().flatten().any(|namespace| {
+        namespace.typ() == LinuxNamespaceType::Network && namespace.path().is_none()
+    })
 }
 
 /// The spec's name of an enumeration's value.

@@ -8,9 +8,12 @@
 use std::{
     collections::{BTreeMap, HashMap},
     fs::File,
-    os::{fd::OwnedFd, unix::net::UnixListener},
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::net::UnixListener,
+    },
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, Weak},
+    sync::{atomic::AtomicBool, Arc, Mutex, Weak},
     time::Duration,
 };
 
@@ -40,6 +43,7 @@ use crate::{
     clock,
     config::Config,
     error::{Error, Step},
+    hooks::Lifecycle,
     hypervisor::{
         bulkhead::{open_image, open_kernel, BulkheadVmm},
         cmdline,
@@ -72,6 +76,8 @@ pub async fn start(
     let spec = oci::load(&request.bundle)?;
     let size = Size::of(&spec, &config.hypervisor)?;
     let pod_sysctls = oci::container(&spec, &request.id, None)?.pod_sysctls;
+    let hooks = Lifecycle::new(&spec, &request.id, &request.bundle)?;
+    let hooks_network = hooks.any_before_start() && oci::wants_new_network(&spec);
     let kernel = open_kernel(&config.hypervisor.kernel)?;
     let image = open_image(&config.hypervisor.image)?;
 
@@ -81,12 +87,17 @@ pub async fn start(
         spec,
         size,
         pod_sysctls,
+        hooks_network,
         kernel,
         image,
     };
-    match boot(config, &request, directory.clone(), plan).await {
+    match boot(config, &request, directory.clone(), plan, &hooks).await {
         Ok(started) => Ok(started),
         Err(error) => {
+            if hooks_network {
+                // What they have done is theirs to undo.
+                hooks.poststop().await;
+            }
             if let Err(left) = blocking(move || directory.release()).await {
                 let left = crate::error::chain(&left);
                 tracing::error!(
@@ -105,6 +116,8 @@ struct Plan {
     spec: Spec,
     size: Size,
     pod_sysctls: HashMap<String, String>,
+    /// The network is for the first container's hooks to set up.
+    hooks_network: bool,
     kernel: OwnedFd,
     image: OwnedFd,
 }
@@ -114,11 +127,12 @@ async fn boot(
     request: &SandboxRequest,
     directory: Directory,
     plan: Plan,
+    hooks: &Lifecycle,
 ) -> Result<(Sandbox, UnboundedReceiver<Event>), Error> {
     let timeline = Timeline::new(request.shim_start_us);
     let journal = Journal::create(directory.path())
         .step(|| format!("create the journal in {}", directory.path().display()))?;
-    let vm = BulkheadVmm::spawn(&config.hypervisor.path)?;
+    let vm = BulkheadVmm::spawn(&config.hypervisor.path, plan.hooks_network)?;
     adopt(&vm, &plan.spec, &journal)?;
     directory
         .identify(&request.namespace, &request.id, vm.pid())
@@ -127,7 +141,20 @@ async fn boot(
     let listener = listen(directory.vsock())?;
     let agent_listener = watched(listen(directory.vsock_port(AGENT_PORT))?)?;
     let stream_listener = watched(listen(directory.vsock_port(STREAM_PORT))?)?;
-    let (journal, network) = attach(plan.spec.clone(), journal).await?;
+    let made = match plan.hooks_network {
+        true => {
+            let made = open_network(vm.pid())?;
+            hooks.before_start(vm.pid()).await?;
+            Some(made)
+        }
+        false => None,
+    };
+    let netns = match &made {
+        // By a path that is nobody else's later, whatever becomes of the VMM.
+        Some(made) => Some(format!("/proc/{}/fd/{}", std::process::id(), made.as_raw_fd()).into()),
+        None => oci::network_namespace(&plan.spec).map(Path::to_owned),
+    };
+    let (journal, network) = attach(netns, journal).await?;
     let (console, console_writer) = Console::open(&config.runtime.guest_console, &request.id)
         .step(|| "open the guest's console (runtime.guest_console)")?;
     let shared = File::open(directory.shared()).step(|| "open the shared directory")?;
@@ -227,6 +254,8 @@ async fn boot(
         streams: Streams::new(stream_listener),
         timeline,
         pod: Mutex::new(pod),
+        hooked: AtomicBool::new(plan.hooks_network),
+        _network: made,
         closed: watch::Sender::new(None),
     });
     tokio::spawn(follow(inner.vm.ending(), Arc::downgrade(&inner), console));
@@ -278,14 +307,19 @@ fn adopt(vm: &BulkheadVmm, spec: &Spec, journal: &Journal) -> Result<(), Error> 
     Ok(())
 }
 
+/// The VMM's network namespace.
+fn open_network(vmm: u32) -> Result<File, Error> {
+    let path = format!("/proc/{vmm}/ns/net");
+    File::open(&path).step(|| format!("open {path}"))
+}
+
 /// Takes the pod's network over, where it has one.
-async fn attach(spec: Spec, journal: Journal) -> Result<(Journal, Network), Error> {
-    if oci::network_namespace(&spec).is_none() {
+async fn attach(netns: Option<PathBuf>, journal: Journal) -> Result<(Journal, Network), Error> {
+    let Some(netns) = netns else {
         return Ok((journal, Network::default()));
-    }
+    };
     blocking(move || {
-        let netns = oci::network_namespace(&spec).unwrap_or_else(|| Path::new(""));
-        let network = network::attach(netns, &journal)?;
+        let network = network::attach(&netns, &journal)?;
         Ok((journal, network))
     })
     .await

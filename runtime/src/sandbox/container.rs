@@ -1,12 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Making, freezing, limiting and removing containers.
 
-use std::{collections::BTreeMap, path::Path, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    path::Path,
+    sync::{atomic::Ordering, Arc},
+    time::Duration,
+};
 
 use bulkhead_agent_protocol::agent::{
     ContainerRequest, CreateContainerRequest, StatsReply, UpdateContainerRequest,
 };
-use oci_spec::runtime::LinuxResources;
+use oci_spec::runtime::{LinuxResources, Spec};
 
 use super::{
     blocking,
@@ -18,8 +23,9 @@ use super::{
 };
 use crate::{
     error::{chain, Error, ErrorKind, Step},
+    hooks::Lifecycle,
     io::Copies,
-    oci,
+    oci::{self, Prepared},
     resource::{journal::Resource, mount},
 };
 
@@ -60,12 +66,13 @@ pub async fn create(inner: Arc<Inner>, mut request: CreateRequest) -> Result<u32
             frozen: Frozen::No,
             init: Process::new(terminal, paths.clone()),
             execs: BTreeMap::new(),
+            hooks: None,
             entry,
         };
         pod.containers.insert(id.clone(), container);
     }
     match make(&inner, &request, stdio, &directory).await {
-        Ok(copies) => {
+        Ok((copies, hooks)) => {
             let pid = {
                 let mut pod = inner.pod();
                 let pid = pod.pid;
@@ -73,6 +80,7 @@ pub async fn create(inner: Arc<Inner>, mut request: CreateRequest) -> Result<u32
                 if let Some(container) = pod.containers.get_mut(&id) {
                     container.phase = Phase::Exists;
                     container.init.copies = Some(Arc::new(copies));
+                    container.hooks = Some(hooks);
                 }
                 pod.tell(Event::Created {
                     id: id.clone(),
@@ -104,20 +112,33 @@ async fn make(
     request: &CreateRequest,
     stdio: crate::io::Stdio,
     directory: &Path,
-) -> Result<Copies, Error> {
+) -> Result<(Copies, Arc<Lifecycle>), Error> {
     let spec = oci::load(&request.bundle)?;
     let pod = oci::Pod {
-        pid: inner.pod().pid,
+        pid: pid(inner),
         sandbox: &inner.id,
     };
     let prepared = oci::container(&spec, &request.id, Some(pod))?;
-    if oci::has_host_hooks(&spec) {
-        tracing::warn!(
-            sandbox = inner.id,
-            container = request.id,
-            "hooks of the host are not run yet"
-        );
+    let hooks = Lifecycle::new(&spec, &request.id, &request.bundle)?;
+    match make_hooked(inner, request, stdio, directory, &spec, prepared, &hooks).await {
+        Ok(copies) => Ok((copies, Arc::new(hooks))),
+        Err(error) => {
+            // What its hooks have done is theirs to undo.
+            hooks.poststop().await;
+            Err(error)
+        }
     }
+}
+
+async fn make_hooked(
+    inner: &Arc<Inner>,
+    request: &CreateRequest,
+    stdio: crate::io::Stdio,
+    directory: &Path,
+    spec: &Spec,
+    prepared: Prepared,
+    hooks: &Lifecycle,
+) -> Result<Copies, Error> {
     let root = spec.root().as_ref();
     let root_path = root.map_or_else(
         || request.bundle.join("rootfs"),
@@ -130,6 +151,10 @@ async fn make(
         prepared.volumes,
     );
     blocking(move || rootfs::prepare(&directory, &mounts, &root_path, read_only, &volumes)).await?;
+    let hooked = request.id == inner.id && inner.hooked.swap(false, Ordering::Relaxed);
+    if !hooked {
+        hooks.before_start(pid(inner)).await?;
+    }
 
     let requested = Requested::of(&inner.streams, &stdio);
     inner
@@ -166,6 +191,10 @@ async fn make(
     }
 }
 
+fn pid(inner: &Inner) -> u32 {
+    inner.pod().pid
+}
+
 /// Removes a container's files and its place in the pod.
 async fn forget(inner: &Arc<Inner>, id: &str, directory: &Path) {
     let path = directory.to_path_buf();
@@ -193,7 +222,7 @@ async fn forget(inner: &Arc<Inner>, id: &str, directory: &Path) {
 
 /// See [`super::Sandbox::delete`].
 pub async fn delete(inner: Arc<Inner>, id: String) -> Result<Deleted, Error> {
-    let (created, copies, mut exit) = {
+    let (created, copies, hooks, mut exit) = {
         let mut pod = inner.pod();
         let container = pod.container(&id)?;
         if container.phase == Phase::Deleting {
@@ -216,6 +245,7 @@ pub async fn delete(inner: Arc<Inner>, id: String) -> Result<Deleted, Error> {
         (
             created,
             container.init.copies.clone(),
+            container.hooks.clone(),
             container.init.exit.subscribe(),
         )
     };
@@ -258,6 +288,9 @@ pub async fn delete(inner: Arc<Inner>, id: String) -> Result<Deleted, Error> {
     };
     let directory = inner.directory.shared().join(&id);
     forget(&inner, &id, &directory).await;
+    if let Some(hooks) = hooks {
+        hooks.poststop().await;
+    }
     inner.pod().tell(Event::Deleted {
         id,
         exec: None,

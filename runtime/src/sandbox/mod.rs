@@ -14,9 +14,10 @@ mod state;
 mod types;
 
 use std::{
+    fs::File,
     future::Future,
     path::Path,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{atomic::AtomicBool, Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -64,6 +65,10 @@ struct Inner {
     streams: Streams,
     timeline: Timeline,
     pod: Mutex<Pod>,
+    /// The first container's hooks have run already, for its network.
+    hooked: AtomicBool,
+    /// The network namespace that was made for those; its path is open here.
+    _network: Option<File>,
     /// Set once everything has been given back: what could not be.
     closed: watch::Sender<Option<Option<String>>>,
 }

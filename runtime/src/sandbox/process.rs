@@ -163,13 +163,19 @@ pub async fn start(inner: Arc<Inner>, id: String, exec: Option<String>) -> Resul
     };
     match started {
         Ok(()) => {
-            let pid = {
+            let (pid, hooks) = {
                 let mut pod = inner.pod();
                 pod.started(&id, exec.as_deref());
-                pod.pid
+                let container = pod.containers.get(&id);
+                (
+                    pod.pid,
+                    container.and_then(|container| container.hooks.clone()),
+                )
             };
-            if exec.is_some() {
-                watch(&inner, &id, exec.as_deref());
+            match (&exec, hooks) {
+                (Some(_), _) => watch(&inner, &id, exec.as_deref()),
+                (None, Some(hooks)) => hooks.poststart(pid).await,
+                (None, None) => {}
             }
             Ok(pid)
         }

@@ -16,6 +16,7 @@ use tokio::sync::{mpsc::UnboundedSender, watch};
 use super::{Event, Exit, ProcessState, Status};
 use crate::{
     error::Error,
+    hooks::Lifecycle,
     io::{Copies, Stdio, StdioPaths},
     resource::journal::EntryId,
 };
@@ -59,6 +60,8 @@ pub struct Container {
     pub frozen: Frozen,
     pub init: Process,
     pub execs: BTreeMap<String, Process>,
+    /// Its hooks on the host; none while it is being made.
+    pub hooks: Option<Arc<Lifecycle>>,
     /// Its directory in the journal.
     pub entry: EntryId,
 }

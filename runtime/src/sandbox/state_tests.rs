@@ -20,6 +20,7 @@ fn pod() -> (Pod, UnboundedReceiver<Event>) {
         frozen: Frozen::No,
         init: Process::new(false, StdioPaths::default()),
         execs: BTreeMap::from([("e".into(), Process::new(false, StdioPaths::default()))]),
+        hooks: None,
         entry,
     };
     let pod = Pod {
