@@ -4,6 +4,7 @@
 //! child reports what went wrong and ends.
 
 mod devices;
+mod hooks;
 mod path;
 mod program;
 pub mod report;
@@ -19,6 +20,7 @@ use nix::errno::Errno;
 use nix::sched::{unshare, CloneFlags};
 use nix::unistd::setsid;
 
+use crate::container::hooks::GuestHooks;
 use crate::container::namespaces::CLONE_NEWTIME;
 use crate::container::plan::{ContainerPlan, ProcessPlan};
 use crate::stdio::ChildEnds;
@@ -48,7 +50,7 @@ fn standard(number: i32) -> BorrowedFd<'static> {
 /// Runs a container's first process.
 pub fn run_init(plan: &ContainerPlan, parts: &Parts<'_>) -> Infallible {
     let result = begin(parts, &[]).and_then(|()| set_up_init(plan, parts));
-    end(result, &plan.process, parts)
+    end(result, &plan.process, Some(&plan.hooks), parts)
 }
 
 /// Runs a further process in the container of `init` (its pidfd).
@@ -59,7 +61,7 @@ pub fn run_exec(
     parts: &Parts<'_>,
 ) -> Infallible {
     let result = begin(parts, &[init]).and_then(|()| set_up_exec(container, plan, init, parts));
-    end(result, plan, parts)
+    end(result, plan, None, parts)
 }
 
 /// Drops everything that is the agent's. A descriptor kept here would keep
@@ -114,6 +116,8 @@ fn set_up_init(plan: &ContainerPlan, parts: &Parts<'_>) -> Done<program::Program
     rootfs::mount_all(plan, &mut roots)?;
     let root = roots.root;
     devices::make_all(plan, root.as_fd())?;
+    let state = plan.hooks.state("creating", std::process::id());
+    hooks::run_all(&plan.hooks.create_container, &state, &[])?;
     rootfs::pivot(root.as_fd())?;
     make_cwd(&plan.process.cwd)?;
     terminal::set_up(&plan.process, parts.ends, parts.channel.as_fd(), true)?;
@@ -162,8 +166,14 @@ fn set_up_exec(
     program::become_user(plan, container.seccomp.as_deref())
 }
 
-/// Reports, waits for the start and runs the program.
-fn end(result: Done<program::Program>, plan: &ProcessPlan, parts: &Parts<'_>) -> Infallible {
+/// Reports, waits for the start and runs the program, after the hooks of a
+/// container's start.
+fn end(
+    result: Done<program::Program>,
+    plan: &ProcessPlan,
+    hooks: Option<&GuestHooks>,
+    parts: &Parts<'_>,
+) -> Infallible {
     let channel = parts.channel.as_fd();
     let failure = match result {
         Ok(program) => {
@@ -172,7 +182,10 @@ fn end(result: Done<program::Program>, plan: &ProcessPlan, parts: &Parts<'_>) ->
             }
             let told = report::send_ready(channel).and_then(|()| report::await_go(channel));
             match told {
-                Ok(true) => program.execute(plan),
+                Ok(true) => match hooks.map_or(Ok(()), |hooks| start(hooks, &program)) {
+                    Ok(()) => program.execute(plan),
+                    Err(failure) => failure,
+                },
                 // The agent has given up on this process.
                 _ => exit_now(EXIT_FAILED),
             }
@@ -182,6 +195,15 @@ fn end(result: Done<program::Program>, plan: &ProcessPlan, parts: &Parts<'_>) ->
     // Without the agent nobody is left to tell.
     let _ = report::send_failure(channel, &failure);
     exit_now(EXIT_FAILED)
+}
+
+/// Runs what comes before the program.
+fn start(hooks: &GuestHooks, program: &program::Program) -> Done<()> {
+    if hooks.start_container.is_empty() {
+        return Ok(());
+    }
+    let state = hooks.state("created", std::process::id());
+    hooks::run_all(&hooks.start_container, &state, program.env())
 }
 
 /// The agent is exempt from the OOM killer, its children are not. The file is

@@ -104,6 +104,11 @@ pub fn become_user(plan: &ProcessPlan, seccomp: Option<&Filter>) -> Done<Program
 }
 
 impl Program {
+    /// Its environment.
+    pub fn env(&self) -> &[CString] {
+        &self.env
+    }
+
     /// Runs the program; returns only to say why it cannot.
     pub fn execute(&self, plan: &ProcessPlan) -> Failure {
         let errno = process::execve(&self.path, &plan.args, &self.env);

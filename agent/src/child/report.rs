@@ -46,6 +46,14 @@ impl Failure {
         }
     }
 
+    /// Something that the request wants run has failed.
+    pub fn other(text: String) -> Self {
+        Self {
+            invalid: false,
+            ..Self::invalid(text)
+        }
+    }
+
     /// A system call failed.
     pub fn step(step: &str, path: &Path, errno: Errno) -> Self {
         Self {

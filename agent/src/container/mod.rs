@@ -6,6 +6,7 @@
 
 mod actor;
 pub mod caps;
+pub mod hooks;
 pub mod limits;
 pub mod mounts;
 pub mod namespaces;
@@ -98,7 +99,7 @@ impl Containers {
             .spec
             .as_ref()
             .ok_or_else(|| AgentError::Invalid("spec: missing".into()))?;
-        let plan = plan::container(spec)?;
+        let plan = plan::container(spec, &id)?;
         let neighbour = match &plan.namespaces.pid {
             PidNamespace::Of(other) => self.ask(other, Message::PidNamespace).await?,
             PidNamespace::Guest | PidNamespace::Own => None,

@@ -11,6 +11,7 @@ use bulkhead_agent_protocol::oci;
 use nix::sched::CpuSet;
 
 use super::caps;
+use super::hooks::GuestHooks;
 use super::mounts::{self, MountPlan};
 use super::namespaces::Namespaces;
 use crate::error::{AgentError, Result};
@@ -50,6 +51,8 @@ pub struct ContainerPlan {
     pub seccomp: Option<std::sync::Arc<seccomp::Filter>>,
     /// Limits.
     pub resources: oci::Resources,
+    /// Programs to run on the way.
+    pub hooks: GuestHooks,
 }
 
 impl ContainerPlan {
@@ -142,11 +145,11 @@ pub struct ProcessPlan {
     pub affinity: Option<CpuSet>,
 }
 
-/// Checks and translates a container's specification.
+/// Checks and translates the specification of the container `id`.
 ///
 /// # Errors
 /// [`AgentError::Invalid`] naming the field.
-pub fn container(spec: &oci::Spec) -> Result<ContainerPlan> {
+pub fn container(spec: &oci::Spec, id: &str) -> Result<ContainerPlan> {
     let process = spec
         .process
         .as_ref()
@@ -174,12 +177,6 @@ pub fn container(spec: &oci::Spec) -> Result<ContainerPlan> {
     };
     let (initial_propagation, root_propagation) = root_propagation(&linux.rootfs_propagation)?;
     let personality = personality(linux.personality.as_ref())?;
-    if let Some(hooks) = spec.hooks.as_ref() {
-        // The others concern the host.
-        if !hooks.create_container.is_empty() || !hooks.start_container.is_empty() {
-            return Err(invalid("hooks: hooks in the guest are not supported yet"));
-        }
-    }
     no_label(&linux.mount_label, "linux.mountLabel")?;
     Ok(ContainerPlan {
         rootfs: PathBuf::from(&root.path),
@@ -215,6 +212,7 @@ pub fn container(spec: &oci::Spec) -> Result<ContainerPlan> {
             None => None,
         },
         resources: linux.resources.clone().unwrap_or_default(),
+        hooks: GuestHooks::new(spec, id)?,
     })
 }
 
@@ -569,7 +567,7 @@ mod tests {
     fn refused(change: impl FnOnce(&mut oci::Spec)) -> String {
         let mut spec = spec();
         change(&mut spec);
-        match container(&spec) {
+        match container(&spec, "c") {
             Err(AgentError::Invalid(text)) => text,
             other => panic!("not refused: {other:?}"),
         }
@@ -577,7 +575,7 @@ mod tests {
 
     #[test]
     fn a_plain_container() {
-        let plan = container(&spec()).unwrap();
+        let plan = container(&spec(), "c").unwrap();
         let flags = libc::CLONE_NEWNS | libc::CLONE_NEWPID;
         assert_eq!(plan.namespaces.flags, flags);
         assert_eq!(plan.process.umask, 0o022);
@@ -635,7 +633,7 @@ mod tests {
             ..Default::default()
         })
         .into();
-        let init = container(&spec).unwrap().process;
+        let init = container(&spec, "c").unwrap().process;
         let exec = oci::Process {
             args: vec!["x".into()],
             cwd: "/".into(),

@@ -61,6 +61,19 @@ pub fn spawn(
     Ok((pid as pid_t, pidfd))
 }
 
+/// Starts a child as fork(2) does, for who may not use clone3: a seccomp
+/// profile is in force. The same holds as for [`spawn`].
+pub fn fork(body: impl FnOnce() -> Infallible) -> nix::Result<pid_t> {
+    // SAFETY: this process has one thread, so the child may go on running Rust.
+    let pid = Errno::result(unsafe { libc::fork() })?;
+    if pid == 0 {
+        // As in `spawn`.
+        let _ = catch_unwind(AssertUnwindSafe(body));
+        exit_now(EXIT_LOST);
+    }
+    Ok(pid)
+}
+
 /// Ends the process without running exit handlers or flushing buffers, which
 /// are copies of the parent's.
 pub fn exit_now(code: c_int) -> ! {
