@@ -14,7 +14,7 @@ use std::{path::PathBuf, process::ExitStatus, time::Duration};
 use oci_spec::runtime::{Hook as SpecHook, Spec};
 
 pub use self::{run::children, state::Lifecycle};
-use crate::oci::SpecError;
+use crate::oci::{check_hook, SpecError};
 
 /// Why a hook did not do its work.
 #[derive(Debug, thiserror::Error)]
@@ -107,25 +107,7 @@ fn checked(kind: &str, list: &Option<Vec<SpecHook>>) -> Result<Vec<Hook>, SpecEr
     let hooks = list.iter().flatten().enumerate();
     hooks
         .map(|(number, hook)| {
-            let field = format!("hooks.{kind}[{number}]");
-            if !hook.path().is_absolute() {
-                return Err(SpecError::field(
-                    format!("{field}.path"),
-                    format!("{} is not an absolute path", hook.path().display()),
-                ));
-            }
-            let timeout = match hook.timeout() {
-                None => None,
-                Some(secs) => match u64::try_from(secs) {
-                    Ok(secs @ 1..) => Some(Duration::from_secs(secs)),
-                    _ => {
-                        return Err(SpecError::field(
-                            format!("{field}.timeout"),
-                            format!("{secs} is not a number of seconds above 0"),
-                        ))
-                    }
-                },
-            };
+            let (field, timeout) = check_hook(kind, number, hook)?;
             Ok(Hook {
                 name: format!("{field} {}", hook.path().display()),
                 path: hook.path().clone(),

@@ -7,7 +7,7 @@ use std::{collections::HashMap, path::PathBuf};
 use bulkhead_agent_protocol::{oci, SHARED_MOUNT};
 use oci_spec::runtime::{Linux, Mount, Spec};
 
-use super::{name, namespaces, process, resources, seccomp, SpecError};
+use super::{hooks, name, namespaces, process, resources, seccomp, SpecError};
 
 /// File systems that the guest makes itself.
 const GUEST_FILE_SYSTEMS: [&str; 9] = [
@@ -123,17 +123,10 @@ pub fn container(spec: &Spec, id: &str, pod: Option<Pod<'_>>) -> Result<Prepared
         ..Default::default()
     };
     if let Some(hooks) = spec.hooks() {
-        let guest_hooks = [
-            ("createContainer", hooks.create_container()),
-            ("startContainer", hooks.start_container()),
-        ];
-        for (kind, list) in guest_hooks {
-            if list.as_ref().is_some_and(|list| !list.is_empty()) {
-                return Err(SpecError::field(
-                    format!("hooks.{kind}"),
-                    "hooks inside a container are not supported",
-                ));
-            }
+        if let Some(hooks) = hooks::in_guest(hooks, &directory, &mut volumes)? {
+            // Only hooks are told them.
+            out.annotations = spec.annotations().clone().unwrap_or_default();
+            out.hooks = Some(hooks).into();
         }
     }
     let mut linux = translate_linux(spec.linux().as_ref(), role, pod)?;

@@ -2,6 +2,7 @@
 //! A bundle's config.json, and what of it goes into the guest.
 
 mod guest;
+mod hooks;
 mod namespaces;
 mod process;
 mod resources;
@@ -19,6 +20,7 @@ use serde_json::Value;
 
 pub use self::{
     guest::{container, role, Pod, Prepared, Role, Volume},
+    hooks::check as check_hook,
     process::process,
     resources::resources,
     size::Size,
@@ -57,7 +59,7 @@ pub enum SpecError {
 }
 
 impl SpecError {
-    pub(crate) fn field(field: impl Into<String>, problem: impl Into<String>) -> Self {
+    fn field(field: impl Into<String>, problem: impl Into<String>) -> Self {
         Self::Field {
             field: field.into(),
             problem: problem.into(),

@@ -157,11 +157,15 @@ async fn make_hooked(
     }
 
     let requested = Requested::of(&inner.streams, &stdio);
+    let spec = bulkhead_agent_protocol::oci::Spec {
+        bundle: request.bundle.to_string_lossy().into_owned(),
+        ..prepared.spec
+    };
     inner
         .agent
         .create_container(CreateContainerRequest {
             container_id: request.id.clone(),
-            spec: Some(prepared.spec).into(),
+            spec: Some(spec).into(),
             stdio: Some(requested.ids()).into(),
             ..Default::default()
         })
