@@ -73,7 +73,7 @@ calls! {
     /// Makes a container, up to its waiting first process.
     create_container(CreateContainerRequest) -> CreateContainerReply, "create container", LONG;
     /// Runs a container's program.
-    start_container(StartContainerRequest) -> Empty, "start container", 1;
+    start_container(StartContainerRequest) -> Empty, "start container", LONG;
     /// Makes and runs a further process.
     exec_process(ExecProcessRequest) -> ExecProcessReply, "run process", LONG;
     /// Sends a signal.

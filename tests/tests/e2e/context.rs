@@ -131,6 +131,19 @@ impl Context {
         Ok(Detached { context: self, id })
     }
 
+    /// As [`Context::detached`], of the specification in this file.
+    pub fn detached_spec(&self, id: &str, spec: &Path) -> Result<Detached<'_>> {
+        let flags = ["-d", "--null-io", "--config"];
+        let mut command = self.containerd.run(&self.runtime, &flags);
+        proc::run(command.arg(spec).arg(id), LIMIT)?
+            .ok()
+            .context("start a container")?;
+        Ok(Detached {
+            context: self,
+            id: id.into(),
+        })
+    }
+
     /// A `ctr run --rm` in the background with its output in files.
     pub fn attached(&self, flags: &[&str], argv: &[&str]) -> Result<Attached> {
         self.attached_with(Stdio::null(), flags, argv)

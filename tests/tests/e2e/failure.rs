@@ -100,7 +100,7 @@ fn calls_that_come_at_the_wrong_time(context: &Context) -> Result<()> {
 }
 
 /// A specification that works with the rootfs at `root`.
-fn good_spec(context: &Context, root: &Path) -> Result<Value> {
+pub fn good_spec(context: &Context, root: &Path) -> Result<Value> {
     let text = context.ctr(&["oci", "spec"])?.ok()?.out();
     let mut spec: Value = serde_json::from_str(&text).context("the default specification")?;
     spec["root"] = json!({ "path": root });
@@ -110,7 +110,8 @@ fn good_spec(context: &Context, root: &Path) -> Result<Value> {
     Ok(spec)
 }
 
-fn run_spec(context: &Context, spec: &Value) -> Result<Done> {
+/// Runs a container with this specification to its end.
+pub fn run_spec(context: &Context, spec: &Value) -> Result<Done> {
     let id = context.id("spec");
     let file = context.dir.join("spec.json");
     fs::write(&file, spec.to_string())?;
@@ -121,7 +122,7 @@ fn run_spec(context: &Context, spec: &Value) -> Result<Done> {
 }
 
 /// The image's files in a directory, without a snapshotter.
-fn unpacked(context: &Context) -> Result<std::path::PathBuf> {
+pub fn unpacked(context: &Context) -> Result<std::path::PathBuf> {
     let root = context.dir.join("rootfs");
     if root.join("bin/busybox").exists() {
         return Ok(root);

@@ -17,6 +17,7 @@ mod kill;
 mod lifecycle;
 mod memory;
 mod network;
+mod oci;
 mod runner;
 mod stdio;
 
@@ -39,6 +40,7 @@ fn all() -> Vec<Test> {
         lifecycle::TESTS,
         memory::TESTS,
         network::TESTS,
+        oci::TESTS,
         failure::TESTS,
         kill::TESTS,
         host::TESTS,
