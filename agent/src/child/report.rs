@@ -2,10 +2,10 @@
 //! What the child of clone3 and the agent tell each other over their socket.
 //!
 //! The child of a new user namespace first waits for "mapped": its ids are
-//! known now. A child sends at most one terminal, then "ready" or a failure. The agent
-//! answers "ready" with "go"; then the socket closes because the program was
-//! executed, or a failure comes. Each message is one packet: a letter, then
-//! its contents.
+//! known now. A child sends at most one terminal, then "ready" or a failure.
+//! The agent answers "ready" with "go"; then the socket closes because the
+//! program was executed, or a failure comes. Each message is one packet: a
+//! letter, then its contents.
 
 use std::fmt;
 use std::os::fd::{BorrowedFd, OwnedFd};
