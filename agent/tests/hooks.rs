@@ -173,3 +173,28 @@ async fn a_long_state_and_long_words_hold_nothing_up() {
         "{printed}"
     );
 }
+
+#[tokio::test]
+async fn a_profile_that_knows_no_clone3_does_not_stop_hooks() {
+    let rig = Rig::start().await;
+    for no_new_privileges in [true, false] {
+        let mut spec = rig.spec("c", &["cat", "/run/ran"]);
+        let first = spec.process.mut_or_insert_default();
+        first.no_new_privileges = no_new_privileges;
+        hooks(&mut spec, vec![], vec![script("echo ran > /run/ran")]);
+        spec.linux.mut_or_insert_default().seccomp = Some(oci::Seccomp {
+            default_action: "SCMP_ACT_ALLOW".into(),
+            syscalls: vec![oci::Syscall {
+                names: ["clone3", "pidfd_open", "waitid"]
+                    .map(String::from)
+                    .to_vec(),
+                action: "SCMP_ACT_ERRNO".into(),
+                errno_ret: Some(libc::ENOSYS as u32),
+                ..Default::default()
+            }],
+            ..Default::default()
+        })
+        .into();
+        assert_eq!(rig.run("c", spec).await.success(), "ran\n");
+    }
+}

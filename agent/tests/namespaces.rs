@@ -301,3 +301,24 @@ async fn the_private_directory_of_a_volume_stays_private() {
     spec.mounts.push(bind(&private, "/private", &["bind"]));
     assert_eq!(rig.run("c", spec).await.success(), "refused\n");
 }
+
+#[tokio::test]
+async fn a_terminal_in_a_user_namespace() {
+    let rig = Rig::start().await;
+    let script = "tty; stat -c '%u %g' $(tty); stty size; ls /dev/console";
+    let mut spec = mapped(&rig, &["sh", "-c", script]);
+    let first = spec.process.mut_or_insert_default();
+    first.user.mut_or_insert_default().uid = 1000;
+    first.terminal = true;
+    first.console_size = Some(oci::Box {
+        height: 33,
+        width: 77,
+        ..Default::default()
+    })
+    .into();
+    let mut streams = rig.create("c", spec).await.unwrap();
+    rig.start_container("c").await.unwrap();
+    let printed = read_until(streams.stdin.as_mut().unwrap(), "console\r\n").await;
+    assert_eq!(printed, "/dev/pts/0\r\n1000 5\r\n33 77\r\n/dev/console\r\n");
+    assert_eq!(rig.wait("c", "").await.unwrap().exit_status, 0);
+}
