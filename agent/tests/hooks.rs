@@ -24,7 +24,7 @@ fn script(text: &str) -> oci::Hook {
 /// A hook that the runtime has shared with the guest.
 fn shared(rig: &Rig, name: &str, text: &str) -> oci::Hook {
     let path = rig.directory.path().join(name);
-    fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
+    alone(|| fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap());
     fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
     oci::Hook {
         path: path.to_str().unwrap().into(),

@@ -29,8 +29,9 @@ fn mapped(rig: &Rig, args: &[&str]) -> oci::Spec {
     let owner = format!("{FIRST}:{FIRST}");
     let root = rig.rootfs("c");
     let mut chown = Command::new("chown");
-    let done = chown.args(["-R", "-h", &owner]).arg(root).status();
-    assert!(done.unwrap().success());
+    chown.args(["-R", "-h", &owner]).arg(root);
+    let mut child = alone(|| chown.spawn().unwrap());
+    assert!(child.wait().unwrap().success());
     namespace(&mut spec, "user");
     let range = oci::IdMapping {
         host_id: FIRST,

@@ -12,7 +12,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bulkhead_agent_protocol::agent_ttrpc::AgentClient;
@@ -38,6 +38,15 @@ pub struct Rig {
     cgroup: PathBuf,
     waiting: Waiting,
     next_stream: AtomicU64,
+}
+
+/// Writes a program, or starts one, while no other test does. A child that is
+/// made while a program is being written has it open until it executes its
+/// own: the kernel would not run the program then (ETXTBSY).
+pub fn alone<T>(work: impl FnOnce() -> T) -> T {
+    static ONE: Mutex<()> = Mutex::new(());
+    let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+    work()
 }
 
 /// Where this machine has its cgroup v2 hierarchy.
@@ -75,7 +84,7 @@ impl Rig {
                 Ok(())
             });
         }
-        let agent = command.spawn().unwrap();
+        let agent = alone(|| command.spawn().unwrap());
         let address = format!("unix://{}", rpc.display());
         let client = timeout(PATIENCE, async {
             loop {
@@ -130,7 +139,7 @@ impl Rig {
         ] {
             fs::create_dir_all(root.join(directory)).unwrap();
         }
-        fs::copy("/bin/busybox", root.join("bin/busybox")).unwrap();
+        alone(|| fs::copy("/bin/busybox", root.join("bin/busybox")).unwrap());
         for applet in [
             "cat",
             "chmod",
