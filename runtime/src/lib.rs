@@ -17,6 +17,7 @@ pub mod error;
 pub mod hooks;
 pub mod hypervisor;
 pub mod io;
+pub mod ksm;
 pub mod oci;
 pub mod resource;
 pub mod sandbox;

@@ -50,6 +50,7 @@ use crate::{
         console::Console,
         Ending, Hypervisor, HypervisorError, Machine, NicDevice, Vsock,
     },
+    ksm,
     oci::{self, Size},
     resource::{
         cgroup::SandboxCgroup,
@@ -236,6 +237,7 @@ async fn boot(
         init_ms = guest.agent_start_ns / 1_000_000,
         "sandbox started"
     );
+    ksm::kick(&config.runtime.state_dir);
 
     let (events, told) = unbounded_channel();
     let pod = Pod {
