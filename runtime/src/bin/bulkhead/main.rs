@@ -4,6 +4,7 @@
 
 mod bundle;
 mod check;
+mod ksm;
 mod run;
 mod terminal;
 
@@ -29,6 +30,11 @@ enum Command {
     Run(run::Run),
     /// Tell whether this host can run microVMs, and what to do if not
     Check,
+    /// Page merging (KSM) between pods
+    Ksm {
+        #[command(subcommand)]
+        command: ksm::Ksm,
+    },
 }
 
 /// What env(1) and container runtimes return when they fail themselves.
@@ -50,6 +56,10 @@ fn main() -> ExitCode {
         .init();
     match cli.command {
         Command::Check => check::check(&config),
+        Command::Ksm { command } => match command.execute(&config) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => fail(&error),
+        },
         Command::Run(run) => match run.execute(config, start_us) {
             // What a process can return.
             Ok(status) => ExitCode::from(u8::try_from(status).unwrap_or(u8::MAX)),

@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+//! `bulkhead ksm`.
+
+use std::path::{Path, PathBuf};
+
+use bulkhead_ksm_throttler::{status::Status, sysfs};
+use bulkhead_runtime::{config::Config, error::chain, ksm};
+use clap::{Subcommand, ValueEnum};
+
+/// What to do about page merging.
+#[derive(Debug, Subcommand)]
+pub enum Ksm {
+    /// Tell what is merged, and whether the daemon runs
+    Status {
+        /// How to tell it
+        #[arg(long, value_enum, default_value_t = Format::Text)]
+        format: Format,
+        /// KSM's directory, for tests
+        #[arg(long, value_name = "DIR", default_value = sysfs::DIRECTORY, hide = true)]
+        sysfs: PathBuf,
+    },
+}
+
+/// For whom.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum Format {
+    /// Plain words
+    Text,
+    /// One JSON object; sizes in bytes
+    Json,
+}
+
+impl Ksm {
+    /// Does it.
+    pub fn execute(&self, config: &Config) -> Result<(), String> {
+        match self {
+            Self::Status { format, sysfs } => status(*format, sysfs, &config.runtime.state_dir),
+        }
+    }
+}
+
+fn status(format: Format, sysfs: &Path, state_dir: &Path) -> Result<(), String> {
+    let status = Status::take(sysfs, &ksm::socket(state_dir)).map_err(|error| chain(&error))?;
+    match format {
+        Format::Text => print!("{status}"),
+        Format::Json => {
+            let json = serde_json::to_string_pretty(&status).map_err(|error| error.to_string())?;
+            println!("{json}");
+        }
+    }
+    Ok(())
+}
