@@ -9,6 +9,9 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 
 PREFIX ?= /usr/local
+# systemd reads units of /usr/local too.
+UNITS ?= $(PREFIX)/lib/systemd/system
+KSM_UNIT := runtime/ksm-throttler/systemd/bulkhead-ksm-throttler.service
 GUEST := target/guest
 RELEASE := target/release
 
@@ -48,7 +51,7 @@ build: deps binaries guest ## Builds the binaries, the guest kernel and the gues
 
 binaries:
 	@echo "binaries: with cargo, some minutes the first time"
-	@cargo build --release -p bulkhead-runtime -p containerd-shim-bulkhead-v2 -p bulkhead-vmm -p bulkhead-rootfs-builder -p bulkhead-tests
+	@cargo build --release -p bulkhead-runtime -p bulkhead-ksm-throttler -p containerd-shim-bulkhead-v2 -p bulkhead-vmm -p bulkhead-rootfs-builder -p bulkhead-tests
 	@cargo rustc --release -p bulkhead-agent --bin bulkhead-agent -- -C target-feature=+crt-static -C relocation-model=static
 
 kernel:
@@ -70,9 +73,13 @@ bench: build ## Prints the figures, also to target/bench.json
 	@$(RELEASE)/bulkhead-bench
 
 install: build ## Installs to PREFIX (/usr/local)
-	install -D -m 755 -t $(DESTDIR)$(PREFIX)/bin $(RELEASE)/bulkhead $(RELEASE)/bulkhead-vmm $(RELEASE)/containerd-shim-bulkhead-v2
+	install -D -m 755 -t $(DESTDIR)$(PREFIX)/bin $(RELEASE)/bulkhead $(RELEASE)/bulkhead-vmm $(RELEASE)/containerd-shim-bulkhead-v2 $(RELEASE)/bulkhead-ksm-throttler
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/bulkhead $(GUEST)/vmlinux $(GUEST)/rootfs.erofs $(GUEST)/rootfs.cpio
+	install -d -m 755 $(DESTDIR)$(UNITS)
+	sed 's|/usr/local/bin/|$(PREFIX)/bin/|' $(KSM_UNIT) >$(DESTDIR)$(UNITS)/$(notdir $(KSM_UNIT))
+	chmod 644 $(DESTDIR)$(UNITS)/$(notdir $(KSM_UNIT))
 
 uninstall: ## Removes what install put there
-	rm -f $(addprefix $(DESTDIR)$(PREFIX)/bin/,bulkhead bulkhead-vmm containerd-shim-bulkhead-v2)
+	rm -f $(addprefix $(DESTDIR)$(PREFIX)/bin/,bulkhead bulkhead-vmm containerd-shim-bulkhead-v2 bulkhead-ksm-throttler)
+	rm -f $(DESTDIR)$(UNITS)/$(notdir $(KSM_UNIT))
 	rm -rf $(DESTDIR)$(PREFIX)/share/bulkhead
