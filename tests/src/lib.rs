@@ -24,5 +24,5 @@ pub mod proc;
 mod sys;
 pub mod timeline;
 
-pub use sys::{in_terminal, kvm_create_vm, set_window_size, window_size};
+pub use sys::{in_terminal, kvm_create_vm, set_window_size, window_size, Mergeable};
 pub mod vmm;

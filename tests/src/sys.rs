@@ -153,6 +153,55 @@ pub fn loopback_up() -> io::Result<()> {
     }
 }
 
+/// Memory of this process that KSM may merge.
+#[derive(Debug)]
+pub struct Mergeable {
+    address: *mut libc::c_void,
+    length: usize,
+}
+
+impl Mergeable {
+    /// As many pages of 4 KiB, all with the same bytes in them.
+    ///
+    /// # Errors
+    /// The kernel's; `EINVAL` when it has no KSM.
+    pub fn new(pages: usize) -> io::Result<Self> {
+        let length = pages * 4096;
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let address = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                length,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                -1,
+                0,
+            )
+        };
+        if address == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let memory = Self { address, length };
+        for advice in [libc::MADV_NOHUGEPAGE, libc::MADV_MERGEABLE] {
+            // SAFETY: of this mapping alone; neither changes its contents.
+            if unsafe { libc::madvise(address, length, advice) } != 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        // SAFETY: the mapping is that long and writable, and nobody else has
+        // its address.
+        unsafe { address.cast::<u8>().write_bytes(0xb5, length) };
+        Ok(memory)
+    }
+}
+
+impl Drop for Mergeable {
+    fn drop(&mut self) {
+        // SAFETY: the whole of a mapping that nothing points into.
+        unsafe { libc::munmap(self.address, self.length) };
+    }
+}
+
 /// Resets the machine; with QEMU's `-no-reboot` this ends it.
 pub fn reset() -> ! {
     // SAFETY: plain calls; in a box there is nothing to flush.

@@ -14,6 +14,7 @@ mod context;
 mod failure;
 mod host;
 mod kill;
+mod ksm;
 mod lifecycle;
 mod memory;
 mod network;
@@ -45,6 +46,7 @@ fn all() -> Vec<Test> {
         kill::TESTS,
         host::TESTS,
         clone::TESTS,
+        ksm::TESTS,
     ]
     .concat()
 }
