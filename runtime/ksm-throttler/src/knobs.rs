@@ -27,6 +27,7 @@ pub struct Knobs {
     cpu_percent: u32,
     advisor: bool,
     smart_scan: bool,
+    idle: bool,
     /// What is set now, to write only what differs.
     set: Settings,
 }
@@ -74,6 +75,7 @@ impl Knobs {
             cpu_percent: cpu_percent.max(1),
             advisor,
             smart_scan,
+            idle: true,
         })
     }
 
@@ -87,6 +89,10 @@ impl Knobs {
     /// # Errors
     /// A setting takes no value any more, or the values found cannot be saved.
     pub fn apply(&mut self, decision: Decision) -> Result<(), KsmError> {
+        let was_idle = std::mem::replace(&mut self.idle, decision == Decision::Idle);
+        if was_idle && !self.idle {
+            self.adopt()?;
+        }
         match decision {
             Decision::Idle => self.idle(),
             Decision::Pause => self.set(sysfs::RUN, "0"),
@@ -105,6 +111,28 @@ impl Knobs {
             self.saved.remove()?;
             self.set = self.found.clone();
             tracing::info!(values = %told(&self.found), "settings put back");
+        }
+        Ok(())
+    }
+
+    /// What somebody has set while nothing was to be merged is what is put back
+    /// from now on.
+    fn adopt(&mut self) -> Result<(), KsmError> {
+        let now = self.ksm.settings()?;
+        let mut changed = Settings::new();
+        for (setting, value) in now {
+            if self.set.get(&setting) != Some(&value) {
+                changed.insert(setting, value);
+            }
+        }
+        if changed.is_empty() {
+            return Ok(());
+        }
+        tracing::info!(values = %told(&changed), "settings changed by somebody else");
+        self.found.extend(changed.clone());
+        self.set.extend(changed);
+        if self.saved.is_there() {
+            self.saved.replace(&self.found)?;
         }
         Ok(())
     }
@@ -183,25 +211,30 @@ impl Knobs {
 
 /// Puts settings back in the order that the kernel takes them: ksmd stands
 /// still first and runs last, and `pages_to_scan` can be written only while the
-/// advisor is off.
+/// advisor is off. One that fails does not keep the others from being put back;
+/// the first failure is told.
 fn put_back(ksm: &Ksm, settings: &Settings) -> Result<(), KsmError> {
-    ksm.write(sysfs::RUN, "0")?;
+    let mut order = vec![(sysfs::RUN, "0")];
     let mode = settings.get(sysfs::ADVISOR_MODE);
     if mode.is_some() {
-        ksm.write(sysfs::ADVISOR_MODE, sysfs::ADVISOR_OFF)?;
+        order.push((sysfs::ADVISOR_MODE, sysfs::ADVISOR_OFF));
     }
     for (setting, value) in settings {
         if ![sysfs::RUN, sysfs::ADVISOR_MODE].contains(&setting.as_str()) {
-            ksm.write(setting, value)?;
+            order.push((setting, value));
         }
     }
     if let Some(mode) = mode.filter(|mode| *mode != sysfs::ADVISOR_OFF) {
-        ksm.write(sysfs::ADVISOR_MODE, mode)?;
+        order.push((sysfs::ADVISOR_MODE, mode));
     }
-    match settings.get(sysfs::RUN) {
-        Some(run) if run != "0" => ksm.write(sysfs::RUN, run),
-        _ => Ok(()),
+    if let Some(run) = settings.get(sysfs::RUN).filter(|run| *run != "0") {
+        order.push((sysfs::RUN, run));
     }
+    let mut result = Ok(());
+    for (setting, value) in order {
+        result = result.and(ksm.write(setting, value));
+    }
+    result
 }
 
 /// For the log.

@@ -94,6 +94,14 @@ impl Saved {
         if self.is_there() {
             return Ok(());
         }
+        self.replace(settings)
+    }
+
+    /// Keeps these values from now on.
+    ///
+    /// # Errors
+    /// [`KsmError::State`].
+    pub fn replace(&self, settings: &Settings) -> Result<(), KsmError> {
         let record = Record {
             boot_id: boot_id(),
             ksm: self.ksm.clone(),

@@ -3,9 +3,9 @@
 
 use std::time::Duration;
 
-/// Part of the bound that a batch is sized for; the rest is for pages that turn
-/// out to cost more.
-const AIM: f64 = 0.85;
+/// Part of the bound that a batch is sized for, with nothing saved up and with
+/// as much as can be: in between it settles where all of the bound is used.
+const AIM: (f64, f64) = (0.85, 1.05);
 
 /// What looking at a page is taken to cost at first, in seconds. Hardware takes
 /// a tenth; beginning slowly costs a few steps.
@@ -92,8 +92,9 @@ impl Budget {
 
     /// Most pages of a batch, `sleep` seconds apart.
     pub(super) fn batch(&self, sleep: f64) -> f64 {
+        let aim = AIM.0 + (AIM.1 - AIM.0) * (self.saved / self.most).clamp(0.0, 1.0);
         // Of the whole processor a little is left, or a batch would never end.
-        let share = (self.share * AIM).min(0.95);
+        let share = (self.share * aim).min(0.95);
         sleep * share / ((1.0 - share) * self.page_seconds)
     }
 }

@@ -94,6 +94,13 @@ impl Simulated {
         self.counters.run = run;
     }
 
+    /// As the kernel is by default, but switched on.
+    pub fn default_settings(&mut self) {
+        self.counters.pages_to_scan = 100;
+        self.counters.sleep_millisecs = 20;
+        self.counters.run = 1;
+    }
+
     /// As much time passes.
     pub fn pass(&mut self, seconds: f64) {
         let end = self.now + seconds;

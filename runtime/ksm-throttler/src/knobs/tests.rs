@@ -98,6 +98,38 @@ fn where_ksm_ran_idle_means_still_and_the_end_means_running() {
 }
 
 #[test]
+fn what_somebody_sets_while_idle_is_what_is_put_back() {
+    let tree = Tree::new(false, "1");
+    let mut knobs = tree.take();
+    knobs.apply(scan(300)).unwrap();
+    // In a run it is the daemon's.
+    tree.put("pages_to_scan", "1");
+    knobs.apply(Decision::Idle).unwrap();
+    assert_eq!(tree.get("pages_to_scan"), "100");
+    tree.put("pages_to_scan", "555");
+    knobs.apply(scan(300)).unwrap();
+    drop(knobs);
+    let mut knobs = tree.take();
+    assert_eq!(tree.get("pages_to_scan"), "555");
+    knobs.restore().unwrap();
+    assert_eq!(tree.get("run"), "1");
+}
+
+#[test]
+fn one_setting_that_fails_does_not_keep_the_others() {
+    let tree = Tree::new(false, "1");
+    tree.put("sleep_millisecs", "33");
+    let mut knobs = tree.take();
+    knobs.apply(scan(300)).unwrap();
+    fs::remove_file(tree.path("ksm/pages_to_scan")).unwrap();
+    let error = knobs.restore().unwrap_err().to_string();
+    assert!(error.contains("pages_to_scan"), "{error}");
+    assert_eq!(tree.get("sleep_millisecs"), "33");
+    assert_eq!(tree.get("run"), "1");
+    assert!(tree.path("state.json").exists());
+}
+
+#[test]
 fn the_advisor_is_told_the_bound_and_switched_back_off() {
     let tree = Tree::new(true, "0");
     let mut knobs = tree.take();
