@@ -12,6 +12,8 @@ PREFIX ?= /usr/local
 # systemd reads units of /usr/local too.
 UNITS ?= $(PREFIX)/lib/systemd/system
 KSM_UNIT := runtime/ksm-throttler/systemd/bulkhead-ksm-throttler.service
+MAN8 := $(PREFIX)/share/man/man8
+KSM_PAGE := runtime/ksm-throttler/man/bulkhead-ksm-throttler.8
 GUEST := target/guest
 RELEASE := target/release
 
@@ -75,11 +77,12 @@ bench: build ## Prints the figures, also to target/bench.json
 install: build ## Installs to PREFIX (/usr/local)
 	install -D -m 755 -t $(DESTDIR)$(PREFIX)/bin $(RELEASE)/bulkhead $(RELEASE)/bulkhead-vmm $(RELEASE)/containerd-shim-bulkhead-v2 $(RELEASE)/bulkhead-ksm-throttler
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/bulkhead $(GUEST)/vmlinux $(GUEST)/rootfs.erofs $(GUEST)/rootfs.cpio
+	install -D -m 644 -t $(DESTDIR)$(MAN8) $(KSM_PAGE)
 	install -d -m 755 $(DESTDIR)$(UNITS)
 	sed 's|/usr/local/bin/|$(PREFIX)/bin/|' $(KSM_UNIT) >$(DESTDIR)$(UNITS)/$(notdir $(KSM_UNIT))
 	chmod 644 $(DESTDIR)$(UNITS)/$(notdir $(KSM_UNIT))
 
 uninstall: ## Removes what install put there
 	rm -f $(addprefix $(DESTDIR)$(PREFIX)/bin/,bulkhead bulkhead-vmm containerd-shim-bulkhead-v2 bulkhead-ksm-throttler)
-	rm -f $(DESTDIR)$(UNITS)/$(notdir $(KSM_UNIT))
+	rm -f $(DESTDIR)$(UNITS)/$(notdir $(KSM_UNIT)) $(DESTDIR)$(MAN8)/$(notdir $(KSM_PAGE))
 	rm -rf $(DESTDIR)$(PREFIX)/share/bulkhead
