@@ -20,6 +20,7 @@ use crate::{
     controller::{Controller, Decision, Limits, Sample},
     knobs::Knobs,
     ksmd::Ksmd,
+    meter::Meter,
     metrics::{self, Board, Told},
     socket::Kicks,
     sysfs::Ksm,
@@ -50,7 +51,7 @@ pub struct Options {
 pub fn run(options: &Options) -> Result<(), KsmError> {
     let ksm = Ksm::find(&options.sysfs)?;
     ksm.check_writable()?;
-    let ksmd = Ksmd::find(&options.proc)?;
+    let meter = Meter::open(&ksm, Ksmd::find(&options.proc)?)?;
     // Before anything is changed, and before there are threads.
     let signals = signals()?;
     let kicks = Kicks::listen(&options.socket)?;
@@ -72,7 +73,7 @@ pub fn run(options: &Options) -> Result<(), KsmError> {
         start: Instant::now(),
         controller: Controller::new(options.limits),
         tick: options.limits.tick,
-        ksmd,
+        meter,
         knobs,
         kicks,
         signals,
@@ -109,7 +110,7 @@ struct Daemon {
     start: Instant,
     controller: Controller,
     tick: Duration,
-    ksmd: Ksmd,
+    meter: Meter,
     knobs: Knobs,
     kicks: Kicks,
     signals: SignalFd,
@@ -131,10 +132,11 @@ impl Daemon {
     }
 
     fn step(&mut self) -> Result<(), KsmError> {
+        let (cpu, counters) = self.meter.read()?;
         let sample = Sample {
             at: self.start.elapsed(),
-            cpu: self.ksmd.cpu_time()?,
-            counters: self.knobs.ksm().counters()?,
+            cpu,
+            counters,
         };
         let decision = self.controller.step(&sample);
         self.knobs.apply(decision)?;
@@ -202,6 +204,7 @@ impl Daemon {
             match ready {
                 Err(nix::errno::Errno::EINTR) => continue,
                 Err(error) => return Err(failed(error)),
+                Ok(0) => return Ok(false),
                 Ok(_) => {}
             }
             return match self.signals.read_signal().map_err(failed)? {

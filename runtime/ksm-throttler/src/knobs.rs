@@ -79,11 +79,6 @@ impl Knobs {
         })
     }
 
-    /// KSM itself.
-    pub fn ksm(&self) -> &Ksm {
-        &self.ksm
-    }
-
     /// Carries a decision out.
     ///
     /// # Errors

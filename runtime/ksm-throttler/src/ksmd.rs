@@ -2,7 +2,7 @@
 //! The kernel's merging thread and the processor time it has used.
 
 use std::{
-    fs,
+    fs, io,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -54,18 +54,39 @@ impl Ksmd {
         Err(KsmError::NoKsmd { proc: proc.into() })
     }
 
+    /// The file that tells its processor time to the nanosecond.
+    pub fn schedstat(&self) -> PathBuf {
+        self.dir.join("schedstat")
+    }
+
+    /// The processor time it has used, where the kernel keeps it to the
+    /// nanosecond.
+    ///
+    /// # Errors
+    /// [`KsmError::Read`].
+    pub fn exact(&self) -> Result<Option<Duration>, KsmError> {
+        let path = self.schedstat();
+        let text = match fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(source) => return Err(KsmError::Read { path, source }),
+        };
+        // Zero is what a kernel says that does not count; ksmd has run at least
+        // once, when it was made.
+        let exact = text.split_ascii_whitespace().next();
+        Ok(exact
+            .and_then(|word| word.parse().ok())
+            .filter(|nanoseconds| *nanoseconds > 0)
+            .map(Duration::from_nanos))
+    }
+
     /// The processor time it has used, user and system.
     ///
     /// # Errors
     /// [`KsmError::Read`], [`KsmError::Unexpected`].
     pub fn cpu_time(&self) -> Result<Duration, KsmError> {
-        // To the nanosecond, where the kernel keeps it.
-        if let Some(exact) = fs::read_to_string(self.dir.join("schedstat"))
-            .ok()
-            .and_then(|text| text.split_ascii_whitespace().next()?.parse().ok())
-            .filter(|nanoseconds| *nanoseconds > 0)
-        {
-            return Ok(Duration::from_nanos(exact));
+        if let Some(exact) = self.exact()? {
+            return Ok(exact);
         }
         let path = self.dir.join("stat");
         let text = fs::read_to_string(&path).map_err(|source| KsmError::Read {

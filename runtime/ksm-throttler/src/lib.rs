@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Page merging (KSM) by profit: the parts of `bulkhead-ksm-throttler`.
 //!
-//! [`controller`] decides, and is pure: figures in, a decision out. [`sysfs`]
-//! and [`ksmd`] read the figures, [`knobs`] carries a decision out, [`saved`]
+//! [`controller`] decides, and is pure: figures in, a decision out. [`sysfs`],
+//! [`ksmd`] and [`meter`] read the figures, [`knobs`] carries a decision out, [`saved`]
 //! keeps the values found where a crash does not lose them, [`socket`] hears
 //! the kicks and [`daemon`] is the loop around all of it.
 
@@ -13,6 +13,7 @@ pub mod daemon;
 pub mod error;
 pub mod knobs;
 pub mod ksmd;
+pub mod meter;
 pub mod metrics;
 pub mod saved;
 pub mod socket;

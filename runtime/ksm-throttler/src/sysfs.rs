@@ -45,6 +45,9 @@ pub const ADVISOR_MIN_PAGES: &str = "advisor_min_pages_to_scan";
 /// Most pages the advisor chooses.
 pub const ADVISOR_MAX_PAGES: &str = "advisor_max_pages_to_scan";
 
+/// Figure of pages replaced by the zero page (since 6.6).
+pub const ZERO_PAGES: &str = "ksm_zero_pages";
+
 /// The advisor when it is off.
 pub const ADVISOR_OFF: &str = "none";
 /// The advisor by scan time.
@@ -195,7 +198,7 @@ impl Ksm {
             pages_sharing: self.number("pages_sharing")?,
             pages_unshared: self.number("pages_unshared")?,
             pages_volatile: self.number("pages_volatile")?,
-            zero_pages: self.optional("ksm_zero_pages")?.unwrap_or(0),
+            zero_pages: self.optional(ZERO_PAGES)?.unwrap_or(0),
             full_scans: self.number("full_scans")?,
             pages_to_scan: self.number(PAGES_TO_SCAN)?,
             sleep_millisecs: self.number(SLEEP)?,
