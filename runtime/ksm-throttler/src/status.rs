@@ -97,7 +97,7 @@ impl fmt::Display for Status {
         let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
         let daemon = match self.daemon {
             Daemon::Running => "running",
-            Daemon::Absent => "not running; start bulkhead-ksm-throttler, or nothing new is merged",
+            Daemon::Absent => "not running: nothing wakes ksmd when a pod starts",
             Daemon::Unknown => "cannot be told: its socket is for root",
         };
         writeln!(f, "daemon:     {daemon}")?;
