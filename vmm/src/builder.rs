@@ -245,8 +245,8 @@ impl Machine {
         }
         state.vm.restore_irqchips(self.vm.fd())?;
         let xsave_size = xsave_size(&self.kvm);
-        for (vcpu, state) in self.vcpus.iter().zip(&state.vcpus) {
-            state.restore(&lock(vcpu), xsave_size)?;
+        for (index, (vcpu, state)) in self.vcpus.iter().zip(&state.vcpus).enumerate() {
+            state.restore(&lock(vcpu), xsave_size, index == 0)?;
         }
         for (index, (function, state)) in self.functions.iter().zip(&state.functions).enumerate() {
             function

@@ -4,6 +4,7 @@
 //! time, where they do not depend on what else this machine does.
 
 pub mod boot;
+pub mod clone;
 pub mod memory;
 pub mod size;
 pub mod start;
@@ -170,6 +171,7 @@ pub fn run(tell: &mut dyn FnMut(Result<Figure>)) -> Result<()> {
     group(size::figures(&bench));
     group(boot::exits(&bench).context("boot-exits"));
     group(boot::syscalls(&bench).context("boot-syscalls"));
+    group(clone::figures(&bench).context("snapshot-create, vmm-restore"));
     group(start::ctr_run(&bench).context("ctr-run, boot"));
     group(start::run(&bench).context("run"));
     group(memory::figures(&bench).context("host-private, guest-private"));

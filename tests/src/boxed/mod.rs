@@ -38,8 +38,8 @@ pub use kernel::{fetch as fetch_kernel, Kernel};
 pub use mux::{Event, Input, Mux, Session};
 pub use proto::{Exit, Ready};
 
-/// Lines of console in an error.
-const CONSOLE_LINES: usize = 40;
+/// Lines of console in an error: a panic with its call trace takes about 60.
+const CONSOLE_LINES: usize = 100;
 
 /// How to build a box.
 #[derive(Clone, Debug)]

@@ -131,8 +131,14 @@ impl VcpuState {
         found.map(|(_, value)| *value)
     }
 
-    /// Writes it to a new vCPU.
-    pub fn restore(&self, vcpu: &VcpuFd, xsave_size: usize) -> Result<(), KvmError> {
+    /// Writes it to a new vCPU; `set_apart`: no other has
+    /// its state yet.
+    pub fn restore(
+        &self,
+        vcpu: &VcpuFd,
+        xsave_size: usize,
+        set_apart: bool,
+    ) -> Result<(), KvmError> {
         let cpuid = CpuId::from_entries(&self.cpuid)
             .map_err(|_| KvmError::unfit("CPUID", "too many entries"))?;
         vcpu.set_cpuid2(&cpuid).map_err(failed("CPUID"))?;
@@ -150,9 +156,24 @@ impl VcpuState {
         vcpu.set_lapic(&self.lapic).map_err(failed("local APIC"))?;
         let last = |(index, _): &&(u32, u64)| *index == MSR_TSC_DEADLINE;
         let first: Vec<_> = self.msrs.iter().filter(|m| !last(m)).copied().collect();
+        if set_apart {
+            self.part_from_start(vcpu)?;
+        }
         write_msrs(vcpu, &first)?;
         self.restore_deadline(vcpu)?;
         vcpu.set_vcpu_events(&self.events).map_err(failed("events"))
+    }
+
+    /// Kernels before 6.8 take a write to a TSC for one that is to agree with
+    /// the last, if both are less than a second apart, and leave it as it is.
+    /// The last is the new machine's zero, and a guest may well be younger than
+    /// a second. So a far value comes between. For the other vCPUs agreeing is
+    /// right.
+    fn part_from_start(&self, vcpu: &VcpuFd) -> Result<(), KvmError> {
+        const FAR_SECONDS: u64 = 20;
+        let tsc = self.msr(MSR_TSC).unwrap_or(0);
+        let far = tsc.wrapping_add(u64::from(self.tsc_khz) * 1000 * FAR_SECONDS);
+        write_msrs(vcpu, &[(MSR_TSC, far)])
     }
 
     /// A guest that counts time by its TSC must find it as fast as it was.
