@@ -267,14 +267,18 @@ impl Machine {
         Ok(())
     }
 
-    /// Makes vCPUs, then loops rest. False when a vCPU does not: the machine
-    /// is about to end.
+    /// Makes vCPUs, then loops rest. False, and all go on, when one does not:
+    /// the machine is about to end, or waits for the host.
     pub fn pause(&mut self) -> bool {
         if !self.paused {
             if !self.shared.rest.begin(&self.threads) {
                 return false;
             }
-            self.loops.iter().for_each(EventLoop::pause);
+            if !self.loops.iter().all(EventLoop::pause) {
+                self.loops.iter().for_each(EventLoop::resume);
+                self.shared.rest.end();
+                return false;
+            }
             self.paused = true;
         }
         true
@@ -514,8 +518,11 @@ impl Plug<'_> {
     fn event_loop(&self, name: &str) -> Result<EventLoop, BuildError> {
         let event_loop =
             EventLoop::spawn(name).map_err(system("event loop could not be started"))?;
-        if self.paused {
-            event_loop.pause();
+        if self.paused && !event_loop.pause() {
+            // It has nothing to do yet.
+            return Err(system("event loop does not rest")(
+                io::ErrorKind::TimedOut.into(),
+            ));
         }
         Ok(event_loop)
     }

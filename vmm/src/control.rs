@@ -206,7 +206,7 @@ impl Server {
             Ok(true) => Outcome::Done,
             Ok(false) => Outcome::Failed(Failure {
                 kind: FailureKind::WrongState,
-                message: "pause is not possible: a vCPU has ended or does not leave the guest"
+                message: "pause is not possible: a vCPU has ended or does not leave the guest, or a device waits for the host"
                     .into(),
             }),
             Err(outcome) => outcome,

@@ -12,6 +12,7 @@ use std::{
     os::fd::{AsRawFd, RawFd},
     sync::{Arc, Condvar, Mutex, MutexGuard, Weak},
     thread,
+    time::Duration,
 };
 
 use vmm_sys_util::{
@@ -34,6 +35,9 @@ struct Registration {
     handler: HandlerRef,
     token: u32,
 }
+
+/// How long what a loop is at may take, when it is to rest.
+const REST_WITHIN: Duration = Duration::from_secs(5);
 
 /// Lets a loop work, or rest between two events.
 #[derive(Default)]
@@ -71,15 +75,21 @@ impl Gate {
         }
     }
 
-    /// Returns once nothing is being handled.
-    fn close(&self) {
+    /// Returns once nothing is being handled; false, and open again, when that
+    /// takes longer than `limit`.
+    fn close(&self, limit: Duration) -> bool {
         let mut state = self.lock();
         state.closed = true;
-        drop(
-            self.changed
-                .wait_while(state, |state| state.working)
-                .expect("no holder of the gate panics"),
-        );
+        let (mut state, _) = self
+            .changed
+            .wait_timeout_while(state, limit, |state| state.working)
+            .expect("no holder of the gate panics");
+        let resting = !state.working;
+        if !resting {
+            state.closed = false;
+            self.changed.notify_all();
+        }
+        resting
     }
 
     fn open(&self) {
@@ -185,9 +195,12 @@ impl EventLoop {
     }
 
     /// Makes the loop rest; nothing is being handled when this returns. What
-    /// becomes ready meanwhile is handled after [`Self::resume`].
-    pub fn pause(&self) {
-        self.handle.shared.gate.close();
+    /// becomes ready meanwhile is handled after [`Self::resume`]. False, and
+    /// the loop works on, when it is held up: a guest may have asked for a file
+    /// that blocks for ever.
+    #[must_use]
+    pub fn pause(&self) -> bool {
+        self.handle.shared.gate.close(REST_WITHIN)
     }
 
     /// Lets it work again.
