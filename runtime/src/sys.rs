@@ -17,6 +17,30 @@ use std::{
 use bulkhead_vmm_api::Channel;
 use tokio::io::{unix::AsyncFd, Interest};
 
+/// Lets the child die with the thread that spawns it.
+pub fn die_with_parent(command: &mut Command) {
+    let parent = std::process::id();
+    // SAFETY: between fork and exec only system calls are made, which are
+    // async-signal-safe, and nothing is allocated.
+    unsafe {
+        command.pre_exec(move || die_with(parent));
+    }
+}
+
+/// A child's, between fork and exec: dies with its parent from here on.
+fn die_with(parent: u32) -> io::Result<()> {
+    // SAFETY: takes no pointers.
+    if unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // The parent may have died before.
+    // SAFETY: takes nothing and cannot fail.
+    if unsafe { libc::getppid() }.unsigned_abs() != parent {
+        return Err(io::Error::from_raw_os_error(libc::ESRCH));
+    }
+    Ok(())
+}
+
 /// Lets the child inherit `fd` under its number, and die with the thread that
 /// spawns it. Its parent's other descriptors are close-on-exec. With
 /// `own_network` it gets a network namespace, which is empty.
@@ -29,13 +53,7 @@ pub fn inherit_and_die_with_parent(command: &mut Command, fd: BorrowedFd<'_>, ow
     // it still holds it.
     unsafe {
         command.pre_exec(move || {
-            if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) != 0 {
-                return Err(io::Error::last_os_error());
-            }
-            // The parent may have died before.
-            if libc::getppid().unsigned_abs() != parent {
-                return Err(io::Error::from_raw_os_error(libc::ESRCH));
-            }
+            die_with(parent)?;
             if own_network && libc::unshare(libc::CLONE_NEWNET) != 0 {
                 return Err(io::Error::last_os_error());
             }

@@ -141,6 +141,8 @@ fn spawn(hook: &Hook, bundle: &Path) -> io::Result<Running> {
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .stderr(Stdio::piped());
+    // Nobody would end it at its timeout, nor tell anybody how it ended.
+    sys::die_with_parent(&mut command);
     // Held meanwhile, so that nobody sees the child without its being known.
     let mut running = running();
     let child = command.spawn()?;
