@@ -19,7 +19,11 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::{cgroup, mount, network, process};
+use super::{
+    cgroup, mount,
+    network::{self, NamespaceId},
+    process,
+};
 
 /// Name of the journal in a sandbox's directory.
 pub const FILE_NAME: &str = "journal";
@@ -67,6 +71,9 @@ pub enum Resource {
     Tap {
         /// Path of the namespace.
         netns: PathBuf,
+        /// Which one was there when it was made.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        namespace: Option<NamespaceId>,
         /// Interface name.
         name: String,
     },
@@ -74,6 +81,9 @@ pub enum Resource {
     TrafficRedirect {
         /// Path of the namespace.
         netns: PathBuf,
+        /// Which one was there when it was made.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        namespace: Option<NamespaceId>,
         /// Interface name.
         device: String,
     },
@@ -92,8 +102,16 @@ impl Resource {
             Self::Process { pid, start_time } => process::kill(*pid, *start_time),
             Self::Cgroup { path } => cgroup::remove(path),
             Self::CgroupParent { path } => cgroup::remove_parent(path),
-            Self::Tap { netns, name } => network::remove_tap(netns, name),
-            Self::TrafficRedirect { netns, device } => network::remove_redirect(netns, device),
+            // One that is gone took all in it along; what has come to its path
+            // since is somebody else's.
+            Self::Tap {
+                netns, namespace, ..
+            }
+            | Self::TrafficRedirect {
+                netns, namespace, ..
+            } if namespace.is_some() && NamespaceId::of(netns) != *namespace => Ok(()),
+            Self::Tap { netns, name, .. } => network::remove_tap(netns, name),
+            Self::TrafficRedirect { netns, device, .. } => network::remove_redirect(netns, device),
         }
     }
 }
@@ -272,6 +290,28 @@ mod tests {
         assert!(result.is_err());
         assert!(Journal::entries(&dir).unwrap().is_empty());
         std::fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn what_has_come_to_a_namespaces_path_since_is_left_alone() {
+        let tap = |namespace| Resource::Tap {
+            netns: "/proc/self/ns/net".into(),
+            namespace,
+            name: "bh-never-was".into(),
+        };
+        // Of another namespace: this one is not even entered, which a test
+        // may not be allowed to.
+        let other = NamespaceId::of(Path::new("/"));
+        assert!(other.is_some());
+        tap(other).release().unwrap();
+        let line = Line::Take {
+            id: EntryId(1),
+            what: tap(None),
+        };
+        // As before there were any, and after.
+        let old = serde_json::to_string(&line).unwrap();
+        assert!(!old.contains("namespace"), "{old}");
+        assert!(serde_json::from_str::<Line>(&old).is_ok());
     }
 
     #[test]

@@ -21,6 +21,7 @@ use std::{
 
 use bulkhead_agent_protocol::agent;
 use nix::sched::{setns, unshare, CloneFlags};
+use serde::{Deserialize, Serialize};
 
 use self::netlink::Netlink;
 use super::journal::{Journal, Resource};
@@ -107,6 +108,7 @@ pub fn attach(netns: &Path, journal: &Journal) -> Result<Network, NetworkError> 
     if is_own_namespace(netns) {
         return Err(NetworkError::HostNetwork { path: netns.into() });
     }
+    let namespace = NamespaceId::of(netns);
     within(netns, |netlink| async move {
         let scan = scan::scan(&netlink).await?;
         let mut network = Network {
@@ -118,6 +120,7 @@ pub fn attach(netns: &Path, journal: &Journal) -> Result<Network, NetworkError> 
             let name = format!("{TAP_PREFIX}{number}");
             journal.record(Resource::Tap {
                 netns: netns.into(),
+                namespace,
                 name: name.clone(),
             })?;
             let tap = sys::open_tap(&name).map_err(|source| NetworkError::System {
@@ -128,6 +131,7 @@ pub fn attach(netns: &Path, journal: &Journal) -> Result<Network, NetworkError> 
             netlink.bring_up(tap_index, &name, link.mtu).await?;
             journal.record(Resource::TrafficRedirect {
                 netns: netns.into(),
+                namespace,
                 device: link.name.clone(),
             })?;
             netlink.redirect(link.index, &link.name, tap_index).await?;
@@ -201,13 +205,26 @@ where
 }
 
 fn is_own_namespace(netns: &Path) -> bool {
-    use std::os::unix::fs::MetadataExt;
-    match (
-        std::fs::metadata(netns),
-        std::fs::metadata("/proc/self/ns/net"),
-    ) {
-        (Ok(theirs), Ok(ours)) => theirs.ino() == ours.ino() && theirs.dev() == ours.dev(),
-        _ => false,
+    let own = NamespaceId::of(Path::new("/proc/self/ns/net"));
+    own.is_some() && NamespaceId::of(netns) == own
+}
+
+/// Tells a namespace from another that has come to its path since.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NamespaceId {
+    device: u64,
+    inode: u64,
+}
+
+impl NamespaceId {
+    /// Of what is at the path now.
+    pub fn of(netns: &Path) -> Option<Self> {
+        use std::os::unix::fs::MetadataExt;
+        let found = std::fs::metadata(netns).ok()?;
+        Some(Self {
+            device: found.dev(),
+            inode: found.ino(),
+        })
     }
 }
 
