@@ -293,28 +293,6 @@ mod tests {
     }
 
     #[test]
-    fn what_has_come_to_a_namespaces_path_since_is_left_alone() {
-        let tap = |namespace| Resource::Tap {
-            netns: "/proc/self/ns/net".into(),
-            namespace,
-            name: "bh-never-was".into(),
-        };
-        // Of another namespace: this one is not even entered, which a test
-        // may not be allowed to.
-        let other = NamespaceId::of(Path::new("/"));
-        assert!(other.is_some());
-        tap(other).release().unwrap();
-        let line = Line::Take {
-            id: EntryId(1),
-            what: tap(None),
-        };
-        // As before there were any, and after.
-        let old = serde_json::to_string(&line).unwrap();
-        assert!(!old.contains("namespace"), "{old}");
-        assert!(serde_json::from_str::<Line>(&old).is_ok());
-    }
-
-    #[test]
     fn release_all_gives_back_newest_first_and_twice() {
         let dir = scratch("release");
         let journal = Journal::create(&dir).unwrap();

@@ -245,3 +245,23 @@ fn releasing_in_a_namespace_that_is_gone_is_success() {
     remove_tap(gone, "bhtap0").unwrap();
     remove_redirect(gone, "eth0").unwrap();
 }
+
+#[test]
+fn what_has_come_to_a_namespaces_path_since_is_left_alone() {
+    let Some(namespace) = Namespace::new("since") else {
+        return;
+    };
+    namespace.ip("link add bhtap0 type veth peer name bhpeer0");
+    let there = || output(&format!("ip -n {} link", namespace.name)).contains("bhtap0");
+    let tap = |id| Resource::Tap {
+        netns: namespace.path(),
+        namespace: id,
+        name: "bhtap0".into(),
+    };
+    let other = NamespaceId::of(Path::new("/"));
+    assert!(other.is_some());
+    tap(other).release().unwrap();
+    assert!(there(), "it belongs to somebody else");
+    tap(NamespaceId::of(&namespace.path())).release().unwrap();
+    assert!(!there());
+}
