@@ -11,8 +11,8 @@ use anyhow::{bail, Context, Result};
 use bulkhead_agent_protocol::{AGENT_PORT, SHARED_TAG};
 use bulkhead_runtime::hypervisor::cmdline;
 use bulkhead_vmm_api::{
-    Call, Channel, Event, Exits, FromVmm, FsCache, FsConfig, KernelConfig, Outcome, PmemConfig,
-    Request, RestoreConfig, SnapshotFiles, VmConfig, VsockConfig,
+    Call, Channel, DeviceConfigs, Event, Exits, FromVmm, FsCache, FsConfig, KernelConfig, Outcome,
+    PmemConfig, Request, RestoreConfig, SnapshotFiles, VmConfig, VsockConfig,
 };
 use nix::fcntl::{fcntl, FcntlArg, FdFlag};
 use nix::sys::socket::{setsockopt, sockopt::ReceiveTimeout};
@@ -142,12 +142,7 @@ impl Vmm {
                 initrd: None,
             },
             serial: Some(0),
-            pmem: devices.pmem,
-            fs: devices.fs,
-            vsock: Some(devices.vsock),
-            net: Vec::new(),
-            blk: Vec::new(),
-            rng: true,
+            devices: devices.config,
         };
         self.call(Call::Configure(Box::new(config)), &fds)?;
         self.call(Call::Boot, &[])?;
@@ -192,12 +187,7 @@ impl Vmm {
                 memory: first + 1,
             },
             serial: Some(0),
-            pmem: devices.pmem,
-            fs: devices.fs,
-            vsock: Some(devices.vsock),
-            net: Vec::new(),
-            blk: Vec::new(),
-            rng: true,
+            devices: devices.config,
         };
         self.call(Call::Restore(Box::new(config)), &fds)?;
         self.call(Call::Resume, &[])?;
@@ -208,9 +198,7 @@ impl Vmm {
 /// A pod's devices.
 struct Devices {
     fds: Vec<OwnedFd>,
-    pmem: Vec<PmemConfig>,
-    fs: Vec<FsConfig>,
-    vsock: VsockConfig,
+    config: DeviceConfigs,
 }
 
 impl Devices {
@@ -227,21 +215,24 @@ impl Devices {
                 File::open(products.image())?.into(),
                 File::open(shared)?.into(),
             ],
-            pmem: vec![PmemConfig {
-                id: "image".into(),
-                file: 1,
-                read_only: true,
-            }],
-            fs: vec![FsConfig {
-                tag: SHARED_TAG.into(),
-                directory: 2,
-                cache: FsCache::Auto,
-            }],
-            vsock: VsockConfig {
-                cid: 3,
-                listener: None,
-                uds_path: vsock_path(dir),
-                ready_port: Some(AGENT_PORT),
+            config: DeviceConfigs {
+                pmem: vec![PmemConfig {
+                    id: "image".into(),
+                    file: 1,
+                    read_only: true,
+                }],
+                fs: vec![FsConfig {
+                    tag: SHARED_TAG.into(),
+                    directory: 2,
+                    cache: FsCache::Auto,
+                }],
+                vsock: Some(VsockConfig {
+                    cid: 3,
+                    listener: None,
+                    uds_path: vsock_path(dir),
+                    ready_port: Some(AGENT_PORT),
+                }),
+                ..DeviceConfigs::default()
             },
         })
     }

@@ -17,8 +17,8 @@ use std::{
 
 use anyhow::{bail, Context, Result};
 use bulkhead_vmm_api::{
-    Call, Channel, ChannelError, FromVmm, FsCache, FsConfig, KernelConfig, Outcome, PmemConfig,
-    Request, VmConfig, VsockConfig,
+    Call, Channel, ChannelError, DeviceConfigs, FromVmm, FsCache, FsConfig, KernelConfig, Outcome,
+    PmemConfig, Request, VmConfig, VsockConfig,
 };
 
 fn main() -> Result<()> {
@@ -33,12 +33,7 @@ fn main() -> Result<()> {
             initrd: None,
         },
         serial: Some(0),
-        pmem: vec![],
-        fs: vec![],
-        vsock: None,
-        net: vec![],
-        blk: vec![],
-        rng: true,
+        devices: DeviceConfigs::default(),
     };
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
@@ -64,7 +59,7 @@ fn main() -> Result<()> {
             }
             "--image" => {
                 fds.push(open(&value)?);
-                config.pmem.push(PmemConfig {
+                config.devices.pmem.push(PmemConfig {
                     id: "image".into(),
                     file: index,
                     read_only: true,
@@ -72,7 +67,7 @@ fn main() -> Result<()> {
             }
             "--share" => {
                 fds.push(open(&value)?);
-                config.fs.push(FsConfig {
+                config.devices.fs.push(FsConfig {
                     tag: "shared".into(),
                     directory: index,
                     cache: FsCache::Auto,
@@ -81,7 +76,7 @@ fn main() -> Result<()> {
             "--vsock" => {
                 let listener = std::os::unix::net::UnixListener::bind(&value)?;
                 fds.push(listener.into());
-                config.vsock = Some(VsockConfig {
+                config.devices.vsock = Some(VsockConfig {
                     cid: 3,
                     listener: Some(index),
                     uds_path: value,

@@ -7,8 +7,8 @@ use std::{
 };
 
 use bulkhead_vmm_api::{
-    BlkConfig, FailureKind, FdIndex, FsConfig, NetConfig, PmemConfig, RestoreConfig, SnapshotFiles,
-    VmConfig, VsockConfig,
+    BlkConfig, DeviceConfigs, FailureKind, FdIndex, FsConfig, NetConfig, PmemConfig, RestoreConfig,
+    SnapshotFiles, VmConfig, VsockConfig,
 };
 use nix::fcntl::{fcntl, FcntlArg, OFlag};
 
@@ -173,17 +173,7 @@ impl Resources {
             cmdline,
             initrd,
             serial: fds.serial(config.serial)?,
-            devices: Devices::new(
-                Wanted {
-                    pmem: config.pmem,
-                    fs: config.fs,
-                    vsock: config.vsock,
-                    net: config.net,
-                    blk: config.blk,
-                    rng: config.rng,
-                },
-                &mut fds,
-            )?,
+            devices: Devices::new(config.devices, &mut fds)?,
         })
     }
 }
@@ -196,17 +186,7 @@ impl RestoreResources {
             state: fds.file(config.snapshot.state, "snapshot.state")?,
             memory: fds.file(config.snapshot.memory, "snapshot.memory")?,
             serial: fds.serial(config.serial)?,
-            devices: Devices::new(
-                Wanted {
-                    pmem: config.pmem,
-                    fs: config.fs,
-                    vsock: config.vsock,
-                    net: config.net,
-                    blk: config.blk,
-                    rng: config.rng,
-                },
-                &mut fds,
-            )?,
+            devices: Devices::new(config.devices, &mut fds)?,
         })
     }
 }
@@ -223,18 +203,8 @@ pub fn snapshot_files(
     ))
 }
 
-/// The part of a request that is about devices.
-struct Wanted {
-    pmem: Vec<PmemConfig>,
-    fs: Vec<FsConfig>,
-    vsock: Option<VsockConfig>,
-    net: Vec<NetConfig>,
-    blk: Vec<BlkConfig>,
-    rng: bool,
-}
-
 impl Devices {
-    fn new(wanted: Wanted, fds: &mut Descriptors) -> Result<Self, ConfigError> {
+    fn new(wanted: DeviceConfigs, fds: &mut Descriptors) -> Result<Self, ConfigError> {
         let mut pmem = Vec::new();
         for device in wanted.pmem {
             let field = format!("pmem {:?}", device.id);
@@ -336,12 +306,10 @@ mod tests {
                 initrd: None,
             },
             serial: None,
-            pmem: vec![],
-            fs: vec![],
-            vsock: None,
-            net: vec![],
-            blk: vec![],
-            rng: false,
+            devices: DeviceConfigs {
+                rng: false,
+                ..DeviceConfigs::default()
+            },
         }
     }
 
@@ -367,7 +335,7 @@ mod tests {
         assert!(refused(|c| c.kernel.cmdline = "a\nb".into()).starts_with("kernel.cmdline:"));
         assert!(refused(|c| c.kernel.cmdline = "a".repeat(2048)).starts_with("kernel.cmdline:"));
         assert!(refused(|c| {
-            c.vsock = Some(VsockConfig {
+            c.devices.vsock = Some(VsockConfig {
                 cid: 2,
                 listener: None,
                 uds_path: "/x".into(),

@@ -20,8 +20,8 @@ use std::{
 
 use async_trait::async_trait;
 use bulkhead_vmm_api::{
-    Call, Channel, ChannelError, FdIndex, FsCache, FsConfig, KernelConfig, NetConfig, Outcome,
-    PmemConfig, Request, Timeline, VmConfig, VsockConfig,
+    Call, Channel, ChannelError, DeviceConfigs, FdIndex, FsCache, FsConfig, KernelConfig,
+    NetConfig, Outcome, PmemConfig, Request, Timeline, VmConfig, VsockConfig,
 };
 use rustix::{
     fs::{fcntl_setfl, OFlags},
@@ -313,34 +313,36 @@ fn describe(machine: &Machine) -> (VmConfig, Vec<&OwnedFd>) {
             initrd: None,
         },
         serial: Some(pass(&machine.console)),
-        pmem: vec![PmemConfig {
-            id: "image".into(),
-            file: pass(&machine.image),
-            read_only: true,
-        }],
-        fs: vec![FsConfig {
-            tag: bulkhead_agent_protocol::SHARED_TAG.into(),
-            directory: pass(&machine.shared),
-            cache: FsCache::Auto,
-        }],
-        vsock: Some(VsockConfig {
-            cid: GUEST_CID,
-            listener: Some(pass(listener)),
-            uds_path: path.to_string_lossy().into_owned(),
-            ready_port: Some(*ready_port),
-        }),
-        net: machine
-            .nics
-            .iter()
-            .map(|nic| NetConfig {
-                id: nic.id.clone(),
-                tap: pass(&nic.tap),
-                mac: nic.mac,
-                mtu: Some(nic.mtu),
-            })
-            .collect(),
-        blk: Vec::new(),
-        rng: true,
+        devices: DeviceConfigs {
+            pmem: vec![PmemConfig {
+                id: "image".into(),
+                file: pass(&machine.image),
+                read_only: true,
+            }],
+            fs: vec![FsConfig {
+                tag: bulkhead_agent_protocol::SHARED_TAG.into(),
+                directory: pass(&machine.shared),
+                cache: FsCache::Auto,
+            }],
+            vsock: Some(VsockConfig {
+                cid: GUEST_CID,
+                listener: Some(pass(listener)),
+                uds_path: path.to_string_lossy().into_owned(),
+                ready_port: Some(*ready_port),
+            }),
+            net: machine
+                .nics
+                .iter()
+                .map(|nic| NetConfig {
+                    id: nic.id.clone(),
+                    tap: pass(&nic.tap),
+                    mac: nic.mac,
+                    mtu: Some(nic.mtu),
+                })
+                .collect(),
+            blk: Vec::new(),
+            rng: true,
+        },
     };
     (config, fds)
 }

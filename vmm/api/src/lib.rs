@@ -140,6 +140,15 @@ pub struct VmConfig {
     /// guest: what cannot be written at once is dropped and counted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serial: Option<FdIndex>,
+    /// What is on the PCI bus.
+    #[serde(default)]
+    pub devices: DeviceConfigs,
+}
+
+/// The devices on the PCI bus, in this order.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeviceConfigs {
     /// Persistent memory devices, in PCI order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub pmem: Vec<PmemConfig>,
@@ -158,6 +167,20 @@ pub struct VmConfig {
     /// Whether the guest gets an entropy device.
     #[serde(default = "yes")]
     pub rng: bool,
+}
+
+impl Default for DeviceConfigs {
+    /// An entropy device, as where nothing is said.
+    fn default() -> Self {
+        Self {
+            pmem: Vec::new(),
+            fs: Vec::new(),
+            vsock: None,
+            net: Vec::new(),
+            blk: Vec::new(),
+            rng: yes(),
+        }
+    }
 }
 
 fn yes() -> bool {
@@ -188,25 +211,12 @@ pub struct RestoreConfig {
     /// As [`VmConfig::serial`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serial: Option<FdIndex>,
-    /// As [`VmConfig::pmem`]; each file must have the size it had.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub pmem: Vec<PmemConfig>,
-    /// As [`VmConfig::fs`].
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub fs: Vec<FsConfig>,
-    /// As [`VmConfig::vsock`]. The guest's connections are reset; its context
-    /// id may be another.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub vsock: Option<VsockConfig>,
-    /// As [`VmConfig::net`]; the guest keeps its hardware address and MTU.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub net: Vec<NetConfig>,
-    /// As [`VmConfig::blk`]. A guest whose disk has another size is told.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub blk: Vec<BlkConfig>,
-    /// As [`VmConfig::rng`].
-    #[serde(default = "yes")]
-    pub rng: bool,
+    /// Each pmem file must have the size it had. The guest's vsock connections
+    /// are reset, and its context id may be another. It keeps the hardware
+    /// address and MTU of its net devices. It is told when a disk has another
+    /// size.
+    #[serde(default)]
+    pub devices: DeviceConfigs,
 }
 
 /// What to boot.
@@ -443,12 +453,7 @@ mod tests {
                     initrd: None,
                 },
                 serial: Some(1),
-                pmem: vec![],
-                fs: vec![],
-                vsock: None,
-                net: vec![],
-                blk: vec![],
-                rng: true,
+                devices: DeviceConfigs::default(),
             })),
         };
         let text = serde_json::to_string(&request).unwrap();

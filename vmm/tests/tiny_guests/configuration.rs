@@ -48,7 +48,7 @@ fn a_bad_configuration_is_refused_by_its_fields_name() {
         ("serial: ", InvalidRequest, |s| s.config.serial = Some(9)),
         ("pmem \"image\": ", BadResource, |s| {
             let file = s.pass(zeros(4096));
-            s.config.pmem.push(PmemConfig {
+            s.config.devices.pmem.push(PmemConfig {
                 id: "image".into(),
                 file,
                 read_only: true,
@@ -56,7 +56,7 @@ fn a_bad_configuration_is_refused_by_its_fields_name() {
         }),
         ("blk \"disk\": ", BadResource, |s| {
             let file = s.pass(zeros(513));
-            s.config.blk.push(BlkConfig {
+            s.config.devices.blk.push(BlkConfig {
                 id: "disk".into(),
                 file,
                 read_only: true,
@@ -64,21 +64,21 @@ fn a_bad_configuration_is_refused_by_its_fields_name() {
         }),
         ("fs \"\": ", InvalidRequest, |s| {
             let directory = s.pass(File::open("/").unwrap());
-            s.config.fs.push(FsConfig {
+            s.config.devices.fs.push(FsConfig {
                 tag: String::new(),
                 directory,
                 cache: FsCache::Auto,
             });
         }),
         ("fs \"shared\": ", InvalidRequest, |s| {
-            s.config.fs.push(FsConfig {
+            s.config.devices.fs.push(FsConfig {
                 tag: "shared".into(),
                 directory: 0,
                 cache: FsCache::Auto,
             });
         }),
         ("vsock.cid: 2", InvalidRequest, |s| {
-            s.config.vsock = Some(VsockConfig {
+            s.config.devices.vsock = Some(VsockConfig {
                 cid: 2,
                 listener: None,
                 uds_path: "/nowhere".into(),
@@ -86,7 +86,7 @@ fn a_bad_configuration_is_refused_by_its_fields_name() {
             });
         }),
         ("vsock.listener: ", InvalidRequest, |s| {
-            s.config.vsock = Some(VsockConfig {
+            s.config.devices.vsock = Some(VsockConfig {
                 cid: 3,
                 listener: Some(5),
                 uds_path: "/nowhere".into(),
@@ -95,7 +95,7 @@ fn a_bad_configuration_is_refused_by_its_fields_name() {
         }),
         ("net \"eth0\": ", InvalidRequest, |s| {
             let tap = s.pass(zeros(0));
-            s.config.net.push(NetConfig {
+            s.config.devices.net.push(NetConfig {
                 id: "eth0".into(),
                 tap,
                 mac: [1, 0, 0, 0, 0, 1],
@@ -167,7 +167,7 @@ fn devices_that_cannot_be_made_are_named() {
     }
     let mut setup = Setup::new(kernel());
     let directory = setup.pass(contents(b"no directory"));
-    setup.config.fs.push(FsConfig {
+    setup.config.devices.fs.push(FsConfig {
         tag: "shared".into(),
         directory,
         cache: FsCache::Auto,

@@ -137,31 +137,31 @@ fn devices_are_on_the_bus_in_their_order() {
     let directory = TempDir::new().unwrap();
     let listener = UnixListener::bind(directory.as_path().join("vsock")).unwrap();
     let file = setup.pass(zeros(2 << 20));
-    setup.config.pmem.push(PmemConfig {
+    setup.config.devices.pmem.push(PmemConfig {
         id: "image".into(),
         file,
         read_only: true,
     });
     let shared = setup.pass(std::fs::File::open(directory.as_path()).unwrap());
-    setup.config.fs.push(FsConfig {
+    setup.config.devices.fs.push(FsConfig {
         tag: "shared".into(),
         directory: shared,
         cache: FsCache::Auto,
     });
     let listener = setup.pass(listener);
-    setup.config.vsock = Some(VsockConfig {
+    setup.config.devices.vsock = Some(VsockConfig {
         cid: 3,
         listener: Some(listener),
         uds_path: "/nowhere".into(),
         ready_port: None,
     });
     let file = setup.pass(zeros(512));
-    setup.config.blk.push(BlkConfig {
+    setup.config.devices.blk.push(BlkConfig {
         id: "disk".into(),
         file,
         read_only: false,
     });
-    setup.config.rng = true;
+    setup.config.devices.rng = true;
     let mut serial = setup.serial();
     let mut vmm = Vmm::run(&setup);
     drop(setup);

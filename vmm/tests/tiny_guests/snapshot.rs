@@ -207,7 +207,7 @@ fn devices_must_be_those_of_the_snapshot() {
         read_only: true,
     };
     let file = setup.pass(zeros(2 << 20));
-    setup.config.pmem.push(pmem(file));
+    setup.config.devices.pmem.push(pmem(file));
     let mut vmm = Vmm::run(&setup);
     let snapshot = vmm.snapshot().unwrap();
 
@@ -215,13 +215,13 @@ fn devices_must_be_those_of_the_snapshot() {
         Vmm::restore(&snapshot, |config, fds| {
             fds.push(file.into());
             if blk {
-                config.blk.push(BlkConfig {
+                config.devices.blk.push(BlkConfig {
                     id: "b".into(),
                     file: 2,
                     read_only: true,
                 });
             } else {
-                config.pmem.push(pmem(2));
+                config.devices.pmem.push(pmem(2));
             }
         })
         .map(drop)

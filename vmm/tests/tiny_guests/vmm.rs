@@ -13,8 +13,8 @@ use std::{
 };
 
 use bulkhead_vmm_api::{
-    Call, Channel, ChannelError, Event, Failure, FailureKind, FromVmm, KernelConfig, Outcome,
-    Request, RestoreConfig, SnapshotFiles, Status, VmConfig,
+    Call, Channel, ChannelError, DeviceConfigs, Event, Failure, FailureKind, FromVmm, KernelConfig,
+    Outcome, Request, RestoreConfig, SnapshotFiles, Status, VmConfig,
 };
 use nix::sys::{
     socket::{setsockopt, sockopt::ReceiveTimeout},
@@ -59,12 +59,10 @@ impl Setup {
                     initrd: None,
                 },
                 serial: None,
-                pmem: vec![],
-                fs: vec![],
-                vsock: None,
-                net: vec![],
-                blk: vec![],
-                rng: false,
+                devices: DeviceConfigs {
+                    rng: false,
+                    ..DeviceConfigs::default()
+                },
             },
             fds: vec![kernel.into()],
         }
@@ -196,12 +194,10 @@ impl Vmm {
                 memory: 1,
             },
             serial: None,
-            pmem: vec![],
-            fs: vec![],
-            vsock: None,
-            net: vec![],
-            blk: vec![],
-            rng: false,
+            devices: DeviceConfigs {
+                rng: false,
+                ..DeviceConfigs::default()
+            },
         };
         change(&mut config, &mut fds);
         done(vmm.request(Call::Restore(Box::new(config)), &fds))?;
