@@ -23,6 +23,6 @@ pub mod listing;
 pub mod proc;
 mod sys;
 pub mod timeline;
+pub mod vmm;
 
 pub use sys::{in_terminal, kvm_create_vm, set_window_size, window_size, Mergeable};
-pub mod vmm;

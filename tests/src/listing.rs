@@ -23,6 +23,9 @@ pub struct Process {
     pub zombie: bool,
 }
 
+/// The flag of the kernel's own threads in `/proc/PID/stat` (`PF_KTHREAD`).
+const KERNEL_THREAD: u32 = 0x0020_0000;
+
 /// All processes but the kernel's own threads.
 pub fn processes() -> Vec<Process> {
     let Ok(entries) = fs::read_dir("/proc") else {
@@ -40,8 +43,8 @@ pub fn process(pid: u32) -> Option<Process> {
     // The name is in parentheses and may hold anything, also parentheses.
     let (name, rest) = stat.rsplit_once(')')?;
     let fields: Vec<&str> = rest.split_whitespace().collect();
-    let parent = fields.get(1)?;
-    if *parent == "2" || pid == 2 {
+    let flags: u32 = fields.get(6)?.parse().ok()?;
+    if flags & KERNEL_THREAD != 0 {
         return None;
     }
     let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
@@ -170,21 +173,35 @@ pub fn by_program(name: &str) -> Vec<Process> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{Read, Write};
+    use std::process::Stdio;
+
     use super::*;
 
     #[test]
     fn a_new_process_shows_and_its_end_too() {
         let before = Listing::take(&[]);
-        let mut child = Command::new("sleep").arg("77.25").spawn().unwrap();
+        let mut child = Command::new("cat")
+            .arg("-u")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        // A process that has just been started may not have its command line
+        // yet: one that answers has.
+        child.stdin.as_mut().unwrap().write_all(b"x").unwrap();
+        let mut answer = [0];
+        child
+            .stdout
+            .as_mut()
+            .unwrap()
+            .read_exact(&mut answer)
+            .unwrap();
         let changes = Listing::take(&[]).changes_since(&before);
-        assert!(
-            changes
-                .iter()
-                .any(|c| c.starts_with("+ process") && c.contains("sleep 77.25")),
-            "{changes:?}"
-        );
+        let new = format!("+ process {} cat -u", child.id());
+        assert!(changes.contains(&new), "{changes:?}");
         assert_eq!(parent_of(child.id()), Some(std::process::id()));
-        assert!(by_program("sleep").iter().any(|p| p.pid == child.id()));
+        assert!(by_program("cat").iter().any(|p| p.pid == child.id()));
         child.kill().unwrap();
         child.wait().unwrap();
         assert!(process(child.id()).is_none());
