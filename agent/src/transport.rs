@@ -3,6 +3,7 @@
 //! it dialled; when the connection ends (the virtual machine was cloned, or
 //! the host's side restarted) it dials again.
 
+use std::future::Future;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::pin::Pin;
@@ -15,7 +16,7 @@ use bulkhead_agent_protocol::{agent_ttrpc, AGENT_PORT};
 use futures_core::Stream;
 use nix::errno::Errno;
 use tokio::io::unix::AsyncFd;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::sleep;
 use ttrpc::r#async::transport::Listener;
@@ -55,10 +56,7 @@ pub async fn serve_host(service: Service, times: &Times) -> Result<()> {
                     .store(host::monotonic_ns(), Ordering::Relaxed);
                 crate::info!("msg=\"connected to the host\" port={AGENT_PORT}");
                 let (closed, end) = oneshot::channel();
-                let connection = Connection {
-                    stream,
-                    _closed: closed,
-                };
+                let connection = Connection::new(stream, closed);
                 if connections.send(connection).is_err() {
                     return Err(AgentError::Internal("the server ended".into()));
                 }
@@ -94,16 +92,42 @@ impl Stream for Incoming {
 
 /// A connection that tells when it is dropped.
 struct Connection {
-    stream: AsyncFd<OwnedFd>,
+    stream: Arc<AsyncFd<OwnedFd>>,
+    /// Ends when the socket is in error; none once it was. A socket that the
+    /// transport's reset closed, as in a clone, has only that: it never becomes
+    /// readable.
+    failed: Option<Pin<Box<dyn Future<Output = ()> + Send + Sync>>>,
     _closed: oneshot::Sender<()>,
+}
+
+impl Connection {
+    fn new(stream: AsyncFd<OwnedFd>, closed: oneshot::Sender<()>) -> Self {
+        let stream = Arc::new(stream);
+        let watched = Arc::clone(&stream);
+        Self {
+            stream,
+            failed: Some(Box::pin(async move {
+                drop(watched.ready(Interest::ERROR).await);
+            })),
+            _closed: closed,
+        }
+    }
 }
 
 impl AsyncRead for Connection {
     fn poll_read(
-        self: Pin<&mut Self>,
+        mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        let failed = self.failed.take();
+        self.failed = failed.and_then(|mut failed| match failed.as_mut().poll(cx) {
+            Poll::Pending => Some(failed),
+            Poll::Ready(()) => None,
+        });
+        if self.failed.is_none() {
+            return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()));
+        }
         loop {
             let mut guard = ready!(self.stream.poll_read_ready(cx))?;
             match fd::read(self.stream.as_fd(), buffer.initialize_unfilled()) {

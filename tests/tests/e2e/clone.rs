@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Snapshots of a booted guest, by the VMM alone.
+//! Machines made from a snapshot of a booted guest, by the VMM alone.
 
 use std::fs;
 use std::os::unix::net::UnixListener;
-use std::time::Duration;
+use std::path::Path;
+use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context as _, Result};
 use bulkhead_agent_protocol::{agent::SetupSandboxRequest, SHARED_TAG};
@@ -14,7 +15,7 @@ use bulkhead_vmm_api::{Call, Event, ExitReason};
 use crate::context::{mentions, same, Context, LIMIT};
 use crate::runner::{tests, Test};
 
-pub const TESTS: &[Test] = tests![a_mounted_share_is_refused];
+pub const TESTS: &[Test] = tests![clones_of_a_booted_guest_serve, a_mounted_share_is_refused];
 
 /// A guest's end on the host: where its agent calls.
 struct Host {
@@ -61,6 +62,61 @@ fn runtime() -> Result<tokio::runtime::Runtime> {
     Ok(tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?)
+}
+
+/// Boots a guest up to its agent's call and writes it to files below `dir`.
+fn template(context: &Context, dir: &Path) -> Result<()> {
+    let host = Host::new(context, "template")?;
+    let mut vmm = Vmm::start(&context.products, LIMIT)?;
+    vmm.boot(&context.products, &host.dir)?;
+    vmm.wait_ready()?;
+    // At rest: the connection stands and nothing is on its way.
+    std::thread::sleep(Duration::from_secs(2));
+    vmm.snapshot(&dir.join("state"), &dir.join("memory"))
+}
+
+fn clones_of_a_booted_guest_serve(context: &Context) -> Result<()> {
+    context.only_bulkhead()?;
+    let dir = context.dir.join("clones");
+    fs::create_dir_all(&dir)?;
+    template(context, &dir)?;
+    let size = fs::metadata(dir.join("state"))?.len();
+    if size > 64 << 10 {
+        bail!("a state file of {size} bytes");
+    }
+    let runtime = runtime()?;
+    let mut clones = Vec::new();
+    for name in ["first", "second"] {
+        let host = Host::new(context, name)?;
+        let begin = Instant::now();
+        let mut vmm = Vmm::start(&context.products, LIMIT)?;
+        vmm.clone_of(
+            &dir.join("state"),
+            &dir.join("memory"),
+            &context.products,
+            &host.dir,
+        )?;
+        let restored = begin.elapsed();
+        vmm.wait_ready().with_context(|| host.console())?;
+        println!(
+            "    {name} clone: restored after {restored:.0?}, its agent called after {:.0?}",
+            begin.elapsed()
+        );
+        clones.push((host, vmm));
+    }
+    // Both live, and each answers for itself.
+    for (host, vmm) in &mut clones {
+        let (agent, release) = host.set_up(&runtime)?;
+        if release == bulkhead_tests::inside::release()? {
+            bail!("the host's kernel answered");
+        }
+        let ended = runtime.block_on(agent.shutdown(Duration::from_secs(10)));
+        // The answer may be lost; what counts is the end.
+        drop(ended);
+        same(vmm.event()?, Event::Ended(ExitReason::PowerOff)).with_context(|| host.console())?;
+    }
+    fs::remove_dir_all(&dir)?;
+    Ok(())
 }
 
 fn a_mounted_share_is_refused(context: &Context) -> Result<()> {
