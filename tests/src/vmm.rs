@@ -11,8 +11,8 @@ use anyhow::{bail, Context, Result};
 use bulkhead_agent_protocol::{AGENT_PORT, SHARED_TAG};
 use bulkhead_runtime::hypervisor::cmdline;
 use bulkhead_vmm_api::{
-    Call, Channel, DeviceConfigs, Event, Exits, FromVmm, FsCache, FsConfig, KernelConfig, Outcome,
-    PmemConfig, Request, RestoreConfig, SnapshotFiles, VmConfig, VsockConfig,
+    BalloonConfig, Call, Channel, DeviceConfigs, Event, FromVmm, FsCache, FsConfig, KernelConfig,
+    Outcome, PmemConfig, Request, RestoreConfig, SnapshotFiles, Status, VmConfig, VsockConfig,
 };
 use nix::fcntl::{fcntl, FcntlArg, FdFlag};
 use nix::sys::socket::{setsockopt, sockopt::ReceiveTimeout};
@@ -112,13 +112,30 @@ impl Vmm {
         }
     }
 
-    /// Exits so far.
+    /// Waits until a clone has its own generation id and its agent has called.
+    ///
+    /// # Errors
+    /// When one of them does not happen.
+    pub fn wait_clone(&mut self) -> Result<()> {
+        let mut ready = false;
+        let mut own = false;
+        while !(ready && own) {
+            match self.event()? {
+                Event::GuestReady(_) => ready = true,
+                Event::GenerationRead => own = true,
+                other => bail!("the clone did not come up: {other:?}"),
+            }
+        }
+        Ok(())
+    }
+
+    /// How it is.
     ///
     /// # Errors
     /// When it does not answer.
-    pub fn exits(&mut self) -> Result<Exits> {
+    pub fn status(&mut self) -> Result<Status> {
         match self.call(Call::Status, &[])? {
-            Outcome::Status(status) => Ok(status.exits),
+            Outcome::Status(status) => Ok(*status),
             other => bail!("no status: {other:?}"),
         }
     }
@@ -232,6 +249,7 @@ impl Devices {
                     uds_path: vsock_path(dir),
                     ready_port: Some(AGENT_PORT),
                 }),
+                balloon: Some(BalloonConfig::default()),
                 ..DeviceConfigs::default()
             },
         })

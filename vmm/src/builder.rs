@@ -7,7 +7,7 @@ use std::{
     sync::{atomic::AtomicBool, Arc, Mutex, MutexGuard},
 };
 
-use bulkhead_vmm_api::{Exits, FailureKind};
+use bulkhead_vmm_api::{BalloonStatus, Exits, FailureKind};
 use kvm_ioctls::{Kvm, VcpuFd};
 use vm_memory::{
     FileOffset, GuestMemory, GuestMemoryAtomic, GuestMemoryMmap, GuestMemoryRegion, MmapRegion,
@@ -19,6 +19,7 @@ use crate::{
     bus::{Bus, BusDevice, RangeError},
     config::{Devices, Resources, RestoreResources},
     event::{EventHandler, EventLoop, LoopHandle},
+    generation::GenerationId,
     kvm::{
         state::{msrs_to_save, xsave_size, VcpuState, VmState},
         vcpu::{self, Buses, ExitCounters, Rest, Shared, VcpuThread},
@@ -32,6 +33,7 @@ use crate::{
     snapshot::{self, state::MachineState, SnapshotError},
     timeline::{Moment, Stamps},
     virtio::{
+        balloon::Balloon,
         blk::Blk,
         device::{GuestRam, StateError, VirtioDevice},
         fs::Fs,
@@ -130,6 +132,9 @@ pub struct Callbacks {
     pub on_end: OnEnd,
     /// The guest connected to a vsock port of the host.
     pub on_connect: Arc<dyn Fn(u32) + Send + Sync>,
+    /// The guest read its generation id for the first time. Called on a
+    /// vCPU's thread.
+    pub on_generation_read: Arc<dyn Fn() + Send + Sync>,
 }
 
 /// A VM, ready to run, running or paused. Dropping it stops its threads.
@@ -144,6 +149,7 @@ pub struct Machine {
     memory: GuestMemoryMmap,
     /// In the order of the bus.
     functions: Vec<Arc<VirtioPci>>,
+    balloon: Option<Arc<Mutex<Balloon>>>,
     vm: Arc<Vm>,
     kvm: Kvm,
     paused: bool,
@@ -234,7 +240,8 @@ impl Machine {
     }
 
     /// Interrupt controllers first: a device may interrupt as soon as it has
-    /// its state. The clock last, for it goes on.
+    /// its state. When all have theirs the guest is told that it is a clone.
+    /// The clock last, for it goes on.
     fn restore_state(&self, state: &MachineState) -> Result<(), SnapshotError> {
         if self.functions.len() != state.functions.len() {
             return Err(SnapshotError::Mismatch(format!(
@@ -253,6 +260,7 @@ impl Machine {
                 .restore(state)
                 .map_err(|source| device_error(index, function, source))?;
         }
+        self.vm.pulse_line(layout::GENERATION_IRQ)?;
         Ok(state.vm.restore_clock(self.vm.fd())?)
     }
 
@@ -340,6 +348,30 @@ impl Machine {
         self.shared.exits.read()
     }
 
+    /// Asks the guest for `mib` MiB of its memory.
+    ///
+    /// # Errors
+    /// There is no balloon, or not so much memory.
+    pub fn set_balloon(&self, mib: u32) -> Result<(), BalloonError> {
+        let balloon = self.balloon.as_ref().ok_or(BalloonError::Absent)?;
+        let size: u64 = self.memory.iter().map(GuestMemoryRegion::len).sum();
+        if u64::from(mib) << 20 >= size {
+            return Err(BalloonError::TooLarge {
+                mib,
+                memory_mib: size >> 20,
+            });
+        }
+        lock_device(balloon).set_target(mib);
+        Ok(())
+    }
+
+    /// How the balloon stands.
+    pub fn balloon(&self) -> Option<BalloonStatus> {
+        self.balloon
+            .as_ref()
+            .map(|balloon| lock_device(balloon).status())
+    }
+
     /// Writes what the guest's last, unfinished line was.
     pub fn flush_serial(&self) {
         self.serial.flush();
@@ -349,6 +381,28 @@ impl Machine {
     pub fn loops(&self) -> usize {
         self.loops.len()
     }
+}
+
+/// Why the balloon has no other size.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum BalloonError {
+    /// There is none.
+    #[error("the VM has no balloon: configure one (devices.balloon)")]
+    Absent,
+    /// As large as the guest.
+    #[error("mib: {mib} is not less than the guest's {memory_mib} MiB of memory")]
+    TooLarge {
+        /// Asked for.
+        mib: u32,
+        /// All there is.
+        memory_mib: u64,
+    },
+}
+
+fn lock_device(balloon: &Mutex<Balloon>) -> MutexGuard<'_, Balloon> {
+    balloon
+        .lock()
+        .expect("a device that panicked ended the process")
 }
 
 fn lock(vcpu: &Mutex<VcpuFd>) -> MutexGuard<'_, VcpuFd> {
@@ -412,12 +466,18 @@ impl Parts {
         for (port, length, device) in ports {
             buses.pio.insert(u64::from(port), length, device)?;
         }
+        let on_read = callbacks.on_generation_read.clone();
+        let generation = GenerationId::new(move || on_read()).map_err(system("generation id"))?;
+        buses
+            .mmio
+            .insert(layout::GENERATION_ID, 0x1000, Arc::new(generation))?;
         let mut plug = Plug {
             vm: &self.vm,
             ram: GuestMemoryAtomic::new(self.memory.clone()),
             mmio: &mut buses.mmio,
             root: PciRoot::default(),
             functions: Vec::new(),
+            balloon: None,
             windows: Vec::new(),
             paused: self.paused,
         };
@@ -425,6 +485,7 @@ impl Parts {
         let Plug {
             root,
             functions,
+            balloon,
             windows,
             ..
         } = plug;
@@ -447,6 +508,7 @@ impl Parts {
             stamps,
             memory: self.memory,
             functions,
+            balloon,
             vm: self.vm,
             kvm: self.kvm,
             paused: self.paused,
@@ -462,6 +524,7 @@ struct Plug<'a> {
     mmio: &'a mut Bus,
     root: PciRoot,
     functions: Vec<Arc<VirtioPci>>,
+    balloon: Option<Arc<Mutex<Balloon>>>,
     windows: Vec<MmapRegion>,
     /// Loops rest until the machine goes on.
     paused: bool,
@@ -510,6 +573,11 @@ impl Plug<'_> {
         }
         if resources.rng {
             self.plug(Rng::new(), class::UNASSIGNED, &io.handle(), "rng")?;
+        }
+        if let Some(config) = resources.balloon {
+            let device = Arc::new(Mutex::new(Balloon::new(&config)));
+            self.balloon = Some(device.clone());
+            self.plug_shared(device, class::OTHER_MEMORY, &io.handle(), "balloon")?;
         }
         loops.push(io);
         Ok(loops)
@@ -566,7 +634,17 @@ impl Plug<'_> {
         event_loop: &LoopHandle,
         name: &str,
     ) -> Result<(), BuildError> {
-        let device = Arc::new(Mutex::new(device));
+        self.plug_shared(Arc::new(Mutex::new(device)), class, event_loop, name)
+    }
+
+    /// A device that the machine's owner speaks to as well.
+    fn plug_shared<D: VirtioDevice + 'static>(
+        &mut self,
+        device: Arc<Mutex<D>>,
+        class: u32,
+        event_loop: &LoopHandle,
+        name: &str,
+    ) -> Result<(), BuildError> {
         let handler: Arc<Mutex<dyn EventHandler>> = device.clone();
         let bar = layout::BAR_WINDOW + self.root.next_slot() as u64 * transport::BAR_SIZE;
         let function = VirtioPci::new(

@@ -7,8 +7,8 @@ use std::{
 };
 
 use bulkhead_vmm_api::{
-    BlkConfig, DeviceConfigs, FailureKind, FdIndex, FsConfig, NetConfig, PmemConfig, RestoreConfig,
-    SnapshotFiles, VmConfig, VsockConfig,
+    BalloonConfig, BlkConfig, DeviceConfigs, FailureKind, FdIndex, FsConfig, NetConfig, PmemConfig,
+    RestoreConfig, SnapshotFiles, VmConfig, VsockConfig,
 };
 use nix::fcntl::{fcntl, FcntlArg, OFlag};
 
@@ -95,6 +95,8 @@ pub struct Devices {
     pub blk: Vec<(BlkConfig, File)>,
     /// Entropy device.
     pub rng: bool,
+    /// The balloon.
+    pub balloon: Option<BalloonConfig>,
 }
 
 struct Descriptors(Vec<Option<OwnedFd>>);
@@ -270,6 +272,7 @@ impl Devices {
             net,
             blk,
             rng: wanted.rng,
+            balloon: wanted.balloon,
         })
     }
 }

@@ -184,7 +184,18 @@ impl Server {
                     Stage::Running(machine) => machine.exits(),
                     _ => Default::default(),
                 },
+                balloon: match &self.stage {
+                    Stage::Running(machine) => machine.balloon(),
+                    _ => None,
+                },
             })),
+            Call::Balloon(target) => match self.machine("balloon") {
+                Ok(machine) => match machine.set_balloon(target.mib) {
+                    Ok(()) => Outcome::Done,
+                    Err(error) => failure(FailureKind::InvalidRequest, &error),
+                },
+                Err(outcome) => outcome,
+            },
             Call::Pause => self.pause(),
             Call::Resume => self.resume(),
             Call::Snapshot(files) => self.snapshot(&files, fds),
@@ -246,7 +257,7 @@ impl Server {
             Err(error) => return failure(error.kind, &error),
         };
         self.stamps.set(Moment::Configured);
-        let callbacks = self.callbacks(&resources.devices);
+        let callbacks = self.callbacks(&resources.devices, true);
         match Machine::restore(resources, &callbacks, Arc::clone(&self.stamps)) {
             Ok(machine) => {
                 self.stage = Stage::Running(Box::new(machine));
@@ -256,27 +267,31 @@ impl Server {
         }
     }
 
-    fn callbacks(&self, devices: &Devices) -> Callbacks {
+    fn callbacks(&self, devices: &Devices, restored: bool) -> Callbacks {
         let vsock = devices.vsock.as_ref();
         let ready_port = vsock.and_then(|(vsock, _)| vsock.ready_port);
         let end = Arc::clone(&self.end);
-        let channel = Arc::clone(&self.channel);
-        let stamps = Arc::clone(&self.stamps);
+        let teller = || (Arc::clone(&self.channel), Arc::clone(&self.stamps));
+        let (connect_channel, connect_stamps) = teller();
+        let (channel, stamps) = teller();
         Callbacks {
             on_end: Arc::new(move |reason| end.set(reason)),
             on_connect: Arc::new(move |port| {
-                if Some(port) == ready_port && stamps.set(Moment::GuestReady) {
-                    let event = Event::GuestReady(stamps.read());
-                    if let Err(error) = channel.send(&FromVmm::Event(event), &[]) {
-                        tracing::warn!(error = %chain(&error), "event not sent");
-                    }
+                if Some(port) == ready_port && connect_stamps.set(Moment::GuestReady) {
+                    send(&connect_channel, Event::GuestReady(connect_stamps.read()));
+                }
+            }),
+            on_generation_read: Arc::new(move || {
+                // A guest that boots has nobody who waits for it.
+                if stamps.set(Moment::GenerationRead) && restored {
+                    send(&channel, Event::GenerationRead);
                 }
             }),
         }
     }
 
     fn boot(&mut self, resources: Resources) -> Outcome {
-        let callbacks = self.callbacks(&resources.devices);
+        let callbacks = self.callbacks(&resources.devices, false);
         let built = Machine::build(resources, &callbacks, Arc::clone(&self.stamps)).and_then(
             |mut machine| {
                 machine.start()?;
@@ -305,6 +320,13 @@ impl Server {
             // A client that is gone is noticed by the next receive.
             tracing::debug!(error = %chain(&error), "message not sent");
         }
+    }
+}
+
+/// Tells an event, on any thread.
+fn send(channel: &Channel, event: Event) {
+    if let Err(error) = channel.send(&FromVmm::Event(event), &[]) {
+        tracing::warn!(error = %chain(&error), "event not sent");
     }
 }
 

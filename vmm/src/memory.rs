@@ -87,6 +87,53 @@ fn madvise(region: &GuestRegionMmap, range: Range<u64>, advice: libc::c_int) {
     unsafe { libc::madvise(start as *mut libc::c_void, end - start, advice) };
 }
 
+/// Gives the whole pages of a guest-physical range back to the host; the guest
+/// finds zeros there from now on. Returns how many bytes: what is not memory is
+/// left alone, and so is what the host refuses to take.
+pub fn discard(memory: &GuestMemoryMmap, range: Range<u64>) -> u64 {
+    let mut discarded = 0;
+    for region in memory.iter() {
+        let base = region.start_addr().raw_value();
+        let start = range.start.max(base).next_multiple_of(PAGE as u64);
+        let end = range.end.min(base + region.len()) & !(PAGE as u64 - 1);
+        if start < end && discard_in(region, start - base..end - base) {
+            discarded += end - start;
+        }
+    }
+    discarded
+}
+
+/// Whole pages of one region.
+fn discard_in(region: &GuestRegionMmap, range: Range<u64>) -> bool {
+    let length = (range.end - range.start) as usize;
+    // SAFETY: the caller's range is of this region, which it holds.
+    let start = unsafe { region.as_ptr().add(range.start as usize) }.cast();
+    if region.file_offset().is_none() {
+        // SAFETY: the pages are of this region. Nothing but the guest relies on
+        // what they contain, and it has given them up.
+        return unsafe { libc::madvise(start, length, libc::MADV_DONTNEED) } == 0;
+    }
+    // Without its copy of a page, a private mapping shows the file's: what the
+    // guest's template had there. So memory takes the file's place.
+    // SAFETY: the range is of this region's mapping, which stays one with the
+    // same protection; its contents are the guest's to lose, as above.
+    let mapped = unsafe {
+        libc::mmap(
+            start,
+            length,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED,
+            -1,
+            0,
+        )
+    };
+    if mapped == libc::MAP_FAILED {
+        return false;
+    }
+    madvise(region, range, libc::MADV_NOHUGEPAGE);
+    true
+}
+
 /// Maps a snapshot's memory file as guest memory of `size` bytes: pages are
 /// the file's until the guest writes them.
 pub fn map_snapshot(size: u64, file: &File) -> Result<GuestMemoryMmap, MemoryError> {
@@ -153,6 +200,8 @@ impl WindowAllocator {
 
 #[cfg(test)]
 mod tests {
+    use vm_memory::Bytes;
+
     use super::*;
 
     #[test]
@@ -161,6 +210,50 @@ mod tests {
         assert_eq!(ranges(gib), [(0, gib)]);
         assert_eq!(ranges(3 * gib), [(0, 3 * gib)]);
         assert_eq!(ranges(5 * gib), [(0, 3 * gib), (4 * gib, 2 * gib)]);
+    }
+
+    fn fill(memory: &GuestMemoryMmap, range: Range<u64>, byte: u8) {
+        let bytes = vec![byte; (range.end - range.start) as usize];
+        memory
+            .write_slice(&bytes, GuestAddress(range.start))
+            .unwrap();
+    }
+
+    fn byte(memory: &GuestMemoryMmap, at: u64) -> u8 {
+        memory.read_obj(GuestAddress(at)).unwrap()
+    }
+
+    #[test]
+    fn whole_pages_that_are_discarded_are_zero() {
+        let memory = allocate(4 << 20).unwrap();
+        fill(&memory, 0..0x5000, 7);
+        assert_eq!(discard(&memory, 0x1001..0x3fff), 0x1000);
+        assert_eq!(byte(&memory, 0x1fff), 7);
+        assert_eq!(byte(&memory, 0x2000), 0);
+        assert_eq!(byte(&memory, 0x3000), 7);
+        // What is not there stays out of it.
+        assert_eq!(discard(&memory, (4 << 20) - 0x1000..u64::MAX), 0x1000);
+        assert_eq!(discard(&memory, u64::MAX - 0x2000..u64::MAX), 0);
+        assert_eq!(discard(&memory, 0x3000..0x3000), 0);
+        assert_eq!(byte(&memory, 0x3000), 7);
+    }
+
+    #[test]
+    fn a_clone_never_sees_again_what_its_template_had() {
+        let file = vmm_sys_util::tempfile::TempFile::new().unwrap().into_file();
+        file.set_len(4 << 20).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&file, &[9; 0x4000], 0).unwrap();
+        let clone = map_snapshot(4 << 20, &file).unwrap();
+        let other = map_snapshot(4 << 20, &file).unwrap();
+        fill(&clone, 0x1000..0x2000, 7);
+        // A page of its own and one of the file's.
+        assert_eq!(discard(&clone, 0x1000..0x3000), 0x2000);
+        let seen = [0, 0x1000, 0x2000, 0x3000].map(|at| byte(&clone, at));
+        assert_eq!(seen, [9, 0, 0, 9]);
+        fill(&clone, 0x1000..0x2000, 8);
+        assert_eq!(discard(&clone, 0x1000..0x2000), 0x1000);
+        assert_eq!(byte(&clone, 0x1000), 0);
+        assert_eq!(byte(&other, 0x1000), 9);
     }
 
     #[test]

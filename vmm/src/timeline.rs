@@ -26,6 +26,7 @@ pub struct Stamps {
     configured: AtomicU64,
     kernel_entry: AtomicU64,
     guest_ready: AtomicU64,
+    generation_read: AtomicU64,
 }
 
 /// What can be stamped.
@@ -39,6 +40,8 @@ pub enum Moment {
     KernelEntry,
     /// First connection to the ready port.
     GuestReady,
+    /// The guest read its generation id.
+    GenerationRead,
 }
 
 impl Stamps {
@@ -53,6 +56,7 @@ impl Stamps {
             Moment::Configured => &self.configured,
             Moment::KernelEntry => &self.kernel_entry,
             Moment::GuestReady => &self.guest_ready,
+            Moment::GenerationRead => &self.generation_read,
         }
     }
 
@@ -74,6 +78,7 @@ impl Stamps {
             configured: get(Moment::Configured),
             kernel_entry: get(Moment::KernelEntry),
             guest_ready: get(Moment::GuestReady),
+            generation_read: get(Moment::GenerationRead),
         }
     }
 }

@@ -25,6 +25,7 @@ const KNOWN: [(&str, &[&str]); 3] = [
             "vcpus",
             "memory_mib",
             "huge_pages",
+            "free_page_reporting",
             "kernel_params",
         ],
     ),
@@ -49,6 +50,7 @@ struct Hypervisor {
     vcpus: Option<u64>,
     memory_mib: Option<u64>,
     huge_pages: Option<bool>,
+    free_page_reporting: Option<bool>,
     kernel_params: Option<String>,
 }
 
@@ -170,6 +172,10 @@ impl File {
             self.hypervisor.memory_mib.and_then(|n| n.try_into().ok()),
         );
         set(&mut to.huge_pages, self.hypervisor.huge_pages);
+        set(
+            &mut to.free_page_reporting,
+            self.hypervisor.free_page_reporting,
+        );
         set(&mut to.kernel_params, self.hypervisor.kernel_params);
         set(
             &mut config.agent.ready_timeout_ms,

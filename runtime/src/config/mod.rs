@@ -57,6 +57,9 @@ pub struct Hypervisor {
     /// Whether the host may back all of it by transparent huge pages: a little
     /// faster, at the price of 2 MiB for every page that the guest touches.
     pub huge_pages: bool,
+    /// Whether the guest tells which memory it does not use, so that the host
+    /// has it back (virtio-balloon).
+    pub free_page_reporting: bool,
     /// Appended to the guest's command line.
     pub kernel_params: String,
 }
@@ -121,6 +124,7 @@ impl Default for Hypervisor {
             vcpus: 1,
             memory_mib: 256,
             huge_pages: false,
+            free_page_reporting: true,
             kernel_params: String::new(),
         }
     }

@@ -20,8 +20,8 @@ use std::{
 
 use async_trait::async_trait;
 use bulkhead_vmm_api::{
-    Call, Channel, ChannelError, DeviceConfigs, FdIndex, FsCache, FsConfig, KernelConfig,
-    NetConfig, Outcome, PmemConfig, Request, Timeline, VmConfig, VsockConfig,
+    BalloonConfig, Call, Channel, ChannelError, DeviceConfigs, FdIndex, FsCache, FsConfig,
+    KernelConfig, NetConfig, Outcome, PmemConfig, Request, Timeline, VmConfig, VsockConfig,
 };
 use rustix::{
     fs::{fcntl_setfl, OFlags},
@@ -340,8 +340,8 @@ fn describe(machine: &Machine) -> (VmConfig, Vec<&OwnedFd>) {
                     mtu: Some(nic.mtu),
                 })
                 .collect(),
-            blk: Vec::new(),
-            rng: true,
+            balloon: machine.free_page_reporting.then(BalloonConfig::default),
+            ..DeviceConfigs::default()
         },
     };
     (config, fds)

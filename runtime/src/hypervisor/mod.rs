@@ -24,6 +24,8 @@ pub struct Machine {
     pub memory_mib: u32,
     /// Whether the host may back all of it by huge pages.
     pub huge_pages: bool,
+    /// Whether the guest has a balloon that gives free memory back.
+    pub free_page_reporting: bool,
     /// The guest kernel's command line.
     pub cmdline: String,
     /// The guest kernel.

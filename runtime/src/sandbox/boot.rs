@@ -180,6 +180,7 @@ async fn boot(
         vcpus: plan.size.vcpus,
         memory_mib: plan.size.memory_mib,
         huge_pages: config.hypervisor.huge_pages,
+        free_page_reporting: config.hypervisor.free_page_reporting,
         cmdline: cmdline::build(&config.hypervisor.kernel_params),
         kernel: plan.kernel,
         image: plan.image,

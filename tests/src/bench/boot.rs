@@ -40,7 +40,7 @@ fn boot(bench: &Bench, dir: &Path) -> Result<Exits> {
     let mut vmm = Vmm::start(&bench.products, LIMIT)?;
     vmm.boot(&bench.products, dir)?;
     vmm.wait_ready()?;
-    vmm.exits()
+    Ok(vmm.status()?.exits)
 }
 
 /// `boot-syscalls`: those of the VMM's process up to its first KVM_RUN.

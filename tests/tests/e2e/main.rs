@@ -9,7 +9,6 @@
 
 mod basic;
 mod boxed;
-mod clone;
 mod context;
 mod failure;
 mod host;
@@ -21,6 +20,7 @@ mod network;
 mod oci;
 mod runner;
 mod stdio;
+mod vmm;
 
 use std::process::exit;
 use std::time::Duration;
@@ -45,7 +45,7 @@ fn all() -> Vec<Test> {
         failure::TESTS,
         kill::TESTS,
         host::TESTS,
-        clone::TESTS,
+        vmm::TESTS,
         ksm::TESTS,
     ]
     .concat()

@@ -1,12 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-//! How much memory a guest has.
+//! How much memory a guest has, and what it gives back.
 
-use anyhow::{bail, Result};
+use std::fs;
+use std::time::Duration;
 
-use crate::context::{same, Context};
+use anyhow::{bail, Context as _, Result};
+use bulkhead_tests::listing::by_program;
+
+use crate::context::{same, until, Context};
 use crate::runner::{tests, Test};
 
-pub const TESTS: &[Test] = tests![guest_of_128_mib, guest_of_2_gib];
+pub const TESTS: &[Test] = tests![
+    guest_of_128_mib,
+    guest_of_2_gib,
+    freed_memory_is_the_hosts_again
+];
 
 /// A guest of `mib` sees nearly that much, and can use `use_mib` of it.
 fn guest(context: &Context, mib: u64, use_mib: u64) -> Result<()> {
@@ -40,4 +48,42 @@ fn guest_of_128_mib(context: &Context) -> Result<()> {
 
 fn guest_of_2_gib(context: &Context) -> Result<()> {
     guest(context, 2048, 400)
+}
+
+/// MiB of the VMM's own.
+fn held_by_vmm() -> Result<u64> {
+    let vmms = by_program("bulkhead-vmm");
+    let [vmm] = &vmms[..] else {
+        bail!("{} VMMs", vmms.len());
+    };
+    let rollup = fs::read_to_string(format!("/proc/{}/smaps_rollup", vmm.pid))?;
+    let private = rollup.lines().filter(|l| l.starts_with("Private_"));
+    let kib = private.map(|l| {
+        let kib = l.split_whitespace().nth(1).context("no number")?;
+        Ok(kib.parse::<u64>()?)
+    });
+    Ok(kib.sum::<Result<u64>>()? / 1024)
+}
+
+fn freed_memory_is_the_hosts_again(context: &Context) -> Result<()> {
+    context.only_bulkhead()?;
+    let shm = "type=tmpfs,src=shm,dst=/dev/shm,options=size=100%";
+    let container = context.detached(&["--mount", shm], &["sleep", "600"])?;
+    let before = held_by_vmm()?;
+    let fill = "dd if=/dev/zero of=/dev/shm/held bs=1M count=100 2>/dev/null";
+    container.exec(&["sh", "-c", fill])?.ok()?;
+    let full = held_by_vmm()?;
+    if full < before + 90 {
+        bail!("{before} MiB, and {full} with 100 more in use");
+    }
+    container.exec(&["rm", "/dev/shm/held"])?.ok()?;
+    // What is reported is in blocks of 2 MiB, so some of it may stay.
+    until(Duration::from_secs(60), "the memory is given back", || {
+        Ok(held_by_vmm()? + 70 < full)
+    })?;
+    println!(
+        "    {before} MiB idle, {full} in use, {} freed",
+        held_by_vmm()?
+    );
+    container.remove()
 }

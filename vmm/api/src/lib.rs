@@ -46,6 +46,9 @@ pub enum Call {
     Boot,
     /// Asks for state, timeline and counters; at any time.
     Status,
+    /// Asks the guest to give so much memory back, or to take it again; it
+    /// takes its time, and may not give all. Needs a balloon.
+    Balloon(BalloonTarget),
     /// Stops the vCPUs and the devices where they are. The reply comes when
     /// all of them rest; then nothing changes guest memory.
     Pause,
@@ -167,6 +170,9 @@ pub struct DeviceConfigs {
     /// Whether the guest gets an entropy device.
     #[serde(default = "yes")]
     pub rng: bool,
+    /// The memory balloon.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<BalloonConfig>,
 }
 
 impl Default for DeviceConfigs {
@@ -179,6 +185,7 @@ impl Default for DeviceConfigs {
             net: Vec::new(),
             blk: Vec::new(),
             rng: yes(),
+            balloon: None,
         }
     }
 }
@@ -317,6 +324,76 @@ pub struct BlkConfig {
     pub read_only: bool,
 }
 
+/// virtio-balloon (virtio 1.2 §5.5).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonConfig {
+    /// The guest takes pages of the balloon rather than kill a process.
+    #[serde(default = "yes")]
+    pub deflate_on_oom: bool,
+    /// The guest reports free memory by itself, and the host has it back.
+    #[serde(default = "yes")]
+    pub free_page_reporting: bool,
+}
+
+impl Default for BalloonConfig {
+    fn default() -> Self {
+        Self {
+            deflate_on_oom: yes(),
+            free_page_reporting: yes(),
+        }
+    }
+}
+
+/// How large the balloon is to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonTarget {
+    /// MiB that the guest gives, less than it has.
+    pub mib: u32,
+}
+
+/// How the balloon stands.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonStatus {
+    /// MiB that the guest was asked for.
+    pub target_mib: u32,
+    /// MiB that the guest says it gave.
+    pub actual_mib: u32,
+    /// Bytes given back to the host so far, by both ways; what the guest took
+    /// again is not taken off.
+    pub returned: u64,
+    /// What the guest last told; each answer asks it for new ones.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub statistics: Option<BalloonStatistics>,
+}
+
+/// A guest's memory as its kernel counts it, in bytes where nothing else is
+/// said; none: it does not tell. Told by the guest, and only as true as it is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonStatistics {
+    /// Swapped in since boot.
+    pub swapped_in: Option<u64>,
+    /// Swapped out since boot.
+    pub swapped_out: Option<u64>,
+    /// Page faults with disk I/O since boot, in number.
+    pub major_faults: Option<u64>,
+    /// Page faults without, in number.
+    pub minor_faults: Option<u64>,
+    /// Not used for anything.
+    pub free: Option<u64>,
+    /// All that it has.
+    pub total: Option<u64>,
+    /// What programs could have without swapping.
+    pub available: Option<u64>,
+    /// Caches that can be dropped.
+    pub caches: Option<u64>,
+    /// Processes killed for want of memory, in number.
+    pub oom_kills: Option<u64>,
+}
+
 /// Answer to `status`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -327,6 +404,9 @@ pub struct Status {
     pub timeline: Timeline,
     /// vCPU exits handled in user space, all vCPUs together.
     pub exits: Exits,
+    /// The balloon, where there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<BalloonStatus>,
 }
 
 /// States of the VM.
@@ -357,6 +437,9 @@ pub struct Timeline {
     pub kernel_entry: Option<u64>,
     /// First connection to the ready port.
     pub guest_ready: Option<u64>,
+    /// The guest's kernel read the VM generation id: of a clone, its random
+    /// numbers are its own from here on.
+    pub generation_read: Option<u64>,
 }
 
 /// vCPU exits handled in user space, by kind.
@@ -378,6 +461,8 @@ pub enum Event {
     /// The guest connected to the ready port for the first time. Carries the
     /// timeline, so that nobody needs to ask for it.
     GuestReady(Timeline),
+    /// The kernel of a restored guest has read its new VM generation id.
+    GenerationRead,
     /// The guest's kernel panicked (pvpanic); the VM ends next.
     GuestPanicked,
     /// The VM has ended; the process exits with this reason's code.

@@ -91,6 +91,16 @@ impl Vm {
         &self.router
     }
 
+    /// Raises and lowers a line of the I/O APIC, for an edge.
+    pub fn pulse_line(&self, gsi: u32) -> Result<(), KvmError> {
+        for active in [true, false] {
+            self.fd
+                .set_irq_line(gsi, active)
+                .map_err(failed("interrupt line"))?;
+        }
+        Ok(())
+    }
+
     /// Maps a file's mapping at a guest-physical address (virtio-pmem). The
     /// caller keeps `mapping` as long as the machine lives.
     pub fn map_window(

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Virtio devices (virtio 1.2) and what they share.
 
+pub mod balloon;
 pub mod blk;
 pub mod chain;
 pub mod device;

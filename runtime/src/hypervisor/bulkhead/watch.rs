@@ -143,6 +143,9 @@ fn take(inner: &Inner, message: FromVmm, reason: &mut Option<ExitReason>) {
             }
         }
         FromVmm::Event(Event::GuestReady(timeline)) => *lock(&inner.timeline) = timeline,
+        FromVmm::Event(Event::GenerationRead) => {
+            tracing::debug!(pid = inner.pid, "guest kernel has its own generation id");
+        }
         FromVmm::Event(Event::GuestPanicked) => {
             tracing::warn!(pid = inner.pid, "guest kernel panicked");
         }

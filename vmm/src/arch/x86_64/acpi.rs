@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! ACPI tables (ACPI 6.5) of a hardware-reduced machine: processors, one PCI
-//! bus with ECAM, the serial port, pvpanic, and registers to power off and
-//! reset. No SCI, no fixed hardware, no interrupt links: devices have MSI-X.
+//! bus with ECAM, the serial port, pvpanic, the VM generation id, and registers
+//! to power off and reset. No SCI, no fixed hardware, no interrupt links: devices have MSI-X.
 
 use acpi_tables::{
     aml,
@@ -24,6 +24,9 @@ const REVISION: u32 = 1;
 /// `ARM`-independent bits of IAPC_BOOT_ARCH: no VGA, no CMOS clock, no
 /// legacy devices and no keyboard controller (bits 0 and 1 clear).
 const NO_LEGACY: u16 = (1 << 2) | (1 << 5);
+
+/// What the generation id's device is notified of.
+const GENERATION_CHANGED: u8 = 0x80;
 
 /// All tables, to be written at [`layout::ACPI_TABLES`].
 pub fn tables(vcpus: u8) -> Vec<u8> {
@@ -188,6 +191,47 @@ fn dsdt() -> Vec<u8> {
         ],
     )
     .to_vec();
+    // By its compatible id the kernel knows it.
+    let generation = aml::Device::new(
+        "_SB_.VGEN".into(),
+        vec![
+            &aml::Name::new("_HID".into(), &"BLKH0001"),
+            &aml::Name::new("_CID".into(), &"VM_Gen_Counter"),
+            &aml::Name::new("_DDN".into(), &"VM_Gen_Counter"),
+            &aml::Name::new(
+                "ADDR".into(),
+                &aml::Package::new(vec![&(layout::GENERATION_ID as u32), &0_u8]),
+            ),
+        ],
+    )
+    .to_vec();
+    // Its interrupt says that the generation id is another (ACPI 6.5 §5.6.9).
+    let events = aml::Device::new(
+        "_SB_.GED0".into(),
+        vec![
+            &aml::Name::new("_HID".into(), &"ACPI0013"),
+            &aml::Name::new(
+                "_CRS".into(),
+                &aml::ResourceTemplate::new(vec![&aml::Interrupt::new(
+                    true,
+                    true,
+                    false,
+                    false,
+                    layout::GENERATION_IRQ,
+                )]),
+            ),
+            &aml::Method::new(
+                "_EVT".into(),
+                1,
+                true,
+                vec![&aml::Notify::new(
+                    &aml::Path::new("\\_SB_.VGEN"),
+                    &GENERATION_CHANGED,
+                )],
+            ),
+        ],
+    )
+    .to_vec();
     // Power off is sleep state 5; the value is what the register gets.
     let off = aml::Name::new(
         "_S5_".into(),
@@ -195,7 +239,7 @@ fn dsdt() -> Vec<u8> {
     )
     .to_vec();
     let mut dsdt = Sdt::new(*b"DSDT", 36, 6, OEM, TABLE, REVISION);
-    for device in [pci, motherboard, serial, panic, off] {
+    for device in [pci, motherboard, serial, panic, generation, events, off] {
         dsdt.append_slice(&device);
     }
     dsdt.update_checksum();

@@ -8,7 +8,7 @@
 //! 0x0010_0000  kernel and all other memory, up to 3 GiB
 //! 0xc000_0000  device registers (BARs)
 //! 0xe800_0000  PCI configuration space (ECAM, one bus)
-//! 0xfec0_0000  I/O APIC, local APICs, KVM's own pages
+//! 0xfec0_0000  I/O APIC, VM generation id, local APICs, KVM's own pages
 //! 4 GiB        the rest of memory, then persistent memory windows
 //! ```
 
@@ -41,6 +41,8 @@ pub const ECAM: u64 = 0xe800_0000;
 pub const ECAM_SIZE: u64 = 0x10_0000;
 /// I/O APIC.
 pub const IOAPIC: u32 = 0xfec0_0000;
+/// The VM generation id.
+pub const GENERATION_ID: u64 = 0xfed1_0000;
 /// Local APICs.
 pub const LOCAL_APIC: u32 = 0xfee0_0000;
 /// Three pages that KVM needs on Intel processors.
@@ -56,6 +58,8 @@ pub const WINDOW_ALIGN: u64 = 2 << 20;
 pub const SERIAL_PORT: u16 = 0x3f8;
 /// Its interrupt line.
 pub const SERIAL_IRQ: u32 = 4;
+/// Interrupt line of the generic event device: there is a new generation id.
+pub const GENERATION_IRQ: u32 = 5;
 /// Keyboard controller's command port, for the reset it can pulse.
 pub const KEYBOARD_COMMAND: u16 = 0x64;
 /// pvpanic's port.

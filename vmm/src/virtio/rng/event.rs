@@ -7,6 +7,7 @@ use vmm_sys_util::epoll::EventSet;
 use super::Rng;
 use crate::{
     event::EventHandler,
+    random,
     virtio::chain::{segments, Broken, Chain},
 };
 
@@ -32,29 +33,13 @@ fn fill(memory: &GuestMemoryMmap, chain: Chain<'_>) -> Result<u32, Broken> {
     let mut written = 0;
     for segment in writable {
         let length = segment.length.min(MAX_BYTES - written);
-        let bytes = entropy(length as usize);
+        let mut bytes = vec![0_u8; length as usize];
+        // Without them the device is of no use.
+        random::fill(&mut bytes).map_err(|_| Broken)?;
         memory
             .write_slice(&bytes, segment.address)
             .map_err(|_| Broken)?;
         written += length;
     }
     Ok(written)
-}
-
-/// The host kernel's random bytes.
-fn entropy(length: usize) -> Vec<u8> {
-    let mut bytes = vec![0_u8; length];
-    let mut filled = 0;
-    while filled < length {
-        // SAFETY: the pointer and length are those of the unfilled rest of
-        // `bytes`.
-        let got =
-            unsafe { libc::getrandom(bytes[filled..].as_mut_ptr().cast(), length - filled, 0) };
-        match usize::try_from(got) {
-            Ok(got) => filled += got,
-            // Only a signal can interrupt it once the pool is initialised.
-            Err(_) => continue,
-        }
-    }
-    bytes
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Machines made from a snapshot of a booted guest, by the VMM alone.
+//! The VMM by itself, with a booted guest: snapshots, clones, the balloon.
 
 use std::fs;
 use std::os::unix::net::UnixListener;
@@ -10,12 +10,16 @@ use anyhow::{bail, Context as _, Result};
 use bulkhead_agent_protocol::{agent::SetupSandboxRequest, SHARED_TAG};
 use bulkhead_runtime::agent::Agent;
 use bulkhead_tests::vmm::{agent_socket, Vmm};
-use bulkhead_vmm_api::{Call, Event, ExitReason};
+use bulkhead_vmm_api::{BalloonStatus, BalloonTarget, Call, Event, ExitReason};
 
-use crate::context::{mentions, same, Context, LIMIT};
+use crate::context::{mentions, same, until, Context, LIMIT};
 use crate::runner::{tests, Test};
 
-pub const TESTS: &[Test] = tests![clones_of_a_booted_guest_serve, a_mounted_share_is_refused];
+pub const TESTS: &[Test] = tests![
+    clones_of_a_booted_guest_serve,
+    a_balloon_takes_what_it_is_asked_for,
+    a_mounted_share_is_refused
+];
 
 /// A guest's end on the host: where its agent calls.
 struct Host {
@@ -97,7 +101,7 @@ fn clones_of_a_booted_guest_serve(context: &Context) -> Result<()> {
             &host.dir,
         )?;
         let restored = begin.elapsed();
-        vmm.wait_ready().with_context(|| host.console())?;
+        vmm.wait_clone().with_context(|| host.console())?;
         println!(
             "    {name} clone: restored after {restored:.0?}, its agent called after {:.0?}",
             begin.elapsed()
@@ -106,6 +110,7 @@ fn clones_of_a_booted_guest_serve(context: &Context) -> Result<()> {
     }
     // Both live, and each answers for itself.
     for (host, vmm) in &mut clones {
+        use_balloon(vmm)?;
         let (agent, release) = host.set_up(&runtime)?;
         if release == bulkhead_tests::inside::release()? {
             bail!("the host's kernel answered");
@@ -117,6 +122,41 @@ fn clones_of_a_booted_guest_serve(context: &Context) -> Result<()> {
     }
     fs::remove_dir_all(&dir)?;
     Ok(())
+}
+
+/// The guest gives memory, tells how much it has left, and takes it again.
+fn use_balloon(vmm: &mut Vmm) -> Result<()> {
+    let mut reach = |mib: u32| -> Result<BalloonStatus> {
+        vmm.call(Call::Balloon(BalloonTarget { mib }), &[])?;
+        let mut last = BalloonStatus::default();
+        until(LIMIT, "the balloon has its size", || {
+            last = vmm.status()?.balloon.context("no balloon")?;
+            Ok(last.actual_mib == mib && last.statistics.is_some())
+        })?;
+        same(last.target_mib, mib)?;
+        Ok(last)
+    };
+    let full = reach(64)?;
+    if full.returned < 64 << 20 {
+        bail!("{} bytes given back", full.returned);
+    }
+    reach(0)?;
+    let refused = vmm.call(Call::Balloon(BalloonTarget { mib: 256 }), &[]);
+    let Err(error) = refused else {
+        bail!("a balloon as large as the guest");
+    };
+    mentions(&error.to_string(), &["mib", "256"])
+}
+
+fn a_balloon_takes_what_it_is_asked_for(context: &Context) -> Result<()> {
+    context.only_bulkhead()?;
+    let host = Host::new(context, "balloon")?;
+    let mut vmm = Vmm::start(&context.products, LIMIT)?;
+    vmm.boot(&context.products, &host.dir)?;
+    vmm.wait_ready()?;
+    use_balloon(&mut vmm).with_context(|| host.console())?;
+    vmm.call(Call::Shutdown, &[])?;
+    same(vmm.event()?, Event::Ended(ExitReason::Stopped))
 }
 
 fn a_mounted_share_is_refused(context: &Context) -> Result<()> {
