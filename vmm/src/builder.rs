@@ -84,6 +84,9 @@ pub enum BuildError {
     /// The VMM's own layout is at fault.
     #[error(transparent)]
     Range(#[from] RangeError),
+    /// No memory for the bus's configuration space.
+    #[error("PCI configuration space could not be mapped")]
+    ConfigSpace(#[from] vm_memory::mmap::MmapRegionError),
     /// A snapshot.
     #[error(transparent)]
     Snapshot(#[from] SnapshotError),
@@ -113,9 +116,11 @@ impl BuildError {
             Self::Bus(_) => FailureKind::InvalidRequest,
             Self::Snapshot(error) => error.kind(),
             Self::Memory(MemoryError::Size { .. }) => FailureKind::BadResource,
-            Self::Memory(_) | Self::Device { .. } | Self::Range(_) | Self::System { .. } => {
-                FailureKind::System
-            }
+            Self::Memory(_)
+            | Self::Device { .. }
+            | Self::Range(_)
+            | Self::ConfigSpace(_)
+            | Self::System { .. } => FailureKind::System,
         }
     }
 }
@@ -147,6 +152,7 @@ pub struct Machine {
     serial: Arc<SerialPort>,
     stamps: Arc<Stamps>,
     memory: GuestMemoryMmap,
+    root: Arc<PciRoot>,
     /// In the order of the bus.
     functions: Vec<Arc<VirtioPci>>,
     balloon: Option<Arc<Mutex<Balloon>>>,
@@ -260,6 +266,7 @@ impl Machine {
                 .restore(state)
                 .map_err(|source| device_error(index, function, source))?;
         }
+        self.root.refresh();
         self.vm.pulse_line(layout::GENERATION_IRQ)?;
         Ok(state.vm.restore_clock(self.vm.fd())?)
     }
@@ -489,9 +496,15 @@ impl Parts {
             windows,
             ..
         } = plug;
+        let root = Arc::new(root);
+        root.show(|memory| {
+            self.vm
+                .map_window(layout::ECAM, memory, true)
+                .map_err(BuildError::Kvm)
+        })?;
         buses
             .mmio
-            .insert(layout::ECAM, layout::ECAM_SIZE, Arc::new(root))?;
+            .insert(layout::ECAM, layout::ECAM_SIZE, root.clone())?;
         let vcpus = self.vcpus.into_iter();
         Ok(Machine {
             threads: Vec::new(),
@@ -507,6 +520,7 @@ impl Parts {
             serial: self.serial,
             stamps,
             memory: self.memory,
+            root,
             functions,
             balloon,
             vm: self.vm,

@@ -101,8 +101,8 @@ impl Vm {
         Ok(())
     }
 
-    /// Maps a file's mapping at a guest-physical address (virtio-pmem). The
-    /// caller keeps `mapping` as long as the machine lives.
+    /// Maps a mapping of a file (virtio-pmem), or of what the VMM shows, at a
+    /// guest-physical address. The caller keeps `mapping` as long as the machine lives.
     pub fn map_window(
         &self,
         guest_address: u64,
@@ -131,9 +131,9 @@ impl Vm {
             memory_size: size,
             userspace_addr: host_address,
         };
-        // SAFETY: the range is a whole mapping of guest memory or of a file
-        // window; the former is kept by `self`, the latter by the caller, and
-        // Rust code reaches it only by volatile access.
+        // SAFETY: the range is a whole mapping of guest memory or of a window;
+        // the former is kept by `self`, the latter by the caller, and Rust
+        // code reaches it only by volatile access.
         unsafe { self.fd.set_user_memory_region(region) }.map_err(failed("memory slot"))
     }
 }
