@@ -18,6 +18,7 @@ use crate::{
     arch::x86_64::{acpi, boot, cpuid, layout, regs},
     bus::{Bus, BusDevice, RangeError},
     config::{Devices, Resources, RestoreResources},
+    confine::{self, seccomp::Worker},
     event::{EventHandler, EventLoop, LoopHandle},
     generation::GenerationId,
     kvm::{
@@ -142,6 +143,28 @@ pub struct Callbacks {
     pub on_generation_read: Arc<dyn Fn() + Send + Sync>,
 }
 
+/// What a machine uses of the host that has a path: opened before the process
+/// loses sight of it.
+pub struct Host {
+    kvm: Kvm,
+    /// Which pages of this process exist.
+    pagemap: File,
+}
+
+impl Host {
+    /// Opens it.
+    ///
+    /// # Errors
+    /// No KVM, no /proc.
+    pub fn open() -> Result<Self, BuildError> {
+        Ok(Self {
+            kvm: Kvm::new().map_err(BuildError::OpenKvm)?,
+            pagemap: snapshot::memory::open_pagemap()
+                .map_err(system("/proc/self/pagemap cannot be opened"))?,
+        })
+    }
+}
+
 /// A VM, ready to run, running or paused. Dropping it stops its threads.
 pub struct Machine {
     // Order matters: vCPUs stop first, then loops, then what they use.
@@ -157,7 +180,7 @@ pub struct Machine {
     functions: Vec<Arc<VirtioPci>>,
     balloon: Option<Arc<Mutex<Balloon>>>,
     vm: Arc<Vm>,
-    kvm: Kvm,
+    host: Arc<Host>,
     paused: bool,
     /// Mapped into the guest.
     _windows: Vec<MmapRegion>,
@@ -166,12 +189,12 @@ pub struct Machine {
 impl Machine {
     /// Builds the machine; nothing runs yet but idle event loops.
     pub fn build(
+        host: Arc<Host>,
         resources: Resources,
         callbacks: &Callbacks,
         stamps: Arc<Stamps>,
     ) -> Result<Self, BuildError> {
         let mut resources = resources;
-        let kvm = Kvm::new().map_err(BuildError::OpenKvm)?;
         let memory = memory::allocate(resources.memory_size)?;
         let huge = if resources.huge_pages {
             0..u64::MAX
@@ -179,7 +202,7 @@ impl Machine {
             boot::extent(&mut resources.kernel)
         };
         memory::advise(&memory, huge);
-        let vm = Arc::new(Vm::new(&kvm, &memory)?);
+        let vm = Arc::new(Vm::new(&host.kvm, &memory)?);
         let entry = boot::load(
             &memory,
             resources.memory_size,
@@ -202,7 +225,7 @@ impl Machine {
             vcpus.push(vcpu);
         }
         let parts = Parts {
-            kvm,
+            host,
             vm,
             memory,
             memory_size: resources.memory_size,
@@ -215,14 +238,14 @@ impl Machine {
 
     /// Builds a machine from a snapshot; it is paused.
     pub fn restore(
+        host: Arc<Host>,
         resources: RestoreResources,
         callbacks: &Callbacks,
         stamps: Arc<Stamps>,
     ) -> Result<Self, BuildError> {
         let state = snapshot::state::read(&resources.state)?;
-        let kvm = Kvm::new().map_err(BuildError::OpenKvm)?;
         let memory = memory::map_snapshot(state.memory_size, &resources.memory)?;
-        let vm = Arc::new(Vm::new(&kvm, &memory)?);
+        let vm = Arc::new(Vm::new(&host.kvm, &memory)?);
         let interrupt = serial_interrupt(&vm)?;
         let serial = SerialPort::restore(state.serial.clone(), resources.serial, interrupt)
             .map_err(system("serial port"))?;
@@ -232,7 +255,7 @@ impl Machine {
             vcpus.push(vm.create_vcpu(index as u8)?);
         }
         let parts = Parts {
-            kvm,
+            host,
             vm,
             memory,
             memory_size: state.memory_size,
@@ -257,7 +280,7 @@ impl Machine {
             )));
         }
         state.vm.restore_irqchips(self.vm.fd())?;
-        let xsave_size = xsave_size(&self.kvm);
+        let xsave_size = xsave_size(&self.host.kvm);
         for (index, (vcpu, state)) in self.vcpus.iter().zip(&state.vcpus).enumerate() {
             state.restore(&lock(vcpu), xsave_size, index == 0)?;
         }
@@ -271,14 +294,20 @@ impl Machine {
         Ok(state.vm.restore_clock(self.vm.fd())?)
     }
 
-    /// Lets the vCPUs run for the first time.
+    /// Lets the vCPUs run for the first time, and confines the calling thread to
+    /// what it needs from now on.
     pub fn start(&mut self) -> Result<(), BuildError> {
-        self.stamps.set(Moment::KernelEntry);
+        self.shared.rest.before_start();
         for (index, vcpu) in self.vcpus.iter().enumerate() {
             let thread = VcpuThread::spawn(index as u8, Arc::clone(vcpu), Arc::clone(&self.shared))
                 .map_err(system("vCPU thread could not be started"))?;
             self.threads.push(thread);
         }
+        // All threads that there will be: nobody runs the guest before
+        // everybody is confined.
+        confine::enter(Worker::Control);
+        self.stamps.set(Moment::KernelEntry);
+        self.shared.rest.end();
         Ok(())
     }
 
@@ -322,8 +351,8 @@ impl Machine {
     /// # Errors
     /// A device cannot be saved as it is; a file cannot be written.
     pub fn snapshot(&self, state_file: &File, memory_file: &File) -> Result<(), SnapshotError> {
-        let msrs = msrs_to_save(&self.kvm)?;
-        let xsave_size = xsave_size(&self.kvm);
+        let msrs = msrs_to_save(&self.host.kvm)?;
+        let xsave_size = xsave_size(&self.host.kvm);
         // Devices first: they are what may refuse.
         let functions = self.functions.iter().enumerate().map(|(index, function)| {
             function
@@ -342,7 +371,7 @@ impl Machine {
             serial: self.serial.save(),
         };
         snapshot::state::write(&state, state_file)?;
-        snapshot::memory::write(&self.memory, memory_file)
+        snapshot::memory::write(&self.memory, &self.host.pagemap, memory_file)
             .map(|written| tracing::debug!(written, "memory written"))
             .map_err(|source| SnapshotError::File {
                 what: "write the memory file",
@@ -437,7 +466,7 @@ fn serial_interrupt(vm: &Vm) -> Result<EventFd, BuildError> {
 
 /// What differs between a machine that boots and one that is restored.
 struct Parts {
-    kvm: Kvm,
+    host: Arc<Host>,
     vm: Arc<Vm>,
     memory: GuestMemoryMmap,
     memory_size: u64,
@@ -524,7 +553,7 @@ impl Parts {
             functions,
             balloon,
             vm: self.vm,
-            kvm: self.kvm,
+            host: self.host,
             paused: self.paused,
             _windows: windows,
         })
@@ -553,7 +582,7 @@ impl Plug<'_> {
         memory_size: u64,
         callbacks: &Callbacks,
     ) -> Result<Vec<EventLoop>, BuildError> {
-        let io = self.event_loop("io")?;
+        let io = self.event_loop("io", Worker::Devices)?;
         let mut loops = Vec::new();
         let mut windows = WindowAllocator::new(memory_size);
         let named = |device: String| move |source| BuildError::Device { device, source };
@@ -565,7 +594,7 @@ impl Plug<'_> {
         for (config, directory) in resources.fs {
             let name = format!("fs {}", config.tag);
             // Its requests block, so it has a thread of its own.
-            let own = self.event_loop("fs")?;
+            let own = self.event_loop("fs", Worker::Files)?;
             let device = Fs::new(&config, directory).map_err(named(name.clone()))?;
             self.plug(device, class::STORAGE, &own.handle(), &name)?;
             loops.push(own);
@@ -597,9 +626,9 @@ impl Plug<'_> {
         Ok(loops)
     }
 
-    fn event_loop(&self, name: &str) -> Result<EventLoop, BuildError> {
+    fn event_loop(&self, name: &str, worker: Worker) -> Result<EventLoop, BuildError> {
         let event_loop =
-            EventLoop::spawn(name).map_err(system("event loop could not be started"))?;
+            EventLoop::spawn(name, worker).map_err(system("event loop could not be started"))?;
         if self.paused && !event_loop.pause() {
             // It has nothing to do yet.
             return Err(system("event loop does not rest")(

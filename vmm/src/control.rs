@@ -19,7 +19,7 @@ use nix::{
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::{
-    builder::{Callbacks, Machine},
+    builder::{BuildError, Callbacks, Host, Machine},
     config::{self, Devices, Resources, RestoreResources},
     timeline::{Moment, Stamps},
 };
@@ -68,6 +68,7 @@ pub struct Server {
     channel: Arc<Channel>,
     stamps: Arc<Stamps>,
     end: Arc<End>,
+    host: Option<Arc<Host>>,
     stage: Stage,
 }
 
@@ -86,6 +87,7 @@ impl Server {
                 reason: Mutex::new(None),
                 event: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
             }),
+            host: None,
             stage: Stage::Unconfigured,
         })
     }
@@ -258,7 +260,10 @@ impl Server {
         };
         self.stamps.set(Moment::Configured);
         let callbacks = self.callbacks(&resources.devices, true);
-        match Machine::restore(resources, &callbacks, Arc::clone(&self.stamps)) {
+        let restored = self.host().and_then(|host| {
+            Machine::restore(host, resources, &callbacks, Arc::clone(&self.stamps))
+        });
+        match restored {
             Ok(machine) => {
                 self.stage = Stage::Running(Box::new(machine));
                 Outcome::Done
@@ -290,14 +295,24 @@ impl Server {
         }
     }
 
+    /// What a machine uses of the host, opened at the first attempt.
+    fn host(&mut self) -> Result<Arc<Host>, BuildError> {
+        if let Some(host) = &self.host {
+            return Ok(Arc::clone(host));
+        }
+        let host = Arc::new(Host::open()?);
+        self.host = Some(Arc::clone(&host));
+        Ok(host)
+    }
+
     fn boot(&mut self, resources: Resources) -> Outcome {
         let callbacks = self.callbacks(&resources.devices, false);
-        let built = Machine::build(resources, &callbacks, Arc::clone(&self.stamps)).and_then(
-            |mut machine| {
-                machine.start()?;
-                Ok(machine)
-            },
-        );
+        let built = self.host().and_then(|host| {
+            let stamps = Arc::clone(&self.stamps);
+            let mut machine = Machine::build(host, resources, &callbacks, stamps)?;
+            machine.start()?;
+            Ok(machine)
+        });
         match built {
             Ok(machine) => {
                 self.stage = Stage::Running(Box::new(machine));

@@ -20,6 +20,8 @@ use vmm_sys_util::{
     eventfd::EventFd,
 };
 
+use crate::confine::{self, seccomp::Worker};
+
 /// Something whose descriptors a loop watches.
 pub trait EventHandler: Send {
     /// A descriptor registered with `token` is ready. Must not block (but on
@@ -170,8 +172,9 @@ pub struct EventLoop {
 }
 
 impl EventLoop {
-    /// Starts a loop on a new thread called `name` (at most 15 bytes show).
-    pub fn spawn(name: &str) -> io::Result<Self> {
+    /// Starts a loop on a new thread called `name` (at most 15 bytes show),
+    /// which may do what `worker` needs.
+    pub fn spawn(name: &str, worker: Worker) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             gate: Gate::default(),
             epoll: Epoll::new()?,
@@ -187,7 +190,10 @@ impl EventLoop {
         let inner = handle.clone();
         let thread = thread::Builder::new()
             .name(name.to_owned())
-            .spawn(move || run(&inner))?;
+            .spawn(move || {
+                confine::enter(worker);
+                run(&inner);
+            })?;
         Ok(Self {
             handle,
             thread: Some(thread),

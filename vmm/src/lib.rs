@@ -8,6 +8,7 @@ pub mod arch;
 pub mod builder;
 pub mod bus;
 pub mod config;
+pub mod confine;
 pub mod control;
 pub mod event;
 pub mod generation;

@@ -4,6 +4,7 @@
 use std::{os::fd::OwnedFd, process::exit};
 
 use bulkhead_vmm::{
+    confine::seccomp::{self, Mode},
     control::{self, Server},
     probe,
     timeline::{Moment, Stamps},
@@ -11,9 +12,16 @@ use bulkhead_vmm::{
 use bulkhead_vmm_api::{Channel, ExitReason};
 
 const USAGE: &str = "\
-usage: bulkhead-vmm --control-fd N   serve the control socket N (SEQPACKET)
-       bulkhead-vmm --probe          say how fast KVM runs a guest's kernel mode
+usage: bulkhead-vmm [options] --control-fd N
+           serve the control socket N (SEQPACKET)
+       bulkhead-vmm --probe
+           say how fast KVM runs a guest's kernel mode
        bulkhead-vmm --version
+
+options, for finding faults:
+  --seccomp kill|log|off   what comes of a forbidden system call: the process is
+                           killed (the default); it happens, and the kernel's log
+                           tells; nothing is forbidden
 ";
 
 fn main() {
@@ -21,9 +29,21 @@ fn main() {
     stamps.set(Moment::VmmStart);
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    match words[..] {
+    let mut words = &words[..];
+    let mut mode = Mode::Kill;
+    while let ["--seccomp", word, rest @ ..] = words {
+        mode = word.parse().unwrap_or_else(|problem| {
+            eprintln!("bulkhead-vmm: --seccomp {word}: {problem}");
+            exit(2);
+        });
+        words = rest;
+    }
+    match *words {
         ["--control-fd", number] => match inherited(number) {
-            Ok(socket) => serve(socket, stamps),
+            Ok(socket) => {
+                seccomp::set_mode(mode);
+                serve(socket, stamps);
+            }
             Err(problem) => {
                 eprintln!("bulkhead-vmm: --control-fd {number}: {problem}");
                 exit(2);

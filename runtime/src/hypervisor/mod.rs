@@ -120,6 +120,10 @@ impl fmt::Display for Ending {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("the virtual machine has ended: ")?;
         match (self.signal, self.reason, self.code) {
+            (Some(libc::SIGSYS), _, _) => f.write_str(
+                "its VMM made a forbidden system call and was killed \
+                 (the kernel's log names it: audit type=1326)",
+            )?,
             (Some(signal), _, _) => write!(f, "its VMM was killed by signal {signal}")?,
             (None, Some(reason), _) => f.write_str(describe(reason))?,
             (None, None, Some(code)) => write!(f, "its VMM exited with code {code}")?,
@@ -142,5 +146,28 @@ fn describe(reason: ExitReason) -> &'static str {
         ExitReason::KvmError => "KVM could not run the guest",
         ExitReason::VmmError => "the VMM failed",
         ExitReason::ClientGone => "its control connection was lost",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_forbidden_system_call_is_told_as_such() {
+        let ending = Ending {
+            reason: None,
+            signal: Some(libc::SIGSYS),
+            code: None,
+            stderr: String::new(),
+        };
+        assert!(!ending.is_orderly());
+        let text = ending.to_string();
+        assert!(text.contains("forbidden system call"), "{text}");
+        let killed = Ending {
+            signal: Some(libc::SIGKILL),
+            ..ending
+        };
+        assert!(killed.to_string().contains("signal 9"), "{killed}");
     }
 }

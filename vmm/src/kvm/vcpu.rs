@@ -16,7 +16,11 @@ use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EV
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{register_signal_handler, Killable, SIGRTMIN};
 
-use crate::{bus::Bus, power::OnEnd};
+use crate::{
+    bus::Bus,
+    confine::{self, seccomp::Worker},
+    power::OnEnd,
+};
 
 /// How long a vCPU may take to leave the guest when it is told to.
 const STOP_WITHIN: Duration = Duration::from_secs(1);
@@ -92,6 +96,11 @@ impl Rest {
         *resting -= 1;
     }
 
+    /// Makes vCPU threads rest from their start, until [`Self::end`].
+    pub fn before_start(&self) {
+        self.asked.store(true, Ordering::SeqCst);
+    }
+
     /// Whether a pause is asked for.
     fn asked(&self) -> bool {
         self.asked.load(Ordering::SeqCst)
@@ -144,12 +153,17 @@ pub fn install_kick_signal() -> io::Result<()> {
 
 impl VcpuThread {
     /// Lets vCPU `index` run on a thread of its own, which holds the lock
-    /// whenever it does not rest.
+    /// whenever it does not rest. It does not run before [`Rest::end`] where
+    /// [`Rest::before_start`] was called.
     pub fn spawn(index: u8, vcpu: Arc<Mutex<VcpuFd>>, shared: Arc<Shared>) -> io::Result<Self> {
         let inner = Arc::clone(&shared);
         let thread = std::thread::Builder::new()
             .name(format!("vcpu{index}"))
-            .spawn(move || run(&vcpu, &inner))?;
+            .spawn(move || {
+                confine::enter(Worker::Vcpu);
+                inner.rest.here();
+                run(&vcpu, &inner);
+            })?;
         Ok(Self {
             shared,
             thread: Some(thread),

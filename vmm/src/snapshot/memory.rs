@@ -17,16 +17,23 @@ const BATCH: usize = 512;
 const PRESENT: u64 = 1 << 63;
 const SWAPPED: u64 = 1 << 62;
 
+/// Opens what says which pages of this process exist.
+///
+/// # Errors
+/// No /proc.
+pub fn open_pagemap() -> io::Result<File> {
+    File::open("/proc/self/pagemap")
+}
+
 /// Writes all of `memory`; nothing may change it meanwhile. Returns how many
 /// bytes are not holes.
 ///
 /// # Errors
 /// The file cannot be written.
-pub fn write(memory: &GuestMemoryMmap, file: &File) -> io::Result<u64> {
+pub fn write(memory: &GuestMemoryMmap, mut pagemap: &File, file: &File) -> io::Result<u64> {
     file.set_len(0)?;
     let size: u64 = memory.iter().map(GuestMemoryRegion::len).sum();
     file.set_len(size)?;
-    let mut pagemap = File::open("/proc/self/pagemap")?;
     let mut base = 0;
     let mut written = 0;
     for region in memory.iter() {
@@ -118,7 +125,8 @@ mod tests {
         // Touched, and zero.
         guest.write_obj(0_u8, GuestAddress(9 << 20)).unwrap();
         let file = TempFile::new().unwrap();
-        let written = write(&guest, file.as_file()).unwrap();
+        let pagemap = open_pagemap().unwrap();
+        let written = write(&guest, &pagemap, file.as_file()).unwrap();
         assert_eq!(written, 4 * 4096);
         let found = file.as_file().metadata().unwrap();
         assert_eq!(found.len(), size);
@@ -135,7 +143,7 @@ mod tests {
         assert_eq!(other.read_obj::<u8>(GuestAddress(0)).unwrap(), 1);
         // A clone's own snapshot has what it never touched.
         let second = TempFile::new().unwrap();
-        assert_eq!(write(&clone, second.as_file()).unwrap(), 4 * 4096);
+        assert_eq!(write(&clone, &pagemap, second.as_file()).unwrap(), 4 * 4096);
         let grandchild = memory::map_snapshot(size, second.as_file()).unwrap();
         for (at, value) in [(0, 9)].iter().chain(&marks[1..]) {
             assert_eq!(

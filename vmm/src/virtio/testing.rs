@@ -12,7 +12,10 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::{epoll::EventSet, eventfd::EventFd};
 
 use super::device::{Activation, ActiveQueue, Interrupt, VirtioDevice};
-use crate::event::{EventHandler, EventLoop};
+use crate::{
+    confine::seccomp::Worker,
+    event::{EventHandler, EventLoop},
+};
 
 /// A buffer the device reads.
 pub const READ_ONLY: u16 = 0;
@@ -74,7 +77,7 @@ impl<D: VirtioDevice + 'static> Driver<D> {
 
     fn with(device: D, live: bool) -> Self {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap();
-        let event_loop = EventLoop::spawn("test").unwrap();
+        let event_loop = EventLoop::spawn("test", Worker::Devices).unwrap();
         let device = Arc::new(Mutex::new(device));
         let recorder = Arc::new(Recorder::default());
         let mut this = Self {

@@ -4,7 +4,7 @@
 use std::{
     io::{BufRead, BufReader, Read},
     os::{fd::AsRawFd, unix::net::UnixListener},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
     time::{Duration, Instant},
 };
@@ -184,6 +184,46 @@ fn several_processors_run_and_stop() {
     assert_eq!(vmm.end(), (vec![Event::Ended(ExitReason::Stopped)], 0));
 }
 
+/// The value of a field of a thread's or process's status.
+fn status(path: &Path, field: &str) -> String {
+    let text = std::fs::read_to_string(path.join("status")).unwrap();
+    let value = text
+        .lines()
+        .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
+    value.expect(field).trim().to_owned()
+}
+
+#[test]
+fn every_thread_has_a_filter_once_the_guest_runs() {
+    if !kvm("every_thread_has_a_filter_once_the_guest_runs") {
+        return;
+    }
+    let directory = TempDir::new().unwrap();
+    let mut setup = Setup::new(Code::new().print("up").spin().kernel());
+    setup.config.vcpus = 2;
+    let shared = setup.pass(std::fs::File::open(directory.as_path()).unwrap());
+    setup.config.devices.fs.push(FsConfig {
+        tag: "shared".into(),
+        directory: shared,
+        cache: FsCache::Auto,
+    });
+    let mut serial = setup.serial();
+    let vmm = Vmm::run(&setup);
+    serial.read_exact(&mut [0; 2]).unwrap();
+    let mut names = Vec::new();
+    let process = PathBuf::from(format!("/proc/{}", vmm.child.id()));
+    for thread in std::fs::read_dir(process.join("task")).unwrap() {
+        let thread = thread.unwrap().path();
+        names.push(status(&thread, "Name"));
+        // SECCOMP_MODE_FILTER, one each.
+        assert_eq!(status(&thread, "Seccomp"), "2", "{names:?}");
+        assert_eq!(status(&thread, "Seccomp_filters"), "1", "{names:?}");
+        assert_eq!(status(&thread, "NoNewPrivs"), "1", "{names:?}");
+    }
+    names.sort_unstable();
+    assert_eq!(names, ["bulkhead-vmm", "fs", "io", "vcpu0", "vcpu1"]);
+}
+
 #[test]
 fn the_end_of_the_connection_ends_the_vmm() {
     let mut vmm = Vmm::spawn();
@@ -251,7 +291,7 @@ fn a_killed_client_leaves_no_vmm() {
 }
 
 /// Whether a process runs: one that ended may wait for its new parent.
-fn is_alive(process: &std::path::Path) -> bool {
+fn is_alive(process: &Path) -> bool {
     std::fs::read_to_string(process.join("stat"))
         .is_ok_and(|stat| !stat.rsplit(')').next().unwrap_or("").starts_with(" Z"))
 }

@@ -50,6 +50,8 @@ pub struct Fs {
     options: Config,
     /// What `options.root_dir` names.
     _directory: OwnedFd,
+    /// Made in advance, for the first session.
+    first: Option<(Backend, Arc<AtomicBool>)>,
     pub(super) active: Option<Active>,
 }
 
@@ -57,9 +59,9 @@ pub struct Fs {
 /// open files.
 pub(super) struct Active {
     pub queues: Queues,
-    pub backend: Backend,
-    /// The thread that serves it has been prepared.
-    pub prepared: bool,
+    /// None until the first request: it takes files of the host, which only
+    /// the device's own thread may open.
+    pub backend: Option<Backend>,
     mounted: Arc<AtomicBool>,
 }
 
@@ -102,25 +104,41 @@ impl Fs {
             killpriv_v2: true,
             ..Config::default()
         };
-        let fs = Self {
+        // Now, for it shows what would fail at the guest's start.
+        let mounted = Arc::<AtomicBool>::default();
+        let first = backend(&options, &mounted)?;
+        Ok(Self {
             tag: config.tag.clone(),
             config: space,
             options,
             _directory: directory,
+            first: Some((first, mounted)),
             active: None,
-        };
-        // Shows now what would fail at the guest's start.
-        fs.backend(Arc::default())?;
-        Ok(fs)
+        })
     }
 
-    /// A backend that knows nothing yet.
-    fn backend(&self, mounted: Arc<AtomicBool>) -> io::Result<Backend> {
-        let files = PassthroughFs::new(self.options.clone())?;
-        files.import()?;
-        let shared = self.options.cache_policy != CachePolicy::Always;
-        Ok(Server::new(Files::new(files, shared, mounted)))
+    /// Takes care that there is a backend, when the driver has activated the
+    /// device.
+    ///
+    /// # Errors
+    /// The directory cannot be opened any more.
+    pub(super) fn prepare(&mut self) -> io::Result<()> {
+        match &mut self.active {
+            Some(active) if active.backend.is_none() => {
+                active.backend = Some(backend(&self.options, &active.mounted)?);
+                Ok(())
+            }
+            _ => Ok(()),
+        }
     }
+}
+
+/// A backend that knows nothing yet.
+fn backend(options: &Config, mounted: &Arc<AtomicBool>) -> io::Result<Backend> {
+    let files = PassthroughFs::new(options.clone())?;
+    files.import()?;
+    let shared = options.cache_policy != CachePolicy::Always;
+    Ok(Server::new(Files::new(files, shared, Arc::clone(mounted))))
 }
 
 impl VirtioDevice for Fs {
@@ -147,18 +165,14 @@ impl VirtioDevice for Fs {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
-        let mounted = Arc::<AtomicBool>::default();
-        let backend = self
-            .backend(Arc::clone(&mounted))
-            .map_err(|source| DeviceError::System {
-                action: "open the shared directory",
-                source,
-            })?;
         let queues = Queues::new(activation, QUEUES)?;
+        let (backend, mounted) = match self.first.take() {
+            Some((backend, mounted)) => (Some(backend), mounted),
+            None => (None, Arc::default()),
+        };
         self.active = Some(Active {
             queues,
             backend,
-            prepared: false,
             mounted,
         });
         Ok(())

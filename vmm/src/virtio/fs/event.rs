@@ -8,7 +8,7 @@ use fuse_backend_rs::{
 use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 
-use super::{device::Backend, sys, Fs};
+use super::{device::Backend, Fs};
 use crate::{
     event::EventHandler,
     virtio::chain::{Broken, Chain},
@@ -19,20 +19,20 @@ const ROUND: usize = 64;
 
 impl EventHandler for Fs {
     fn handle(&mut self, token: u32, _events: EventSet) {
+        let prepared = self.prepare();
         let Some(active) = &mut self.active else {
             return;
         };
-        if !active.prepared {
-            active.prepared = true;
-            if let Err(error) = sys::keep_capabilities() {
-                // Not root, then: all files are one user's anyway.
-                tracing::debug!(%error, "capabilities do not outlast a change of user");
-            }
+        if let Err(error) = &prepared {
+            tracing::error!(%error, "shared directory cannot be opened again");
+            active.queues.break_device();
         }
         let index = token as usize;
         if active.queues.notified(index) {
             let memory = active.queues.memory.memory();
-            let backend = &active.backend;
+            let Some(backend) = &active.backend else {
+                return;
+            };
             active
                 .queues
                 .drain(index, ROUND, |chain| serve(&memory, backend, chain));

@@ -12,7 +12,6 @@ mod device;
 mod event;
 mod files;
 mod state;
-mod sys;
 #[cfg(test)]
 mod tests;
 

@@ -13,6 +13,7 @@ use bulkhead_vmm_api::{FsCache, FsConfig};
 use vmm_sys_util::tempdir::TempDir;
 
 use super::{device::QUEUES, files::ATTR_SUBMOUNT, Fs};
+use crate::confine::{self, seccomp::Worker};
 use crate::virtio::{
     device::VirtioDevice,
     testing::{Driver, READ_ONLY, READ_WRITE},
@@ -250,6 +251,8 @@ fn what_a_user_makes_is_the_users() {
         println!("SKIPPED: what_a_user_makes_is_the_users: not root");
         return;
     }
+    // This thread serves the files here.
+    confine::enter(Worker::Files);
     let mut guest = Guest::new();
     // A group's directory; that the user is one of the group, only the guest
     // knows.
