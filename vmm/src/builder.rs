@@ -18,7 +18,7 @@ use crate::{
     arch::x86_64::{acpi, boot, cpuid, layout, regs},
     bus::{Bus, BusDevice, RangeError},
     config::{Devices, Resources, RestoreResources},
-    confine::{self, seccomp::Worker},
+    confine::{self, jail::JailError, seccomp::Worker},
     event::{EventHandler, EventLoop, LoopHandle},
     generation::GenerationId,
     kvm::{
@@ -91,6 +91,9 @@ pub enum BuildError {
     /// A snapshot.
     #[error(transparent)]
     Snapshot(#[from] SnapshotError),
+    /// The process cannot be confined.
+    #[error(transparent)]
+    Jail(#[from] JailError),
     /// A thread or descriptor.
     #[error("{step}")]
     System {
@@ -117,7 +120,8 @@ impl BuildError {
             Self::Bus(_) => FailureKind::InvalidRequest,
             Self::Snapshot(error) => error.kind(),
             Self::Memory(MemoryError::Size { .. }) => FailureKind::BadResource,
-            Self::Memory(_)
+            Self::Jail(_)
+            | Self::Memory(_)
             | Self::Device { .. }
             | Self::Range(_)
             | Self::ConfigSpace(_)
@@ -303,9 +307,11 @@ impl Machine {
                 .map_err(system("vCPU thread could not be started"))?;
             self.threads.push(thread);
         }
-        // All threads that there will be: nobody runs the guest before
-        // everybody is confined.
+        // These are all threads that there will be. The guest does not run
+        // before everybody is confined.
         confine::enter(Worker::Control);
+        self.shared.rest.wait_for(self.threads.len());
+        self.loops.iter().for_each(EventLoop::wait_until_confined);
         self.stamps.set(Moment::KernelEntry);
         self.shared.rest.end();
         Ok(())

@@ -226,8 +226,12 @@ impl Devices {
             if device.tag.is_empty() || device.tag.len() > MAX_TAG {
                 return Err(invalid(field, format!("a tag has 1 to {MAX_TAG} bytes")));
             }
-            let directory = fds.take(device.directory, &field)?;
-            fs.push((device, directory));
+            let directory = File::from(fds.take(device.directory, &field)?);
+            let kind = directory.metadata();
+            if !kind.is_ok_and(|kind| kind.is_dir()) {
+                return Err(unusable(field, "not a directory"));
+            }
+            fs.push((device, directory.into()));
         }
         let vsock = match wanted.vsock {
             Some(device) => {

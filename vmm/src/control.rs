@@ -21,6 +21,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::{
     builder::{BuildError, Callbacks, Host, Machine},
     config::{self, Devices, Resources, RestoreResources},
+    confine::jail,
     timeline::{Moment, Stamps},
 };
 
@@ -254,13 +255,13 @@ impl Server {
         if !matches!(self.stage, Stage::Unconfigured) {
             return wrong_state("restore", self.stage.state());
         }
-        let resources = match RestoreResources::new(config, fds) {
+        let mut resources = match RestoreResources::new(config, fds) {
             Ok(resources) => resources,
             Err(error) => return failure(error.kind, &error),
         };
         self.stamps.set(Moment::Configured);
         let callbacks = self.callbacks(&resources.devices, true);
-        let restored = self.host().and_then(|host| {
+        let restored = self.host(&mut resources.devices).and_then(|host| {
             Machine::restore(host, resources, &callbacks, Arc::clone(&self.stamps))
         });
         match restored {
@@ -295,19 +296,21 @@ impl Server {
         }
     }
 
-    /// What a machine uses of the host, opened at the first attempt.
-    fn host(&mut self) -> Result<Arc<Host>, BuildError> {
-        if let Some(host) = &self.host {
-            return Ok(Arc::clone(host));
-        }
-        let host = Arc::new(Host::open()?);
+    /// What a machine uses of the host, opened at the first attempt; then the
+    /// process sees no more of the host than `devices` need.
+    fn host(&mut self, devices: &mut Devices) -> Result<Arc<Host>, BuildError> {
+        let host = match &self.host {
+            Some(host) => Arc::clone(host),
+            None => Arc::new(Host::open()?),
+        };
         self.host = Some(Arc::clone(&host));
+        jail::enter(devices)?;
         Ok(host)
     }
 
-    fn boot(&mut self, resources: Resources) -> Outcome {
+    fn boot(&mut self, mut resources: Resources) -> Outcome {
         let callbacks = self.callbacks(&resources.devices, false);
-        let built = self.host().and_then(|host| {
+        let built = self.host(&mut resources.devices).and_then(|host| {
             let stamps = Arc::clone(&self.stamps);
             let mut machine = Machine::build(host, resources, &callbacks, stamps)?;
             machine.start()?;

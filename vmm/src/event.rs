@@ -50,6 +50,8 @@ struct Gate {
 
 #[derive(Default)]
 struct GateState {
+    /// The thread has been confined to its work.
+    ready: bool,
     closed: bool,
     working: bool,
 }
@@ -57,6 +59,12 @@ struct GateState {
 impl Gate {
     fn lock(&self) -> MutexGuard<'_, GateState> {
         self.state.lock().expect("no holder of the gate panics")
+    }
+
+    /// The thread is confined.
+    fn ready(&self) {
+        self.lock().ready = true;
+        self.changed.notify_all();
     }
 
     /// Before an event is handled; waits while the gate is closed.
@@ -192,12 +200,24 @@ impl EventLoop {
             .name(name.to_owned())
             .spawn(move || {
                 confine::enter(worker);
+                inner.shared.gate.ready();
                 run(&inner);
             })?;
         Ok(Self {
             handle,
             thread: Some(thread),
         })
+    }
+
+    /// Waits until the thread is confined to its work, which it is soon after
+    /// its start.
+    pub fn wait_until_confined(&self) {
+        let gate = &self.handle.shared.gate;
+        let state = gate
+            .changed
+            .wait_while(gate.lock(), |state| !state.ready)
+            .expect("no holder of the gate panics");
+        drop(state);
     }
 
     /// Makes the loop rest; nothing is being handled when this returns. What

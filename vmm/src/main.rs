@@ -4,7 +4,7 @@
 use std::{os::fd::OwnedFd, process::exit};
 
 use bulkhead_vmm::{
-    confine::seccomp::{self, Mode},
+    confine::{self, seccomp::Mode, Policy},
     control::{self, Server},
     probe,
     timeline::{Moment, Stamps},
@@ -22,6 +22,11 @@ options, for finding faults:
   --seccomp kill|log|off   what comes of a forbidden system call: the process is
                            killed (the default); it happens, and the kernel's log
                            tells; nothing is forbidden
+  --jail on|off            whether the process gives up capabilities and goes to
+                           namespaces and a root directory of its own (default on)
+
+option for a client that has made a network namespace for this process:
+  --network own|kept       an empty one of its own (the default), or the present one
 ";
 
 fn main() {
@@ -30,18 +35,41 @@ fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let mut words = &words[..];
-    let mut mode = Mode::Kill;
-    while let ["--seccomp", word, rest @ ..] = words {
-        mode = word.parse().unwrap_or_else(|problem| {
-            eprintln!("bulkhead-vmm: --seccomp {word}: {problem}");
+    let mut policy = Policy {
+        seccomp: Mode::Kill,
+        jail: true,
+        keep_network: false,
+    };
+    while let [option @ ("--seccomp" | "--jail" | "--network"), word, rest @ ..] = words {
+        let expected = match (*option, *word) {
+            ("--seccomp", word) => match word.parse() {
+                Ok(mode) => {
+                    policy.seccomp = mode;
+                    None
+                }
+                Err(expected) => Some(expected),
+            },
+            ("--jail", "on" | "off") => {
+                policy.jail = *word == "on";
+                None
+            }
+            ("--jail", _) => Some("not on or off".into()),
+            (_, "own" | "kept") => {
+                policy.keep_network = *word == "kept";
+                None
+            }
+            (_, _) => Some("not own or kept".to_owned()),
+        };
+        if let Some(problem) = expected {
+            eprintln!("bulkhead-vmm: {option} {word}: {problem}");
             exit(2);
-        });
+        }
         words = rest;
     }
     match *words {
         ["--control-fd", number] => match inherited(number) {
             Ok(socket) => {
-                seccomp::set_mode(mode);
+                confine::set_policy(policy);
                 serve(socket, stamps);
             }
             Err(problem) => {
@@ -73,6 +101,7 @@ fn serve(socket: OwnedFd, stamps: std::sync::Arc<Stamps>) -> ! {
         .with_target(false)
         .init();
     control::end_on_panic();
+    allocate_plainly();
     allow_files();
     let reason = match Server::new(Channel::from_fd(socket), stamps) {
         Ok(server) => server.run(),
@@ -82,6 +111,16 @@ fn serve(socket: OwnedFd, stamps: std::sync::Arc<Stamps>) -> ! {
         }
     };
     exit(reason.code());
+}
+
+/// One heap for all threads: another would be mapped for each, and the C
+/// library reads a setting in /proc when such a heap shrinks.
+fn allocate_plainly() {
+    // SAFETY: takes no pointers; no other thread runs yet.
+    #[cfg(target_env = "gnu")]
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+    }
 }
 
 /// Lets the guest's files be what the guest says: modes of new ones are not

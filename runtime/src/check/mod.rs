@@ -195,9 +195,9 @@ fn state_dir(path: &Path) -> Verdict {
     let tried = std::fs::create_dir_all(path)
         .and_then(|()| std::fs::create_dir(&probe))
         .and_then(|()| std::fs::remove_dir(&probe));
-    // `vsock_1024` and a 16-digit name come below it; a Unix socket's path
+    // `v/s_1024` and a 16-digit name come below it; a Unix socket's path
     // has at most 107 bytes.
-    let longest = path.as_os_str().len() + "/s/0123456789abcdef/vsock_1024".len();
+    let longest = path.as_os_str().len() + "/s/0123456789abcdef/v/s_1024".len();
     match tried {
         Err(error) => Verdict::bad(
             format!("{} is not writable: {error}", path.display()),

@@ -129,6 +129,10 @@ impl BulkheadVmm {
             .map_err(io::Error::from)
             .map_err(system("make a pipe"))?;
         let mut command = Command::new(binary);
+        if own_network {
+            // Made here, for hooks to find before the machine is.
+            command.args(["--network", "kept"]);
+        }
         command
             .arg("--control-fd")
             .arg(std::os::fd::AsRawFd::as_raw_fd(&theirs).to_string())

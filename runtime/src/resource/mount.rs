@@ -17,7 +17,9 @@ use nix::{
 };
 use rustix::{
     fs::{openat2, Mode, OFlags, ResolveFlags, CWD},
-    mount::{move_mount, open_tree, MoveMountFlags, OpenTreeFlags},
+    mount::{
+        mount_change, move_mount, open_tree, MountPropagationFlags, MoveMountFlags, OpenTreeFlags,
+    },
 };
 
 use crate::sys;
@@ -44,6 +46,16 @@ pub fn bind(source: &Path, target: &Path, recursive: bool, read_only: bool) -> i
         MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
     )?;
     Ok(())
+}
+
+/// Mounts a directory on itself, as a mount that passes on to its copies in
+/// other namespaces what is mounted below it.
+///
+/// # Errors
+/// What the kernel says.
+pub fn share(directory: &Path) -> io::Result<()> {
+    bind(directory, directory, false, false)?;
+    Ok(mount_change(directory, MountPropagationFlags::SHARED)?)
 }
 
 /// A path below `root` that does not lead out of it, whatever symbolic links

@@ -55,6 +55,7 @@ use crate::{
     resource::{
         cgroup::SandboxCgroup,
         journal::{Journal, Resource},
+        mount,
         network::{self, Network},
         process,
     },
@@ -112,6 +113,16 @@ pub async fn start(
     }
 }
 
+/// Makes the shared directory a mount that passes on what is mounted below it
+/// later: the VMM looks at it from a mount namespace of its own.
+fn share(directory: &Directory, journal: &Journal) -> Result<(), Error> {
+    let shared = directory.shared();
+    let step = || format!("mount {} on itself", shared.display());
+    let target = shared.clone();
+    journal.record(Resource::Mount { target }).step(step)?;
+    mount::share(&shared).step(step)
+}
+
 /// What is known before anything is taken from the host.
 struct Plan {
     spec: Spec,
@@ -133,6 +144,7 @@ async fn boot(
     let timeline = Timeline::new(request.shim_start_us);
     let journal = Journal::create(directory.path())
         .step(|| format!("create the journal in {}", directory.path().display()))?;
+    share(&directory, &journal)?;
     let vm = BulkheadVmm::spawn(&config.hypervisor.path, plan.hooks_network)?;
     adopt(&vm, &plan.spec, &journal)?;
     directory

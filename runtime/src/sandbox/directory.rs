@@ -5,8 +5,8 @@
 //! <state_dir>/s/<hash of namespace and id>/   mode 0700
 //!   sandbox.json          whose it is
 //!   journal               what it has taken from the host
-//!   vsock                 connections to the guest
-//!   vsock_1024 _1025      connections of the guest: agent, streams
+//!   v/s                   connections to the guest
+//!   v/s_1024 _1025        connections of the guest: agent, streams
 //!   shared/               what the guest's virtio-fs shows
 //! ```
 
@@ -85,7 +85,13 @@ impl Directory {
         DirBuilder::new()
             .mode(0o755)
             .create(&shared)
-            .step(|| format!("create {}", shared.display()))
+            .step(|| format!("create {}", shared.display()))?;
+        // By itself: the VMM sees it in its jail.
+        let sockets = self.sockets();
+        DirBuilder::new()
+            .mode(0o700)
+            .create(&sockets)
+            .step(|| format!("create {}", sockets.display()))
     }
 
     /// Tells people whose it is.
@@ -120,15 +126,19 @@ impl Directory {
         self.path.join("shared")
     }
 
+    fn sockets(&self) -> PathBuf {
+        self.path.join("v")
+    }
+
     /// Where the host connects to the guest, and the prefix of where the
     /// guest connects to the host.
     pub fn vsock(&self) -> PathBuf {
-        self.path.join("vsock")
+        self.sockets().join("s")
     }
 
     /// Where the guest's connections to `port` arrive.
     pub fn vsock_port(&self, port: u32) -> PathBuf {
-        self.path.join(format!("vsock_{port}"))
+        self.sockets().join(format!("s_{port}"))
     }
 }
 

@@ -74,11 +74,6 @@ const EVERYBODY: &[Rule] = &[
         ]],
         "allocator, signal stacks",
     ),
-    tested(
-        libc::SYS_mprotect,
-        &[&[Bits(2, PROT_EXEC, 0)]],
-        "allocator: growing heaps",
-    ),
     any(
         libc::SYS_munmap,
         "allocator, ended threads' stacks, windows",
@@ -90,7 +85,6 @@ const EVERYBODY: &[Rule] = &[
         &[&[Is(2, libc::MADV_DONTNEED as u64)]],
         "allocator: trimming; an ending thread's stack",
     ),
-    any(libc::SYS_sched_getaffinity, "allocator: how many arenas"),
     any(
         libc::SYS_getrandom,
         "seeds of hash maps; the entropy device",

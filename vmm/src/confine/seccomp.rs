@@ -6,7 +6,7 @@
 //! A forbidden call kills the whole process (SIGSYS), which is what the client
 //! sees; the kernel's log names thread and call (`audit: type=1326`).
 
-use std::{collections::BTreeMap, sync::OnceLock};
+use std::collections::BTreeMap;
 
 use seccompiler::{
     BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition,
@@ -81,25 +81,16 @@ pub enum SeccompError {
     },
 }
 
-/// The process's mode; nothing is filtered where none was set, as in programs
-/// that embed the library.
-static MODE: OnceLock<Mode> = OnceLock::new();
-
-/// Sets what comes of forbidden calls, once for the process.
-pub fn set_mode(mode: Mode) {
-    let _ = MODE.set(mode);
-}
-
 /// Restricts the calling thread to what its kind of work needs. There is no
 /// way back.
 ///
 /// # Errors
 /// The kernel has no filters.
-pub fn restrict(worker: Worker) -> Result<(), SeccompError> {
-    let action = match MODE.get() {
-        None | Some(Mode::Off) => return Ok(()),
-        Some(Mode::Kill) => SeccompAction::KillProcess,
-        Some(Mode::Log) => SeccompAction::Log,
+pub fn restrict(worker: Worker, mode: Mode) -> Result<(), SeccompError> {
+    let action = match mode {
+        Mode::Off => return Ok(()),
+        Mode::Kill => SeccompAction::KillProcess,
+        Mode::Log => SeccompAction::Log,
     };
     let program = program(worker, action)?;
     seccompiler::apply_filter(&program).map_err(|source| SeccompError::Install { worker, source })

@@ -101,6 +101,16 @@ impl Rest {
         self.asked.store(true, Ordering::SeqCst);
     }
 
+    /// Waits until `count` threads rest; each is about to, or ends the process.
+    pub fn wait_for(&self, count: usize) {
+        let resting = self.lock();
+        let resting = self
+            .changed
+            .wait_while(resting, |resting| *resting < count)
+            .expect("no holder of the lock panics");
+        drop(resting);
+    }
+
     /// Whether a pause is asked for.
     fn asked(&self) -> bool {
         self.asked.load(Ordering::SeqCst)

@@ -162,9 +162,6 @@ fn files_that_cannot_be_booted_are_refused() {
 
 #[test]
 fn devices_that_cannot_be_made_are_named() {
-    if !kvm("devices_that_cannot_be_made_are_named") {
-        return;
-    }
     let mut setup = Setup::new(kernel());
     let directory = setup.pass(contents(b"no directory"));
     setup.config.devices.fs.push(FsConfig {
@@ -173,11 +170,10 @@ fn devices_that_cannot_be_made_are_named() {
         cache: FsCache::Auto,
     });
     let mut vmm = Vmm::spawn();
-    vmm.configure(&setup).unwrap();
     assert_failure(
-        vmm.call(Call::Boot),
-        FailureKind::System,
-        "fs shared could not be made: ",
+        vmm.configure(&setup),
+        FailureKind::BadResource,
+        "fs \"shared\": not a directory",
     );
 }
 
