@@ -349,15 +349,16 @@ fn send(channel: &Channel, event: Event) {
 }
 
 /// Makes a panic on any thread end the process at once, with its reason told:
-/// a VM whose device thread is gone must not linger.
+/// a VM whose device thread is gone must not linger. No stack is told, which
+/// would take files that nobody may open here.
 pub fn end_on_panic() {
-    let default = std::panic::take_hook();
-    std::panic::set_hook(Box::new(move |info| {
-        default(info);
+    std::panic::set_hook(Box::new(|info| {
         if let Some(channel) = LAST_WORDS.get() {
             let event = FromVmm::Event(Event::Ended(ExitReason::VmmError));
             let _ = channel.send(&event, &[]);
         }
+        let thread = std::thread::current();
+        eprintln!("thread {:?}: {info}", thread.name().unwrap_or("?"));
         sys::exit_now(ExitReason::VmmError.code());
     }));
 }
