@@ -40,31 +40,15 @@ fn main() {
         jail: true,
         keep_network: false,
     };
-    while let [option @ ("--seccomp" | "--jail" | "--network"), word, rest @ ..] = words {
-        let expected = match (*option, *word) {
-            ("--seccomp", word) => match word.parse() {
-                Ok(mode) => {
-                    policy.seccomp = mode;
-                    None
-                }
-                Err(expected) => Some(expected),
-            },
-            ("--jail", "on" | "off") => {
-                policy.jail = *word == "on";
-                None
+    while let [option, word, rest @ ..] = words {
+        match set(&mut policy, option, word) {
+            Some(Ok(())) => words = rest,
+            Some(Err(problem)) => {
+                eprintln!("bulkhead-vmm: {option} {word}: {problem}");
+                exit(2);
             }
-            ("--jail", _) => Some("not on or off".into()),
-            (_, "own" | "kept") => {
-                policy.keep_network = *word == "kept";
-                None
-            }
-            (_, _) => Some("not own or kept".to_owned()),
-        };
-        if let Some(problem) = expected {
-            eprintln!("bulkhead-vmm: {option} {word}: {problem}");
-            exit(2);
+            None => break,
         }
-        words = rest;
     }
     match *words {
         ["--control-fd", number] => match inherited(number) {
@@ -91,6 +75,21 @@ fn main() {
             exit(2);
         }
     }
+}
+
+/// Takes an option of how the process is confined; none when it is not one.
+fn set(policy: &mut Policy, option: &str, word: &str) -> Option<Result<(), String>> {
+    let one_of = |no: &str, yes: &str| match word {
+        word if word == no => Ok(false),
+        word if word == yes => Ok(true),
+        _ => Err(format!("not {yes} or {no}")),
+    };
+    Some(match option {
+        "--seccomp" => word.parse().map(|mode| policy.seccomp = mode),
+        "--jail" => one_of("off", "on").map(|jail| policy.jail = jail),
+        "--network" => one_of("own", "kept").map(|kept| policy.keep_network = kept),
+        _ => return None,
+    })
 }
 
 fn serve(socket: OwnedFd, stamps: std::sync::Arc<Stamps>) -> ! {
