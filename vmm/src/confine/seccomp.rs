@@ -9,8 +9,8 @@
 use std::collections::BTreeMap;
 
 use seccompiler::{
-    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition,
-    SeccompFilter, SeccompRule, TargetArch,
+    sock_filter, BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp,
+    SeccompCondition, SeccompFilter, SeccompRule, TargetArch,
 };
 
 use super::rules::{rules, Condition, Test};
@@ -102,26 +102,68 @@ pub fn restrict(worker: Worker, mode: Mode) -> Result<(), SeccompError> {
 /// # Errors
 /// The tables are at fault.
 pub fn program(worker: Worker, otherwise: SeccompAction) -> Result<BpfProgram, SeccompError> {
-    let compile = || {
-        let mut calls: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
-        let mut unconditional = Vec::new();
-        for rule in rules(worker) {
-            let alternatives = calls.entry(rule.call).or_default();
-            if rule.tests.is_empty() {
-                unconditional.push(rule.call);
-            }
-            for test in rule.tests {
-                alternatives.push(SeccompRule::new(conditions(test)?)?);
-            }
+    compile(worker, &otherwise).map_err(|source| SeccompError::Compile { worker, source })
+}
+
+/// Most calls that are looked for one after the other.
+const GROUP: usize = 6;
+
+/// The library's filters try each call in turn. The kernel runs a new filter
+/// for every call there is, to find those that it always allows; and a vCPU's
+/// filter runs at each of its entries to the guest. So the calls are split by
+/// their number into groups with a filter each, and a few instructions in
+/// front of each group skip it for higher numbers.
+fn compile(worker: Worker, otherwise: &SeccompAction) -> Result<BpfProgram, BackendError> {
+    let mut calls: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
+    let mut unconditional = Vec::new();
+    for rule in rules(worker) {
+        let alternatives = calls.entry(rule.call).or_default();
+        if rule.tests.is_empty() {
+            unconditional.push(rule.call);
         }
-        for call in unconditional {
-            calls.insert(call, Vec::new());
+        for test in rule.tests {
+            alternatives.push(SeccompRule::new(conditions(test)?)?);
         }
-        let filter =
-            SeccompFilter::new(calls, otherwise, SeccompAction::Allow, TargetArch::x86_64)?;
-        BpfProgram::try_from(filter)
+    }
+    for call in unconditional {
+        calls.insert(call, Vec::new());
+    }
+    let mut program = BpfProgram::new();
+    while let Some(last) = calls.keys().nth(GROUP - 1).or(calls.keys().last()).copied() {
+        let rest = calls.split_off(&(last + 1));
+        let group = filter(std::mem::replace(&mut calls, rest), otherwise)?;
+        program.extend(skip_above(last, &group));
+        program.extend(group);
+    }
+    // What is above all of them.
+    program.extend(filter(BTreeMap::new(), otherwise)?);
+    Ok(program)
+}
+
+fn filter(
+    calls: BTreeMap<i64, Vec<SeccompRule>>,
+    otherwise: &SeccompAction,
+) -> Result<BpfProgram, BackendError> {
+    let (otherwise, allow) = (otherwise.clone(), SeccompAction::Allow);
+    SeccompFilter::new(calls, otherwise, allow, TargetArch::x86_64)?.try_into()
+}
+
+/// Instructions that jump over `group` when the call's number is above `last`.
+fn skip_above(last: i64, group: &[sock_filter]) -> [sock_filter; 3] {
+    let instruction = |code: u32, jump: u8, value: u32| sock_filter {
+        // Codes are less than 2^8.
+        code: code as u16,
+        jt: jump,
+        jf: 1 - jump,
+        k: value,
     };
-    compile().map_err(|source| SeccompError::Compile { worker, source })
+    // Numbers and lengths are below 2^16. The number is the first word of what
+    // a filter sees (seccomp(2)).
+    let mut load = instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0);
+    let mut jump = instruction(libc::BPF_JMP | libc::BPF_JA, 0, group.len() as u32);
+    (load.jf, jump.jf) = (0, 0);
+    let test = libc::BPF_JMP | libc::BPF_JGT | libc::BPF_K;
+    [load, instruction(test, 0, last as u32), jump]
 }
 
 fn conditions(test: &Test) -> Result<Vec<SeccompCondition>, BackendError> {
