@@ -153,6 +153,7 @@ impl Vmm {
             vcpus: 1,
             memory_mib: 256,
             huge_pages: false,
+            merge_group: None,
             kernel: KernelConfig {
                 image: fds.len() as u32 - 1,
                 cmdline: cmdline::build(""),

@@ -27,6 +27,7 @@ fn main() -> Result<()> {
         vcpus: 1,
         memory_mib: 256,
         huge_pages: false,
+        merge_group: None,
         kernel: KernelConfig {
             image: 0,
             cmdline: String::new(),

@@ -4,6 +4,7 @@
 use std::{
     fs::File,
     io,
+    os::fd::IntoRawFd,
     sync::{atomic::AtomicBool, Arc, Mutex, MutexGuard},
 };
 
@@ -200,12 +201,21 @@ impl Machine {
     ) -> Result<Self, BuildError> {
         let mut resources = resources;
         let memory = memory::allocate(resources.memory_size)?;
-        let huge = if resources.huge_pages {
-            0..u64::MAX
-        } else {
-            boot::extent(&mut resources.kernel)
+        let huge = match (resources.huge_pages, &resources.merge_group) {
+            (true, _) => 0..u64::MAX,
+            // Merging would take huge pages apart first.
+            (false, Some(_)) => 0..0,
+            (false, None) => boot::extent(&mut resources.kernel),
         };
         memory::advise(&memory, huge);
+        if let Some(held) = resources.merge_group.take() {
+            // Closed by the kernel, which does so after it has given the memory
+            // back, however this process ends.
+            let _ = held.into_raw_fd();
+            if let Err(error) = memory::merge(&memory) {
+                tracing::warn!(%error, "guest memory cannot be merged");
+            }
+        }
         let vm = Arc::new(Vm::new(&host.kvm, &memory)?);
         let entry = boot::load(
             &memory,

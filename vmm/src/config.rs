@@ -55,6 +55,8 @@ pub struct Resources {
     pub memory_size: u64,
     /// Whether all of it may be huge pages.
     pub huge_pages: bool,
+    /// What to hold while guest memory is mergeable; none: it is not.
+    pub merge_group: Option<OwnedFd>,
     /// Kernel image.
     pub kernel: File,
     /// Its command line.
@@ -171,6 +173,10 @@ impl Resources {
             vcpus: config.vcpus,
             memory_size: u64::from(config.memory_mib) << 20,
             huge_pages: config.huge_pages,
+            merge_group: config
+                .merge_group
+                .map(|index| fds.take(index, "merge_group"))
+                .transpose()?,
             kernel,
             cmdline,
             initrd,
@@ -307,6 +313,7 @@ mod tests {
             vcpus: 1,
             memory_mib: 128,
             huge_pages: false,
+            merge_group: None,
             kernel: KernelConfig {
                 image: 0,
                 cmdline: String::new(),
@@ -339,6 +346,7 @@ mod tests {
         assert!(refused(|c| c.memory_mib = 1).starts_with("memory_mib:"));
         assert!(refused(|c| c.kernel.image = 7).contains("descriptor 7 of 1"));
         assert!(refused(|c| c.kernel.initrd = Some(0)).contains("used twice"));
+        assert!(refused(|c| c.merge_group = Some(1)).starts_with("merge_group: descriptor 1"));
         assert!(refused(|c| c.kernel.cmdline = "a\nb".into()).starts_with("kernel.cmdline:"));
         assert!(refused(|c| c.kernel.cmdline = "a".repeat(2048)).starts_with("kernel.cmdline:"));
         assert!(refused(|c| {

@@ -2,7 +2,7 @@
 //! Guest memory: private and anonymous, so that KSM, free page return and
 //! copy-on-write templates work on it.
 
-use std::{fs::File, ops::Range};
+use std::{fs::File, io, ops::Range};
 
 use vm_memory::{
     Address, FileOffset, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion,
@@ -38,7 +38,7 @@ pub enum MemoryError {
     },
     /// A snapshot's memory file.
     #[error("memory file")]
-    File(#[source] std::io::Error),
+    File(#[source] io::Error),
     /// A region's end wraps around.
     #[error("guest memory region wraps around")]
     Wraps,
@@ -78,13 +78,31 @@ pub fn advise(memory: &GuestMemoryMmap, huge: Range<u64>) {
     }
 }
 
+/// Lets the host keep one copy of pages that are the same (KSM).
+///
+/// # Errors
+/// EINVAL: this kernel has no KSM.
+pub fn merge(memory: &GuestMemoryMmap) -> io::Result<()> {
+    memory
+        .iter()
+        .try_for_each(|region| try_madvise(region, 0..region.len(), libc::MADV_MERGEABLE))
+}
+
 fn madvise(region: &GuestRegionMmap, range: Range<u64>, advice: libc::c_int) {
+    // Only a matter of speed.
+    let _ = try_madvise(region, range, advice);
+}
+
+fn try_madvise(region: &GuestRegionMmap, range: Range<u64>, advice: libc::c_int) -> io::Result<()> {
     // Whole pages: the range may begin and end anywhere.
     let start = (region.as_ptr() as usize + range.start as usize) & !(PAGE - 1);
     let end = (region.as_ptr() as usize + range.end as usize).next_multiple_of(PAGE);
     // SAFETY: the pages are of this region, which the caller holds, and the
     // advice does not change what they contain.
-    unsafe { libc::madvise(start as *mut libc::c_void, end - start, advice) };
+    match unsafe { libc::madvise(start as *mut libc::c_void, end - start, advice) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// Gives the whole pages of a guest-physical range back to the host; the guest
@@ -254,6 +272,29 @@ mod tests {
         assert_eq!(discard(&clone, 0x1000..0x2000), 0x1000);
         assert_eq!(byte(&clone, 0x1000), 0);
         assert_eq!(byte(&other, 0x1000), 9);
+    }
+
+    /// Whether the kernel says of the mapping at `address` that it has `flag`.
+    fn has_flag(address: usize, flag: &str) -> bool {
+        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let start = format!("{address:x}-");
+        let mapping = smaps.lines().skip_while(|line| !line.starts_with(&start));
+        let mut flags = mapping.filter_map(|line| line.strip_prefix("VmFlags:"));
+        flags.next().unwrap().split_whitespace().any(|f| f == flag)
+    }
+
+    #[test]
+    fn memory_is_mergeable_only_when_told() {
+        let memory = allocate(4 << 20).unwrap();
+        let region = memory.iter().next().unwrap();
+        advise(&memory, 0..0);
+        let address = region.as_ptr() as usize;
+        assert!(!has_flag(address, "mg"));
+        match merge(&memory) {
+            Ok(()) => assert!(has_flag(address, "mg")),
+            // A kernel without KSM.
+            Err(error) => assert_eq!(error.kind(), io::ErrorKind::InvalidInput),
+        }
     }
 
     #[test]

@@ -192,6 +192,11 @@ impl Controller {
         self.totals.kicks = self.totals.kicks.saturating_add(count);
     }
 
+    /// Kicks of pods that have nothing to merge: they only count.
+    pub fn unworthy(&mut self, count: u64) {
+        self.totals.kicks = self.totals.kicks.saturating_add(count);
+    }
+
     /// Begins or prolongs a run as a kick does, but counts none: for what was
     /// there before anybody listened.
     pub fn wake(&mut self) {

@@ -21,7 +21,7 @@ use crate::{
     knobs::Knobs,
     ksmd::Ksmd,
     meter::Meter,
-    metrics::{self, Board, Told},
+    metrics::{self, Board, Pods, Told},
     socket::Kicks,
     sysfs::Ksm,
     KsmError,
@@ -40,6 +40,8 @@ pub struct Options {
     pub metrics_socket: PathBuf,
     /// For the values found.
     pub state_file: PathBuf,
+    /// Which merge group has mergeable memory.
+    pub group: PathBuf,
     /// For ksmd.
     pub limits: Limits,
 }
@@ -67,8 +69,9 @@ pub fn run(options: &Options) -> Result<(), KsmError> {
         totals: Default::default(),
         decision: Decision::Idle,
         cpu_share: options.limits.cpu_share,
+        pods: Pods::default(),
     }));
-    metrics::serve(listener, ksm, board.clone())?;
+    metrics::serve(listener, ksm, options.group.clone(), board.clone())?;
     let mut daemon = Daemon {
         start: Instant::now(),
         controller: Controller::new(options.limits),
@@ -79,6 +82,7 @@ pub fn run(options: &Options) -> Result<(), KsmError> {
         signals,
         board,
         decision: Decision::Idle,
+        pods: Pods::default(),
     };
     let ended = daemon.live();
     let restored = daemon.knobs.restore();
@@ -116,6 +120,7 @@ struct Daemon {
     signals: SignalFd,
     board: Board,
     decision: Decision,
+    pods: Pods,
 }
 
 impl Daemon {
@@ -127,7 +132,11 @@ impl Daemon {
             if self.told_to_end()? {
                 return Ok(());
             }
-            self.controller.kick(self.kicks.take()?);
+            let heard = self.kicks.take()?;
+            self.controller.kick(heard.worthy);
+            self.controller.unworthy(heard.all - heard.worthy);
+            self.pods.merged += heard.merged;
+            self.pods.refused += heard.refused;
         }
     }
 
@@ -146,6 +155,7 @@ impl Daemon {
             let mut told = self.board.lock().unwrap_or_else(PoisonError::into_inner);
             told.totals = totals;
             told.decision = decision;
+            told.pods = self.pods;
         }
         match (before, decision) {
             (Decision::Idle, Decision::Idle) => {}

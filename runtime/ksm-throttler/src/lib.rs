@@ -11,6 +11,7 @@
 pub mod controller;
 pub mod daemon;
 pub mod error;
+pub mod group;
 pub mod knobs;
 pub mod ksmd;
 pub mod meter;

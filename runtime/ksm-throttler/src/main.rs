@@ -9,7 +9,7 @@ use anyhow::Context as _;
 use bulkhead_ksm_throttler::{
     controller::Limits,
     daemon::{self, Options},
-    sysfs, METRICS_SOCKET, SOCKET, STATE_FILE,
+    group, sysfs, METRICS_SOCKET, SOCKET, STATE_FILE,
 };
 use clap::Parser;
 
@@ -42,6 +42,9 @@ struct Cli {
     /// What to log: error, warn, info, debug
     #[arg(long, value_name = "LEVEL", default_value = "info")]
     log_level: tracing::Level,
+    /// Which merge group has mergeable memory, for tests
+    #[arg(long, value_name = "PATH", default_value = group::RECORD, hide = true)]
+    merge_group: PathBuf,
     /// KSM's directory, for tests
     #[arg(long, value_name = "DIR", default_value = sysfs::DIRECTORY, hide = true)]
     sysfs: PathBuf,
@@ -63,6 +66,7 @@ fn main() -> ExitCode {
         socket: cli.socket,
         metrics_socket: cli.metrics_socket,
         state_file: cli.state_file,
+        group: cli.merge_group,
         limits: Limits {
             cpu_share: f64::from(cli.cpu_percent) / 100.0,
             min_profit: f64::from(cli.min_profit),

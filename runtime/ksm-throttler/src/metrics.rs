@@ -6,7 +6,7 @@ use std::{
     fmt::Write as _,
     io::{self, Read, Write},
     os::unix::net::{UnixListener, UnixStream},
-    path::Path,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     thread,
     time::Duration,
@@ -14,7 +14,7 @@ use std::{
 
 use crate::{
     controller::{Decision, Totals},
-    socket,
+    group, socket,
     sysfs::{Counters, Ksm},
     KsmError,
 };
@@ -34,6 +34,17 @@ pub struct Told {
     pub decision: Decision,
     /// The bound, as a part of one processor.
     pub cpu_share: f64,
+    /// Pods heard of.
+    pub pods: Pods,
+}
+
+/// Pods that have started and asked for a merge group, since the daemon's start.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Pods {
+    /// Got it.
+    pub merged: u64,
+    /// Did not, because another group has mergeable memory.
+    pub refused: u64,
 }
 
 /// The place where the daemon leaves it.
@@ -56,10 +67,15 @@ pub fn listen(path: &Path) -> Result<UnixListener, KsmError> {
 ///
 /// # Errors
 /// [`KsmError::System`]: there is no thread.
-pub fn serve(listener: UnixListener, ksm: Ksm, board: Board) -> Result<(), KsmError> {
+pub fn serve(
+    listener: UnixListener,
+    ksm: Ksm,
+    group: PathBuf,
+    board: Board,
+) -> Result<(), KsmError> {
     let answer_all = move || {
         for client in listener.incoming() {
-            let answered = client.and_then(|client| answer(client, &ksm, &board));
+            let answered = client.and_then(|client| answer(client, &ksm, &group, &board));
             if let Err(error) = answered {
                 tracing::debug!(%error, "metrics not delivered");
                 // Out of descriptors, say: not at full speed.
@@ -77,7 +93,7 @@ pub fn serve(listener: UnixListener, ksm: Ksm, board: Board) -> Result<(), KsmEr
         })
 }
 
-fn answer(mut client: UnixStream, ksm: &Ksm, board: &Board) -> io::Result<()> {
+fn answer(mut client: UnixStream, ksm: &Ksm, group: &Path, board: &Board) -> io::Result<()> {
     client.set_read_timeout(Some(PATIENCE))?;
     client.set_write_timeout(Some(PATIENCE))?;
     let mut question = Vec::new();
@@ -92,7 +108,13 @@ fn answer(mut client: UnixStream, ksm: &Ksm, board: &Board) -> io::Result<()> {
     let told = *board.lock().unwrap_or_else(PoisonError::into_inner);
     let (status, body) = match path_of(&question) {
         Some("/" | "/metrics") => match ksm.counters() {
-            Ok(counters) => ("200 OK", text(&told, &counters)),
+            Ok(counters) => {
+                let group = group::current(group).unwrap_or_else(|error| {
+                    tracing::debug!(%error, "the merge group is not known");
+                    None
+                });
+                ("200 OK", text(&told, &counters, group.as_ref()))
+            }
             Err(error) => ("500 Internal Server Error", format!("{error}\n")),
         },
         Some(_) => ("404 Not Found", "the metrics are at /metrics\n".into()),
@@ -116,14 +138,15 @@ fn path_of(question: &[u8]) -> Option<&str> {
 }
 
 /// In Prometheus's text format.
-fn text(told: &Told, counters: &Counters) -> String {
+fn text(told: &Told, counters: &Counters, group: Option<&group::Name>) -> String {
     let Told {
         totals,
         decision,
         cpu_share,
+        pods,
     } = told;
     let is = |yes: bool| f64::from(u8::from(yes));
-    let rows: [(&str, &str, &str, f64); 17] = [
+    let rows: [(&str, &str, &str, f64); 19] = [
         (
             "active",
             "gauge",
@@ -137,6 +160,18 @@ fn text(told: &Told, counters: &Counters) -> String {
             is(*decision == Decision::Pause),
         ),
         ("kicks_total", "counter", "Kicks heard", totals.kicks as f64),
+        (
+            "pods_merged_total",
+            "counter",
+            "Pods started with mergeable memory",
+            pods.merged as f64,
+        ),
+        (
+            "pods_refused_total",
+            "counter",
+            "Pods started without, because another merge group has mergeable memory",
+            pods.refused as f64,
+        ),
         ("runs_total", "counter", "Runs begun", totals.runs as f64),
         (
             "pauses_total",
@@ -225,6 +260,14 @@ fn text(told: &Told, counters: &Counters) -> String {
             "# HELP bulkhead_ksm_{name} {help}.\n# TYPE bulkhead_ksm_{name} {kind}\nbulkhead_ksm_{name} {value}\n"
         );
     }
+    if let Some(group) = group {
+        // A name needs no escaping.
+        let _ = write!(
+            text,
+            "# HELP bulkhead_ksm_merge_group_info The one merge group that has mergeable memory.\n\
+             # TYPE bulkhead_ksm_merge_group_info gauge\nbulkhead_ksm_merge_group_info{{group=\"{group}\"}} 1\n"
+        );
+    }
     text
 }
 
@@ -253,15 +296,22 @@ mod tests {
             },
             decision: Decision::Pause,
             cpu_share: 0.2,
+            pods: Pods {
+                merged: 5,
+                refused: 2,
+            },
         };
         let counters = Counters {
             pages_sharing: 21_504,
             ..Counters::default()
         };
-        let text = text(&told, &counters);
+        let text = text(&told, &counters, Some(&"red".parse().unwrap()));
         for line in [
             "bulkhead_ksm_active 1",
             "bulkhead_ksm_kicks_total 3",
+            "bulkhead_ksm_pods_merged_total 5",
+            "bulkhead_ksm_pods_refused_total 2",
+            "bulkhead_ksm_merge_group_info{group=\"red\"} 1",
             "bulkhead_ksm_cpu_seconds_total 1.5",
             "bulkhead_ksm_cpu_share_limit 0.2",
             "bulkhead_ksm_pages_sharing 21504",

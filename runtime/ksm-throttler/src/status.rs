@@ -6,6 +6,7 @@ use std::{fmt, io, os::unix::net::UnixDatagram, path::Path};
 use serde::Serialize;
 
 use crate::{
+    group,
     sysfs::{self, Counters, Ksm},
     KsmError,
 };
@@ -18,6 +19,8 @@ const PAGE: u64 = 4096;
 pub struct Status {
     /// Whether the daemon hears kicks.
     pub daemon: Daemon,
+    /// Which merge group's pods have mergeable memory.
+    pub group: Group,
     /// What ksmd does.
     pub ksmd: Doing,
     /// Bytes of memory saved.
@@ -45,6 +48,18 @@ pub enum Daemon {
     Unknown,
 }
 
+/// The one merge group that may have mergeable memory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Group {
+    /// No pod has any.
+    None,
+    /// This one's pods have; others start without.
+    Is(String),
+    /// The record may not be read by whoever asks, or is damaged: why.
+    Unknown(String),
+}
+
 /// What ksmd does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -62,12 +77,17 @@ impl Status {
     ///
     /// # Errors
     /// This kernel has no KSM, or its figures cannot be read.
-    pub fn take(sysfs: &Path, socket: &Path) -> Result<Self, KsmError> {
+    pub fn take(sysfs: &Path, socket: &Path, record: &Path) -> Result<Self, KsmError> {
         let ksm = Ksm::find(sysfs)?;
         let counters = ksm.counters()?;
         let mut settings = ksm.settings()?;
         Ok(Self {
             daemon: daemon(socket),
+            group: match group::current(record) {
+                Ok(None) => Group::None,
+                Ok(Some(name)) => Group::Is(name.to_string()),
+                Err(error) => Group::Unknown(error.to_string()),
+            },
             ksmd: match counters.run {
                 0 => Doing::Still,
                 1 => Doing::Merging,
@@ -101,6 +121,14 @@ impl fmt::Display for Status {
             Daemon::Unknown => "cannot be told: its socket is for root",
         };
         writeln!(f, "daemon:     {daemon}")?;
+        match &self.group {
+            Group::None => writeln!(f, "group:      none: no pod's memory is mergeable")?,
+            Group::Is(name) => writeln!(
+                f,
+                "group:      {name}; pods of other groups start without mergeable memory, for the kernel keeps no groups apart"
+            )?,
+            Group::Unknown(why) => writeln!(f, "group:      cannot be told: {why}")?,
+        }
         match self.ksmd {
             Doing::Still => writeln!(f, "ksmd:       stands still; what is merged stays merged")?,
             Doing::Merging => writeln!(
@@ -160,6 +188,7 @@ mod tests {
         };
         Status {
             daemon: Daemon::Running,
+            group: Group::Is("red".into()),
             ksmd: Doing::Merging,
             saved_bytes: counters.saved() * PAGE,
             mergeable_bytes: counters.mergeable() * PAGE,
@@ -177,6 +206,7 @@ mod tests {
             "{text}"
         );
         assert!(text.contains("merges: 420 pages, then 20 ms"), "{text}");
+        assert!(text.contains("group:      red; pods of other"), "{text}");
         assert!(text.contains("smart scan not in this kernel"), "{text}");
     }
 
@@ -185,6 +215,7 @@ mod tests {
         let json = serde_json::to_value(status()).unwrap();
         assert_eq!(json["saved_bytes"], 21_504 * 4096);
         assert_eq!(json["daemon"], "running");
+        assert_eq!(json["group"]["is"], "red");
         assert_eq!(json["counters"]["full_scans"], 7);
     }
 

@@ -81,6 +81,7 @@ impl Host {
             ("--socket", "run/ksm.sock"),
             ("--metrics-socket", "run/metrics.sock"),
             ("--state-file", "run/state.json"),
+            ("--merge-group", "run/merge-group"),
         ] {
             command.arg(option).arg(self.path(file));
         }

@@ -6,6 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use bulkhead_ksm_throttler::group::{BadName, Name};
 use serde::Deserialize;
 use toml::Table;
 
@@ -26,6 +27,8 @@ const KNOWN: [(&str, &[&str]); 3] = [
             "memory_mib",
             "huge_pages",
             "free_page_reporting",
+            "merge_group",
+            "allowed_merge_groups",
             "kernel_params",
         ],
     ),
@@ -51,6 +54,8 @@ struct Hypervisor {
     memory_mib: Option<u64>,
     huge_pages: Option<bool>,
     free_page_reporting: Option<bool>,
+    merge_group: Option<String>,
+    allowed_merge_groups: Option<Vec<String>>,
     kernel_params: Option<String>,
 }
 
@@ -143,6 +148,13 @@ impl File {
             let problem = format!("{console:?} is not an absolute path");
             return Err(("runtime.guest_console", problem));
         }
+        let group = self.hypervisor.merge_group.as_deref();
+        merge_group(group.filter(|text| !text.is_empty()))
+            .map_err(|problem| ("hypervisor.merge_group", problem))?;
+        for group in self.hypervisor.allowed_merge_groups.iter().flatten() {
+            merge_group(Some(group))
+                .map_err(|problem| ("hypervisor.allowed_merge_groups", problem))?;
+        }
         let params = self.hypervisor.kernel_params.as_deref().unwrap_or("");
         if params.contains(['\n', '\0']) {
             let problem = "contains a line break or NUL".into();
@@ -176,6 +188,17 @@ impl File {
             &mut to.free_page_reporting,
             self.hypervisor.free_page_reporting,
         );
+        let group = self.hypervisor.merge_group;
+        set(
+            &mut to.merge_group,
+            // Checked: what is no name is empty.
+            group.map(|text| merge_group(Some(&text)).ok().flatten()),
+        );
+        let allowed = self.hypervisor.allowed_merge_groups;
+        set(
+            &mut to.allowed_merge_groups,
+            allowed.map(|all| all.iter().filter_map(|text| text.parse().ok()).collect()),
+        );
         set(&mut to.kernel_params, self.hypervisor.kernel_params);
         set(
             &mut config.agent.ready_timeout_ms,
@@ -189,6 +212,12 @@ impl File {
             self.runtime.guest_console,
         );
     }
+}
+
+fn merge_group(text: Option<&str>) -> Result<Option<Name>, String> {
+    text.map(str::parse)
+        .transpose()
+        .map_err(|error: BadName| error.to_string())
 }
 
 /// The first key that does not exist, and one that is spelled alike.

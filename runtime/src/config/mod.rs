@@ -11,6 +11,7 @@ use std::{
     time::Duration,
 };
 
+use bulkhead_ksm_throttler::group::Name;
 use serde::Deserialize;
 
 use self::file::File;
@@ -60,6 +61,11 @@ pub struct Hypervisor {
     /// Whether the guest tells which memory it does not use, so that the host
     /// has it back (virtio-balloon).
     pub free_page_reporting: bool,
+    /// The pods among which the host may merge identical pages of memory (KSM);
+    /// none: no pod's memory is merged unless its annotation says so.
+    pub merge_group: Option<Name>,
+    /// Further groups that a pod's annotation may name.
+    pub allowed_merge_groups: Vec<Name>,
     /// Appended to the guest's command line.
     pub kernel_params: String,
 }
@@ -125,6 +131,8 @@ impl Default for Hypervisor {
             memory_mib: 256,
             huge_pages: false,
             free_page_reporting: true,
+            merge_group: None,
+            allowed_merge_groups: Vec::new(),
             kernel_params: String::new(),
         }
     }

@@ -106,3 +106,22 @@ fn a_named_file_must_exist_and_the_default_need_not() {
     ));
     assert_eq!(Config::load_from(absent, false).unwrap(), Config::default());
 }
+
+#[test]
+fn merge_groups_are_names() {
+    let config =
+        Files::new("[hypervisor]\nmerge_group = \"red\"\nallowed_merge_groups = [\"blue\"]\n");
+    let hypervisor = config.load().unwrap().hypervisor;
+    assert_eq!(hypervisor.merge_group, Some("red".parse().unwrap()));
+    assert_eq!(hypervisor.allowed_merge_groups, ["blue".parse().unwrap()]);
+    let none = config.drop_in("off.toml", "[hypervisor]\nmerge_group = \"\"\n");
+    assert_eq!(none.load().unwrap().hypervisor.merge_group, None);
+    assert_eq!(Config::default().hypervisor.merge_group, None);
+    for (key, value) in [
+        ("merge_group", "\"a b\""),
+        ("allowed_merge_groups", "[\"a\", \"\"]"),
+    ] {
+        let text = Files::new(&format!("[hypervisor]\n{key} = {value}\n")).refused();
+        assert!(text.contains(&format!("hypervisor.{key}: ")), "{text}");
+    }
+}

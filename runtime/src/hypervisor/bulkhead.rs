@@ -311,6 +311,7 @@ fn describe(machine: &Machine) -> (VmConfig, Vec<&OwnedFd>) {
         vcpus: machine.vcpus,
         memory_mib: machine.memory_mib,
         huge_pages: machine.huge_pages,
+        merge_group: machine.merge_group.as_ref().map(&mut pass),
         kernel: KernelConfig {
             image: pass(&machine.kernel),
             cmdline: machine.cmdline.clone(),

@@ -26,6 +26,8 @@ pub struct Machine {
     pub huge_pages: bool,
     /// Whether the guest has a balloon that gives free memory back.
     pub free_page_reporting: bool,
+    /// What is to stay open while guest memory is mergeable; none: it is not.
+    pub merge_group: Option<OwnedFd>,
     /// The guest kernel's command line.
     pub cmdline: String,
     /// The guest kernel.

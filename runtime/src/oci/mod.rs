@@ -3,6 +3,7 @@
 
 mod guest;
 mod hooks;
+mod merge;
 mod namespaces;
 mod process;
 mod resources;
@@ -21,6 +22,7 @@ use serde_json::Value;
 pub use self::{
     guest::{container, role, Pod, Prepared, Role, Volume},
     hooks::check as check_hook,
+    merge::merge_group,
     process::process,
     resources::resources,
     size::Size,

@@ -21,6 +21,7 @@ use bulkhead_agent_protocol::{
     agent::{Route, SetupSandboxRequest},
     AGENT_PORT, SHARED_TAG, STREAM_PORT,
 };
+use bulkhead_ksm_throttler::group::Name;
 use oci_spec::runtime::Spec;
 use rustix::rand::{getrandom, GetRandomFlags};
 use tokio::{
@@ -34,7 +35,7 @@ use tokio::{
 
 use super::{
     blocking,
-    directory::{check_name, Directory},
+    directory::{check_name, Directory, Identity},
     state::Pod,
     Event, Inner, Sandbox, SandboxRequest,
 };
@@ -50,7 +51,7 @@ use crate::{
         console::Console,
         Ending, Hypervisor, HypervisorError, Machine, NicDevice, Vsock,
     },
-    ksm,
+    ksm::{self, Merging},
     oci::{self, Size},
     resource::{
         cgroup::SandboxCgroup,
@@ -77,6 +78,7 @@ pub async fn start(
     // Before anything is taken.
     let spec = oci::load(&request.bundle)?;
     let size = Size::of(&spec, &config.hypervisor)?;
+    let merge_group = oci::merge_group(&spec, &config.hypervisor)?;
     let pod_sysctls = oci::container(&spec, &request.id, None)?.pod_sysctls;
     let hooks = Lifecycle::new(&spec, &request.id, &request.bundle)?;
     let hooks_network = hooks.any_before_start() && oci::wants_new_network(&spec);
@@ -88,6 +90,7 @@ pub async fn start(
     let plan = Plan {
         spec,
         size,
+        merge_group,
         pod_sysctls,
         hooks_network,
         kernel,
@@ -127,6 +130,7 @@ fn share(directory: &Directory, journal: &Journal) -> Result<(), Error> {
 struct Plan {
     spec: Spec,
     size: Size,
+    merge_group: Option<Name>,
     pod_sysctls: HashMap<String, String>,
     /// The network is for the first container's hooks to set up.
     hooks_network: bool,
@@ -147,8 +151,22 @@ async fn boot(
     share(&directory, &journal)?;
     let vm = BulkheadVmm::spawn(&config.hypervisor.path, plan.hooks_network)?;
     adopt(&vm, &plan.spec, &journal)?;
+    let wanted = plan.merge_group;
+    let mut merging = match wanted {
+        // Others may be at it.
+        Some(_) => blocking(move || Ok(Merging::join(wanted))).await?,
+        None => Merging::Apart,
+    };
     directory
-        .identify(&request.namespace, &request.id, vm.pid())
+        .identify(&Identity {
+            namespace: request.namespace.clone(),
+            id: request.id.clone(),
+            pid: std::process::id(),
+            vmm_pid: vm.pid(),
+            memory_mib: plan.size.memory_mib,
+            merge_group: merging.group().map(Name::to_string),
+            mergeable: merging.is_member(),
+        })
         .step(|| "write sandbox.json")?;
 
     let listener = listen(directory.vsock())?;
@@ -193,6 +211,7 @@ async fn boot(
         memory_mib: plan.size.memory_mib,
         huge_pages: config.hypervisor.huge_pages,
         free_page_reporting: config.hypervisor.free_page_reporting,
+        merge_group: merging.take_held(),
         cmdline: cmdline::build(&config.hypervisor.kernel_params),
         kernel: plan.kernel,
         image: plan.image,
@@ -250,7 +269,7 @@ async fn boot(
         init_ms = guest.agent_start_ns / 1_000_000,
         "sandbox started"
     );
-    ksm::kick(&config.runtime.state_dir);
+    ksm::kick(&config.runtime.state_dir, &merging);
 
     let (events, told) = unbounded_channel();
     let pod = Pod {

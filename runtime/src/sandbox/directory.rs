@@ -34,12 +34,26 @@ pub struct Directory {
     path: PathBuf,
 }
 
+/// Name of the file that tells whose a directory is.
+const IDENTITY: &str = "sandbox.json";
+
+/// Whose a directory is: `sandbox.json`.
 #[derive(Serialize)]
-struct Identity<'a> {
-    namespace: &'a str,
-    id: &'a str,
-    pid: u32,
-    vmm_pid: u32,
+pub struct Identity {
+    /// containerd's namespace, or what stands for it.
+    pub namespace: String,
+    /// The pod's id.
+    pub id: String,
+    /// The process that runs the sandbox: the shim, or `bulkhead run`.
+    pub pid: u32,
+    /// The VMM's process.
+    pub vmm_pid: u32,
+    /// Guest memory, MiB.
+    pub memory_mib: u32,
+    /// The merge group that the pod asked for.
+    pub merge_group: Option<String>,
+    /// Whether its memory is mergeable.
+    pub mergeable: bool,
 }
 
 impl Directory {
@@ -95,17 +109,8 @@ impl Directory {
     }
 
     /// Tells people whose it is.
-    pub fn identify(&self, namespace: &str, id: &str, vmm_pid: u32) -> io::Result<()> {
-        let identity = Identity {
-            namespace,
-            id,
-            pid: std::process::id(),
-            vmm_pid,
-        };
-        fs::write(
-            self.path.join("sandbox.json"),
-            serde_json::to_vec(&identity)?,
-        )
+    pub fn identify(&self, identity: &Identity) -> io::Result<()> {
+        fs::write(self.path.join(IDENTITY), serde_json::to_vec(identity)?)
     }
 
     /// Gives everything back that the journal names, and removes the

@@ -137,6 +137,12 @@ pub struct VmConfig {
     /// 2 MiB. The kernel's image, which is used as a whole, may be in any case.
     #[serde(default)]
     pub huge_pages: bool,
+    /// Marks guest memory as mergeable (KSM). The descriptor is whatever makes
+    /// sure that nobody else's memory is merged with it, a lock say: it stays
+    /// open for as long as the memory is there. Then no part is in huge pages
+    /// unless `huge_pages` says so. None: not mergeable.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub merge_group: Option<FdIndex>,
     /// What to boot.
     pub kernel: KernelConfig,
     /// Where the first serial port writes; none: nowhere. Never blocks the
@@ -532,6 +538,7 @@ mod tests {
                 vcpus: 1,
                 memory_mib: 128,
                 huge_pages: false,
+                merge_group: None,
                 kernel: KernelConfig {
                     image: 0,
                     cmdline: "quiet".into(),

@@ -59,6 +59,7 @@ impl Setup {
                 vcpus: 1,
                 memory_mib: 32,
                 huge_pages: false,
+                merge_group: None,
                 kernel: KernelConfig {
                     image: 0,
                     cmdline: String::new(),

@@ -3,9 +3,11 @@
 
 use std::path::{Path, PathBuf};
 
-use bulkhead_ksm_throttler::{status::Status, sysfs};
+use bulkhead_ksm_throttler::{group, status::Status, sysfs};
 use bulkhead_runtime::{config::Config, error::chain, ksm};
-use clap::{Subcommand, ValueEnum};
+use clap::Subcommand;
+
+use crate::format::Format;
 
 /// What to do about page merging.
 #[derive(Debug, Subcommand)]
@@ -21,15 +23,6 @@ pub enum Ksm {
     },
 }
 
-/// For whom.
-#[derive(Debug, Clone, Copy, ValueEnum)]
-pub enum Format {
-    /// Plain words
-    Text,
-    /// One JSON object; sizes in bytes
-    Json,
-}
-
 impl Ksm {
     /// Does it.
     pub fn execute(&self, config: &Config) -> Result<(), String> {
@@ -40,13 +33,7 @@ impl Ksm {
 }
 
 fn status(format: Format, sysfs: &Path, state_dir: &Path) -> Result<(), String> {
-    let status = Status::take(sysfs, &ksm::socket(state_dir)).map_err(|error| chain(&error))?;
-    match format {
-        Format::Text => print!("{status}"),
-        Format::Json => {
-            let json = serde_json::to_string_pretty(&status).map_err(|error| error.to_string())?;
-            println!("{json}");
-        }
-    }
-    Ok(())
+    let status = Status::take(sysfs, &ksm::socket(state_dir), Path::new(group::RECORD))
+        .map_err(|error| chain(&error))?;
+    format.print(&status)
 }

@@ -4,6 +4,7 @@
 
 mod bundle;
 mod check;
+mod format;
 mod ksm;
 mod run;
 mod terminal;
