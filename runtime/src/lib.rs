@@ -13,6 +13,7 @@ pub mod agent;
 pub mod check;
 pub mod clock;
 pub mod config;
+pub mod density;
 pub mod error;
 pub mod hooks;
 pub mod hypervisor;

@@ -17,7 +17,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::{
@@ -38,7 +38,7 @@ pub struct Directory {
 const IDENTITY: &str = "sandbox.json";
 
 /// Whose a directory is: `sandbox.json`.
-#[derive(Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Identity {
     /// containerd's namespace, or what stands for it.
     pub namespace: String,
@@ -113,6 +113,32 @@ impl Directory {
         fs::write(self.path.join(IDENTITY), serde_json::to_vec(identity)?)
     }
 
+    /// All sandboxes below a state directory that tell whose they are, by
+    /// namespace and id. One that is just being made, or given back, may be
+    /// missing.
+    ///
+    /// # Errors
+    /// The directory is there and cannot be read.
+    pub fn all(state_dir: &Path) -> io::Result<Vec<Identity>> {
+        let entries = match fs::read_dir(state_dir.join("s")) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(error),
+        };
+        let mut all = Vec::new();
+        for entry in entries {
+            let path = entry?.path().join(IDENTITY);
+            let identity =
+                fs::read(&path).and_then(|text| Ok(serde_json::from_slice::<Identity>(&text)?));
+            match identity {
+                Ok(identity) => all.push(identity),
+                Err(error) => tracing::debug!(path = %path.display(), %error, "passed over"),
+            }
+        }
+        all.sort_by(|a, b| (&a.namespace, &a.id).cmp(&(&b.namespace, &b.id)));
+        Ok(all)
+    }
+
     /// Gives everything back that the journal names, and removes the
     /// directory. Nothing to do when there is none.
     pub fn release(&self) -> Result<(), Error> {
@@ -177,6 +203,31 @@ mod tests {
         for bad in ["", ".", "..", "a/b", "-a", "a b", "a\0", &"x".repeat(129)] {
             assert!(check_name("id", bad).is_err(), "{bad:?}");
         }
+    }
+
+    #[test]
+    fn sandboxes_are_listed_by_name() {
+        let scratch = tempfile::tempdir().unwrap();
+        assert_eq!(Directory::all(scratch.path()).unwrap(), []);
+        let mut made = Vec::new();
+        for id in ["a", "b"] {
+            let directory = Directory::of(scratch.path(), "k8s.io", id);
+            directory.create().unwrap();
+            let identity = Identity {
+                namespace: "k8s.io".into(),
+                id: id.into(),
+                pid: 1,
+                vmm_pid: 2,
+                memory_mib: 256,
+                merge_group: None,
+                mergeable: false,
+            };
+            directory.identify(&identity).unwrap();
+            made.push(identity);
+        }
+        let unfinished = Directory::of(scratch.path(), "k8s.io", "c");
+        unfinished.create().unwrap();
+        assert_eq!(Directory::all(scratch.path()).unwrap(), made);
     }
 
     #[test]

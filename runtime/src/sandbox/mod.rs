@@ -7,7 +7,7 @@
 
 mod boot;
 mod container;
-mod directory;
+pub(crate) mod directory;
 mod process;
 mod rootfs;
 mod state;

@@ -4,6 +4,7 @@
 
 mod bundle;
 mod check;
+mod density;
 mod format;
 mod ksm;
 mod run;
@@ -36,6 +37,9 @@ enum Command {
         #[command(subcommand)]
         command: ksm::Ksm,
     },
+    /// Tell what each pod costs of the host's memory, what they share, and how
+    /// many more would fit (root)
+    Density(density::Command),
 }
 
 /// What env(1) and container runtimes return when they fail themselves.
@@ -58,6 +62,10 @@ fn main() -> ExitCode {
     match cli.command {
         Command::Check => check::check(&config),
         Command::Ksm { command } => match command.execute(&config) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => fail(&error),
+        },
+        Command::Density(density) => match density.execute(&config) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => fail(&error),
         },
