@@ -140,6 +140,7 @@ impl Products {
             image: self.image(),
             state_dir: state_dir.to_owned(),
             guest_console: None,
+            merge_groups: Vec::new(),
         }
     }
 }
@@ -157,6 +158,8 @@ pub struct Config {
     pub state_dir: PathBuf,
     /// Prefix of the files for guests' consoles.
     pub guest_console: Option<PathBuf>,
+    /// Merge groups that a pod's annotation may name.
+    pub merge_groups: Vec<String>,
 }
 
 impl Config {
@@ -164,10 +167,11 @@ impl Config {
     pub fn toml(&self) -> String {
         let quote = |path: &Path| format!("{:?}", path.to_string_lossy());
         let mut text = format!(
-            "[hypervisor]\npath = {}\nkernel = {}\nimage = {}\n\n[runtime]\nstate_dir = {}\nlog_level = \"info\"\n",
+            "[hypervisor]\npath = {}\nkernel = {}\nimage = {}\nallowed_merge_groups = {:?}\n\n[runtime]\nstate_dir = {}\nlog_level = \"info\"\n",
             quote(&self.vmm),
             quote(&self.kernel),
             quote(&self.image),
+            self.merge_groups,
             quote(&self.state_dir),
         );
         if let Some(console) = &self.guest_console {
@@ -205,11 +209,13 @@ mod tests {
         };
         let mut config = products.config(Path::new("/run/x"));
         config.guest_console = Some("/run/x/console-".into());
+        config.merge_groups = vec!["red".into(), "blue".into()];
         let text = config.toml();
         for line in [
             "path = \"/w/target/release/bulkhead-vmm\"",
             "kernel = \"/w/target/guest/vmlinux\"",
             "image = \"/w/target/guest/rootfs.erofs\"",
+            "allowed_merge_groups = [\"red\", \"blue\"]",
             "state_dir = \"/run/x\"",
             "guest_console = \"/run/x/console-\"",
         ] {

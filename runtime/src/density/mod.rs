@@ -94,6 +94,10 @@ pub struct Pod {
     pub namespace: String,
     /// Its id.
     pub id: String,
+    /// The VMM's process.
+    pub vmm_pid: u32,
+    /// The shim's process, or that of `bulkhead run`.
+    pub shim_pid: u32,
     /// Memory that its guest may use.
     pub size: u64,
     /// Guest memory that it has touched and that is its own.
@@ -223,6 +227,8 @@ fn pod(places: &Places, identity: Identity) -> io::Result<Option<Pod>> {
     Ok(Some(Pod {
         namespace: identity.namespace,
         id: identity.id,
+        vmm_pid: vmm,
+        shim_pid: shim,
         size: u64::from(identity.memory_mib) << 20,
         guest: of_vmm.guest_private,
         guest_resident: of_vmm.guest_resident,
@@ -272,6 +278,8 @@ mod tests {
         let pod = |id: &str, guest: u64| Pod {
             namespace: "default".into(),
             id: id.into(),
+            vmm_pid: 3,
+            shim_pid: 2,
             size: 256 << 20,
             guest,
             guest_resident: 40 << 20,

@@ -60,6 +60,7 @@ impl Context {
         fs::create_dir_all(&dir).with_context(|| format!("make {}", dir.display()))?;
         let mut config = products.config(&dir.join("state"));
         config.guest_console = Some(dir.join("console-"));
+        config.merge_groups = vec!["red".into(), "blue".into()];
         config.write(&dir.join("config.toml"))?;
         let containerd = Containerd::start(
             &dir.join("c"),

@@ -28,7 +28,7 @@ const KSM: &str = "/sys/kernel/mm/ksm";
 /// 32 MiB.
 const PAGES: usize = 8192;
 /// How long anything may take; the box is slow.
-const PATIENCE: Duration = Duration::from_secs(90);
+pub const PATIENCE: Duration = Duration::from_secs(90);
 /// The daemon's bound on ksmd, as it is by default.
 const SHARE: f64 = 0.2;
 /// What a coarse clock and the first step may add to it, in seconds.
@@ -47,7 +47,7 @@ fn read(name: &str) -> Result<String> {
     Ok(text.trim().to_owned())
 }
 
-fn number(name: &str) -> Result<u64> {
+pub fn number(name: &str) -> Result<u64> {
     read(name)?.parse().with_context(|| name.to_owned())
 }
 
@@ -57,11 +57,11 @@ fn write(name: &str, value: &str) -> Result<()> {
 }
 
 /// The settings, which are the host's again in the end.
-struct Settings(BTreeMap<&'static str, String>);
+pub struct Settings(BTreeMap<&'static str, String>);
 
 impl Settings {
     /// Sets [`FOUND`].
-    fn take() -> Result<Self> {
+    pub fn take() -> Result<Self> {
         if !Path::new(KSM).join("run").exists() {
             return Err(Skip(format!("this kernel has no {KSM}")).into());
         }
@@ -93,7 +93,7 @@ impl Drop for Settings {
     }
 }
 
-struct Daemon {
+pub struct Daemon {
     child: Child,
     metrics: PathBuf,
     log: PathBuf,
@@ -114,7 +114,7 @@ impl Daemon {
         command
     }
 
-    fn start(context: &Context) -> Result<Self> {
+    pub fn start(context: &Context) -> Result<Self> {
         let log = context.dir.join("ksm.log");
         let child = Self::command(context)
             .args(["--log-level", "debug"])
@@ -135,11 +135,11 @@ impl Daemon {
         Ok(daemon)
     }
 
-    fn log(&self) -> String {
+    pub fn log(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()
     }
 
-    fn metric(&self, name: &str) -> Result<f64> {
+    pub fn metric(&self, name: &str) -> Result<f64> {
         let mut stream = UnixStream::connect(&self.metrics)?;
         stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")?;
         let mut text = String::new();
@@ -156,7 +156,7 @@ impl Daemon {
         Ok(kill(Pid::from_raw(pid), signal)?)
     }
 
-    fn end(mut self, signal: Signal) -> Result<i32> {
+    pub fn end(mut self, signal: Signal) -> Result<i32> {
         self.signal(signal)?;
         let mut code = None;
         until(PATIENCE, "the daemon to end", || {

@@ -16,6 +16,7 @@ mod kill;
 mod ksm;
 mod lifecycle;
 mod memory;
+mod merging;
 mod network;
 mod oci;
 mod runner;
@@ -40,6 +41,7 @@ fn all() -> Vec<Test> {
         stdio::TESTS,
         lifecycle::TESTS,
         memory::TESTS,
+        merging::TESTS,
         network::TESTS,
         oci::TESTS,
         failure::TESTS,
