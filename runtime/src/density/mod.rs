@@ -15,6 +15,7 @@ use bulkhead_ksm_throttler::sysfs::{self, Ksm};
 use serde::Serialize;
 
 use self::process::{field, PAGE};
+use crate::resource::cgroup;
 use crate::sandbox::directory::{Directory, Identity};
 
 /// Where everything is.
@@ -37,7 +38,7 @@ impl Places {
             state_dir: state_dir.into(),
             proc: "/proc".into(),
             ksm: sysfs::DIRECTORY.into(),
-            cgroups: "/sys/fs/cgroup".into(),
+            cgroups: cgroup::v2_root().unwrap_or_default(),
         }
     }
 }
