@@ -146,16 +146,35 @@ impl Vmm {
     /// # Errors
     /// When it does not.
     pub fn boot(&mut self, products: &Products, dir: &Path) -> Result<()> {
+        self.boot_as(products, dir, None)
+    }
+
+    /// As [`Self::boot`], with mergeable memory when there is something to hold
+    /// meanwhile.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn boot_as(
+        &mut self,
+        products: &Products,
+        dir: &Path,
+        merge_group: Option<OwnedFd>,
+    ) -> Result<()> {
         let devices = Devices::new(products, dir)?;
         let mut fds = devices.fds;
         fds.push(File::open(products.kernel())?.into());
+        let kernel = fds.len() as u32 - 1;
+        let merge_group = merge_group.map(|held| {
+            fds.push(held);
+            kernel + 1
+        });
         let config = VmConfig {
             vcpus: 1,
             memory_mib: 256,
             huge_pages: false,
-            merge_group: None,
+            merge_group,
             kernel: KernelConfig {
-                image: fds.len() as u32 - 1,
+                image: kernel,
                 cmdline: cmdline::build(""),
                 initrd: None,
             },

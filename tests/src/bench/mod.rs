@@ -5,6 +5,8 @@
 
 pub mod boot;
 pub mod clone;
+pub mod density;
+pub mod ksm;
 pub mod memory;
 pub mod size;
 pub mod start;
@@ -118,7 +120,9 @@ impl Bench {
         let dir = inside::work_dir("bulkhead-bench");
         fs::create_dir_all(&dir).with_context(|| format!("make {}", dir.display()))?;
         let config = dir.join("config.toml");
-        products.config(&dir.join("state")).write(&config)?;
+        let mut settings = products.config(&dir.join("state"));
+        settings.merge_groups = vec!["red".into(), "blue".into()];
+        settings.write(&config)?;
         let containerd = Containerd::start(&dir.join("c"), &products.bin_dir(), &config)?;
         containerd.import(&image::cached()?)?;
         Ok(Self {
@@ -157,6 +161,32 @@ impl Bench {
     }
 }
 
+/// Takes the figures of one group.
+type Take = fn(&Bench) -> Result<Vec<Figure>>;
+
+/// What is taken together, by the names of its figures.
+const GROUPS: &[(&str, Take)] = &[
+    (
+        "agent-size, shim-size, vmm-size, kernel-size",
+        size::figures,
+    ),
+    ("boot-exits", boot::exits),
+    ("boot-syscalls", boot::syscalls),
+    ("snapshot-create, vmm-restore", clone::figures),
+    ("ctr-run, boot, boot-kernel", start::ctr_run),
+    ("run", start::run),
+    ("host-private, guest-private", memory::figures),
+    (
+        "pod-memory, pod-memory-ksm, ksm-across-groups",
+        density::figures,
+    ),
+    ("ksm-page-seconds, ksm-cpu, ksm-idle-cpu", ksm::figures),
+];
+
+/// Environment variable with a part of the names of the figures to take; all
+/// are without it.
+const ONLY: &str = "BULKHEAD_BENCH";
+
 /// Takes all figures; each is told as soon as it is there, and so is each that
 /// could not be taken.
 ///
@@ -164,17 +194,16 @@ impl Bench {
 /// When nothing can be measured at all.
 pub fn run(tell: &mut dyn FnMut(Result<Figure>)) -> Result<()> {
     let bench = Bench::start()?;
-    let mut group = |figures: Result<Vec<Figure>>| match figures {
-        Ok(figures) => figures.into_iter().for_each(|figure| tell(Ok(figure))),
-        Err(error) => tell(Err(error)),
-    };
-    group(size::figures(&bench));
-    group(boot::exits(&bench).context("boot-exits"));
-    group(boot::syscalls(&bench).context("boot-syscalls"));
-    group(clone::figures(&bench).context("snapshot-create, vmm-restore"));
-    group(start::ctr_run(&bench).context("ctr-run, boot"));
-    group(start::run(&bench).context("run"));
-    group(memory::figures(&bench).context("host-private, guest-private"));
+    let only = std::env::var(ONLY).unwrap_or_default();
+    for (names, take) in GROUPS {
+        if !names.contains(&only) {
+            continue;
+        }
+        match take(&bench).context(*names) {
+            Ok(figures) => figures.into_iter().for_each(|figure| tell(Ok(figure))),
+            Err(error) => tell(Err(error)),
+        }
+    }
     bench.stop()
 }
 

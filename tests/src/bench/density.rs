@@ -1,0 +1,195 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What idle pods take of the host's memory, with and without page merging, and
+//! what is merged across merge groups.
+
+use std::fs;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{bail, Context, Result};
+use serde_json::Value;
+
+use super::ksm::policy::{reset, Daemon};
+use super::{Bench, Figure, LIMIT};
+use crate::containerd::BULKHEAD;
+use crate::{image, proc};
+
+/// How many pods there are when memory is looked at.
+const COUNTS: [usize; 3] = [4, 8, 16];
+/// Pods of the second group.
+const OTHERS: usize = 2;
+/// What a start or an end leaves to be done.
+const SETTLE: Duration = Duration::from_secs(3);
+
+const MERGE_GROUP: &str = "io.bulkhead.hypervisor.merge_group";
+
+/// `pod-memory`, `pod-memory-ksm`, `ksm-across-groups`.
+///
+/// # Errors
+/// When a pod does not run, or this kernel has no KSM.
+pub fn figures(bench: &Bench) -> Result<Vec<Figure>> {
+    reset()?;
+    let taken = take(bench);
+    bench.containerd.clean()?;
+    reset()?;
+    taken
+}
+
+fn take(bench: &Bench) -> Result<Vec<Figure>> {
+    // Once and for all: what the first container makes containerd load.
+    start(bench, "red", "red-first")?;
+    end(bench, "red-first")?;
+    thread::sleep(SETTLE);
+    let empty = available()?;
+    let mut apart = Vec::new();
+    let mut pods = Vec::new();
+    for count in COUNTS {
+        while pods.len() < count {
+            let id = format!("red-{}", pods.len());
+            start(bench, "red", &id)?;
+            pods.push(id);
+        }
+        thread::sleep(SETTLE);
+        apart.push((count as f64, available()?));
+    }
+
+    // The same pods, merged; then fewer and fewer of them.
+    let daemon = Daemon::start(&bench.products, &bench.dir.join("state"))?;
+    daemon.kick()?;
+    daemon.wait_idle(LIMIT)?;
+    let mut merged = Vec::new();
+    for count in COUNTS.into_iter().rev() {
+        while pods.len() > count {
+            end(bench, &pods.pop().context("a pod")?)?;
+        }
+        thread::sleep(SETTLE);
+        merged.push((count as f64, available()?));
+    }
+
+    for number in 0..OTHERS {
+        start(bench, "blue", &format!("blue-{number}"))?;
+    }
+    daemon.kick()?;
+    daemon.wait_idle(LIMIT)?;
+    let (ours, across) = merged_pages(bench)?;
+    bench.containerd.clean()?;
+    thread::sleep(SETTLE);
+    let left = mib(empty - available()?);
+    let counts = COUNTS.map(|count| count.to_string()).join(", ");
+    let most = COUNTS[COUNTS.len() - 1] as f64;
+    let each = |points: &[(f64, f64)]| {
+        let (_, at) = points
+            .iter()
+            .copied()
+            .find(|(count, _)| *count == most)
+            .unwrap_or_default();
+        mib(empty - at) / most
+    };
+    Ok(vec![
+        Figure::new(
+            "pod-memory",
+            -mib(slope(&apart)),
+            "MiB",
+            &format!(
+                "MemAvailable lost per idle pod, slope over {counts} pods of containerd with a sleep in them, ksmd off, guest memory \
+                 marked mergeable and so in small pages; {:.1} MiB each when all of {most} are compared with none; target: under 30",
+                each(&apart)
+            ),
+        ),
+        Figure::new(
+            "pod-memory-ksm",
+            -mib(slope(&merged)),
+            "MiB",
+            &format!(
+                "the same pods after the daemon's run, slope over {counts} as they are ended; {:.1} MiB each when all of {most} are \
+                 compared with none; {left:.1} MiB were not back when all had ended; target: under 12",
+                each(&merged)
+            ),
+        ),
+        Figure::new(
+            "ksm-across-groups",
+            across,
+            "pages",
+            &format!(
+                "pages that the kernel has merged in {OTHERS} pods of a second group, started beside {} of the first with {ours} merged \
+                 pages, after another run; target: 0",
+                COUNTS[0]
+            ),
+        ),
+    ])
+}
+
+fn start(bench: &Bench, group: &str, id: &str) -> Result<()> {
+    let annotation = format!("{MERGE_GROUP}={group}");
+    let flags = ["-d", "--null-io", "--annotation", &annotation];
+    let mut command = bench.containerd.run(BULKHEAD, &flags);
+    command.args([image::ROOT_IMAGE, id, "sleep", "100000"]);
+    proc::run(&mut command, LIMIT)?
+        .ok()
+        .context("start a pod")?;
+    Ok(())
+}
+
+fn end(bench: &Bench, id: &str) -> Result<()> {
+    for args in [
+        ["task", "delete", "-f", id].as_slice(),
+        &["container", "delete", id],
+    ] {
+        proc::run(bench.containerd.ctr().args(args), LIMIT)?.ok()?;
+    }
+    Ok(())
+}
+
+/// In bytes.
+fn available() -> Result<f64> {
+    let text = fs::read_to_string("/proc/meminfo")?;
+    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"));
+    let kib = line.and_then(|value| value.trim().strip_suffix(" kB"));
+    let kib: f64 = kib.context("no MemAvailable")?.trim().parse()?;
+    Ok(kib * 1024.0)
+}
+
+fn mib(bytes: f64) -> f64 {
+    bytes / f64::from(1 << 20)
+}
+
+/// Merged pages of the pods of the first group, and of those of the second.
+fn merged_pages(bench: &Bench) -> Result<(f64, f64)> {
+    let mut command = std::process::Command::new(bench.products.program("bulkhead"));
+    command.arg("--config").arg(&bench.config);
+    command.args(["density", "--format", "json"]);
+    let told: Value = serde_json::from_slice(&proc::run(&mut command, LIMIT)?.ok()?.stdout)?;
+    let pods = told["pods"].as_array().context("pods")?;
+    let sum = |group: &str, count: usize| -> Result<f64> {
+        let of: Vec<&Value> = pods.iter().filter(|p| p["merge_group"] == group).collect();
+        if of.len() != count {
+            bail!("{} pods of {group}, not {count}", of.len());
+        }
+        let bytes = of.iter().map(|p| p["merged"].as_f64().context("merged"));
+        Ok(bytes.sum::<Result<f64>>()? / 4096.0)
+    };
+    Ok((sum("red", COUNTS[0])?, sum("blue", OTHERS)?))
+}
+
+/// Of the line that fits best.
+fn slope(points: &[(f64, f64)]) -> f64 {
+    let count = points.len() as f64;
+    let mean = |of: fn(&(f64, f64)) -> f64| points.iter().map(of).sum::<f64>() / count;
+    let (x, y) = (mean(|p| p.0), mean(|p| p.1));
+    let over: f64 = points.iter().map(|p| (p.0 - x) * (p.1 - y)).sum();
+    let under: f64 = points.iter().map(|p| (p.0 - x).powi(2)).sum();
+    over / under
+}
+
+#[cfg(test)]
+mod tests {
+    use super::slope;
+
+    #[test]
+    fn a_line_has_its_slope() {
+        assert_eq!(
+            slope(&[(4.0, 92.0), (8.0, 84.0), (16.0, 68.0), (32.0, 36.0)]),
+            -2.0
+        );
+    }
+}
