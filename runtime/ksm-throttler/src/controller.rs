@@ -70,7 +70,7 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         Self {
-            cpu_share: 0.2,
+            cpu_share: 0.5,
             // 2 MiB for a second of a processor.
             min_profit: 500.0,
             scan_time: Duration::from_secs(1),

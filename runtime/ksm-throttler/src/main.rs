@@ -23,7 +23,7 @@ use clap::Parser;
 #[command(name = "bulkhead-ksm-throttler", version)]
 struct Cli {
     /// Most processor time of ksmd while it scans, in percent of one processor
-    #[arg(long, value_name = "PERCENT", default_value_t = 20,
+    #[arg(long, value_name = "PERCENT", default_value_t = 50,
           value_parser = clap::value_parser!(u8).range(1..=100))]
     cpu_percent: u8,
     /// Pages that a second of ksmd's processor time must save; a scan that saves

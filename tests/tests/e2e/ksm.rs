@@ -30,7 +30,7 @@ const PAGES: usize = 8192;
 /// How long anything may take; the box is slow.
 pub const PATIENCE: Duration = Duration::from_secs(90);
 /// The daemon's bound on ksmd, as it is by default.
-const SHARE: f64 = 0.2;
+const SHARE: f64 = 0.5;
 /// What a coarse clock and the first step may add to it, in seconds.
 const SLACK: f64 = 0.3;
 

@@ -164,10 +164,18 @@ fn a_guest_that_starts_slowly_is_waited_for() {
     assert_eq!(ksm.sample().counters.saved(), 4999);
 }
 
+/// A bound of a fifth of a processor.
+fn a_fifth() -> Limits {
+    Limits {
+        cpu_share: 0.2,
+        ..Limits::default()
+    }
+}
+
 #[test]
 fn the_batch_follows_mergeable_memory() {
     let batch = |pages: u64| {
-        let mut controller = Controller::new(Limits::default());
+        let mut controller = Controller::new(a_fifth());
         let mut sample = Sample::default();
         sample.counters.pages_unshared = pages;
         controller.kick(1);
@@ -267,7 +275,7 @@ proptest! {
 
 #[test]
 fn the_bound_is_used_where_merging_pays() {
-    let mut controller = Controller::new(Limits::default());
+    let mut controller = Controller::new(a_fifth());
     let mut ksm = Simulated::new(1.0);
     ksm.add(Kind::Same, 400_000);
     controller.kick(1);
