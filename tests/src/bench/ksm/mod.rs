@@ -26,7 +26,7 @@ const PODS: usize = 16;
 const LONG: f64 = 300.0;
 /// How long Kata's table is watched: with it ksmd takes a whole processor for
 /// the first half minute and nearly half of it for two more minutes.
-const SHORT: f64 = 60.0;
+const SHORT: f64 = 30.0;
 /// How long the daemon is watched idle.
 const IDLE: Duration = Duration::from_secs(30);
 
