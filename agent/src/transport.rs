@@ -10,7 +10,7 @@ use std::pin::Pin;
 use std::sync::atomic::Ordering;
 use std::sync::Arc;
 use std::task::{ready, Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bulkhead_agent_protocol::{agent_ttrpc, AGENT_PORT};
 use futures_core::Stream;
@@ -49,8 +49,8 @@ pub async fn serve_host(service: Service, times: &Times) -> Result<()> {
     loop {
         match dial::vsock(AGENT_PORT).await {
             Ok(stream) => {
-                pause = FIRST_PAUSE;
                 failures = 0;
+                let begin = Instant::now();
                 times
                     .ready_ns
                     .store(host::monotonic_ns(), Ordering::Relaxed);
@@ -63,6 +63,11 @@ pub async fn serve_host(service: Service, times: &Times) -> Result<()> {
                 // Ends when the server drops the connection.
                 let _ = end.await;
                 crate::info!("msg=\"connection to the host ended\"");
+                // A host that takes connections and drops them is not dialled
+                // as fast as it does.
+                if begin.elapsed() > LONGEST_PAUSE {
+                    pause = FIRST_PAUSE;
+                }
             }
             Err(error) => {
                 failures += 1;

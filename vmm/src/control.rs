@@ -94,7 +94,7 @@ impl Server {
     }
 
     /// Serves until the VM ends; why it did. Its end has been told when this
-    /// returns.
+    /// returns, and the process is to end: the machine's threads go on.
     pub fn run(mut self) -> ExitReason {
         let reason = self.serve();
         if let Stage::Running(machine) = &self.stage {
@@ -104,6 +104,9 @@ impl Server {
             self.tell(Event::GuestPanicked);
         }
         self.tell(Event::Ended(reason));
+        // The process ends next, and the kernel takes the machine apart faster
+        // than its parts let go of each other.
+        std::mem::forget(self.stage);
         reason
     }
 

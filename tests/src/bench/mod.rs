@@ -176,6 +176,10 @@ const GROUPS: &[(&str, Take)] = &[
     ("ctr-run, boot, boot-kernel", start::ctr_run),
     ("run", start::run),
     ("host-private, guest-private", memory::figures),
+];
+
+/// The same, of many pods at once: they take long, so only when asked for.
+const ON_REQUEST: &[(&str, Take)] = &[
     (
         "pod-memory, pod-memory-ksm, ksm-across-groups",
         density::figures,
@@ -183,8 +187,8 @@ const GROUPS: &[(&str, Take)] = &[
     ("ksm-page-seconds, ksm-cpu, ksm-idle-cpu", ksm::figures),
 ];
 
-/// Environment variable with a part of the names of the figures to take; all
-/// are without it.
+/// Environment variable with a part of the names of the figures to take; those
+/// of single pods are without it.
 const ONLY: &str = "BULKHEAD_BENCH";
 
 /// Takes all figures; each is told as soon as it is there, and so is each that
@@ -195,7 +199,8 @@ const ONLY: &str = "BULKHEAD_BENCH";
 pub fn run(tell: &mut dyn FnMut(Result<Figure>)) -> Result<()> {
     let bench = Bench::start()?;
     let only = std::env::var(ONLY).unwrap_or_default();
-    for (names, take) in GROUPS {
+    let on_request = ON_REQUEST.iter().filter(|_| !only.is_empty());
+    for (names, take) in GROUPS.iter().chain(on_request) {
         if !names.contains(&only) {
             continue;
         }

@@ -2,10 +2,13 @@
 //! Runs the tests one after the other and counts.
 
 use std::env;
+use std::fs::File;
+use std::io::{ErrorKind, Read, Seek, SeekFrom};
+use std::os::unix::fs::OpenOptionsExt;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::time::Instant;
 
-use anyhow::{anyhow, bail, Result};
+use anyhow::{anyhow, bail, Context as _, Result};
 
 use crate::context::{Context, Skip};
 
@@ -77,6 +80,7 @@ impl Selection {
 pub fn run(tests: &[Test]) -> Result<i32> {
     let begin = Instant::now();
     let context = Context::start()?;
+    let mut kernel_log = KernelLog::from_now()?;
     println!(
         "\nrunning {} tests with {} (containerd up after {:.1} s)",
         tests.len(),
@@ -95,6 +99,10 @@ pub fn run(tests: &[Test]) -> Result<i32> {
             }
             (Ok(()), Err(error)) => Err(error.context("clean up")),
             (result, _) => result,
+        };
+        let result = match kernel_log.no_forbidden_calls() {
+            Err(error) if result.is_ok() => Err(error),
+            _ => result,
         };
         let took = begin.elapsed().as_secs_f64();
         match result {
@@ -135,6 +143,48 @@ pub fn run(tests: &[Test]) -> Result<i32> {
         begin.elapsed().as_secs_f64()
     );
     Ok(i32::from(!failed.is_empty()))
+}
+
+/// What the kernel logs.
+struct KernelLog(File);
+
+impl KernelLog {
+    /// From here on.
+    fn from_now() -> Result<Self> {
+        let mut log = File::options()
+            .read(true)
+            .custom_flags(nix::libc::O_NONBLOCK)
+            .open("/dev/kmsg")
+            .context("/dev/kmsg")?;
+        log.seek(SeekFrom::End(0)).context("/dev/kmsg")?;
+        Ok(Self(log))
+    }
+
+    /// No VMM was killed for what its system call filters forbid: its pod may
+    /// have been about to end anyway, and nothing else would show it.
+    fn no_forbidden_calls(&mut self) -> Result<()> {
+        // A read gives one line.
+        let mut line = vec![0; 8192];
+        let mut forbidden = Vec::new();
+        loop {
+            match self.0.read(&mut line) {
+                Ok(length) => {
+                    let text = String::from_utf8_lossy(&line[..length]);
+                    if text.contains("type=1326") && text.contains("bulkhead-vmm") {
+                        forbidden.push(text.into_owned());
+                    }
+                }
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                // Lines were overwritten before they were read.
+                Err(error) if error.raw_os_error() == Some(nix::libc::EPIPE) => {}
+                Err(error) => return Err(error).context("/dev/kmsg"),
+            }
+        }
+        match forbidden.is_empty() {
+            true => Ok(()),
+            false => bail!("forbidden system calls: {}", forbidden.concat()),
+        }
+    }
 }
 
 fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
