@@ -12,7 +12,10 @@ use vm_memory::{Address, GuestMemory, GuestMemoryMmap, GuestMemoryRegion, MmapRe
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{failed, irq::MsiRouter, KvmError};
-use crate::{arch::x86_64::layout, pci::msix::NotifyRegistrar};
+use crate::{
+    arch::x86_64::{cpuid, layout},
+    pci::msix::NotifyRegistrar,
+};
 
 /// KVM_CREATE_VM fails with EINTR when a signal is pending, for no reason of
 /// the caller's.
@@ -38,9 +41,10 @@ impl Vm {
                 other => break other.map_err(failed("no VM can be made"))?,
             }
         };
-        let supported_cpuid = kvm
+        let mut supported_cpuid = kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(failed("supported CPUID"))?;
+        cpuid::mend_for_emulator(&mut supported_cpuid, cpuid::host_signature());
         // Needed on Intel processors, before the first vCPU.
         fd.set_tss_address(layout::KVM_TSS as usize)
             .map_err(failed("TSS address"))?;

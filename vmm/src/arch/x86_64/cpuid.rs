@@ -13,6 +13,40 @@ pub fn for_vcpu(supported: &CpuId, index: u8, count: u8) -> CpuId {
     cpuid
 }
 
+/// Leaf of KVM's paravirtual features, and the bit of acknowledging interrupts
+/// in memory (KVM_FEATURE_PV_EOI).
+const KVM_FEATURES: u32 = 0x4000_0001;
+const PV_EOI: u32 = 1 << 6;
+/// What QEMU's emulator of processors calls itself, in EBX, ECX and EDX.
+const EMULATOR: [u32; 3] = [
+    u32::from_le_bytes(*b"TCGT"),
+    u32::from_le_bytes(*b"CGTC"),
+    u32::from_le_bytes(*b"GTCG"),
+];
+
+/// What this host's own hypervisor calls itself.
+pub fn host_signature() -> [u32; 3] {
+    let leaf = core::arch::x86_64::__cpuid(0x4000_0000);
+    [leaf.ebx, leaf.ecx, leaf.edx]
+}
+
+/// QEMU's emulator, in which KVM is only tested, may deliver an interrupt that
+/// KVM injected a second time, whatever the guest's interrupt flag says, until
+/// the guest leaves for the first time: it does not forget the vector at once.
+/// A guest that acknowledges interrupts in memory may handle the whole of one
+/// before it leaves, and waits for a lock of its own for ever. One that
+/// acknowledges by a register leaves right away.
+pub fn mend_for_emulator(supported: &mut CpuId, signature: [u32; 3]) {
+    if signature != EMULATOR {
+        return;
+    }
+    for entry in supported.as_mut_slice() {
+        if entry.function == KVM_FEATURES {
+            entry.eax &= !PV_EOI;
+        }
+    }
+}
+
 const VMX: u32 = 1 << 5;
 const MONITOR: u32 = 1 << 3;
 const X2APIC: u32 = 1 << 21;
@@ -130,6 +164,19 @@ mod tests {
         assert_eq!(first.ebx >> 24, 2);
         assert_eq!((first.ebx >> 16) & 0xff, 4);
         assert_eq!(extended.ecx & SVM, 0);
+    }
+
+    #[test]
+    fn interrupts_are_acknowledged_by_a_register_in_an_emulator_alone() {
+        for (signature, kept) in [([0; 3], PV_EOI), (EMULATOR, 0)] {
+            let mut supported = CpuId::from_entries(&[leaf(1, 0), leaf(KVM_FEATURES, 0)]).unwrap();
+            mend_for_emulator(&mut supported, signature);
+            let [first, features] = supported.as_slice() else {
+                panic!("two leaves");
+            };
+            assert_eq!(first.eax, !0);
+            assert_eq!(features.eax, !PV_EOI | kept);
+        }
     }
 
     #[test]
