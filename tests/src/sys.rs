@@ -9,6 +9,12 @@ use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
+/// The processor's time-stamp counter.
+pub fn time_stamp_counter() -> u64 {
+    // SAFETY: RDTSC reads a register; Linux lets every program use it.
+    unsafe { std::arch::x86_64::_rdtsc() }
+}
+
 /// Makes the command die with the thread that starts it, and lets it inherit
 /// the descriptors `keep` under their own numbers.
 ///

@@ -26,6 +26,7 @@ mod modules;
 mod mux;
 pub mod proto;
 mod qemu;
+mod tsc;
 
 use std::fs;
 use std::path::PathBuf;

@@ -25,6 +25,7 @@ use nix::unistd::Pid;
 use super::error::{errno_step, io_step, BoxError};
 use super::kernel::Kernel;
 use super::proto::PORT_NAME;
+use super::tsc;
 use crate::sys;
 
 /// Bytes of console and messages that are kept.
@@ -63,6 +64,8 @@ impl Machine {
             .to_owned();
         if !self.virtual_time {
             append.push_str(PERIODIC_TICK);
+            // Nor is it to be doubted later, by a watchdog that is late itself.
+            append.push_str(&format!(" tsc=reliable tsc_early_khz={}", tsc::khz()));
         }
         if !self.kernel_params.is_empty() {
             append.push(' ');
