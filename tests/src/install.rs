@@ -162,16 +162,22 @@ pub struct Config {
     pub merge_groups: Vec<String>,
 }
 
+/// How long the agent may take, in milliseconds, for its first call and for an
+/// answer: a guest in a box on a busy machine is slow, and not to be given up.
+const AGENT_PATIENCE: (u32, u32) = (180_000, 60_000);
+
 impl Config {
     /// Its text.
     pub fn toml(&self) -> String {
         let quote = |path: &Path| format!("{:?}", path.to_string_lossy());
         let mut text = format!(
-            "[hypervisor]\npath = {}\nkernel = {}\nimage = {}\nallowed_merge_groups = {:?}\n\n[runtime]\nstate_dir = {}\nlog_level = \"info\"\n",
+            "[hypervisor]\npath = {}\nkernel = {}\nimage = {}\nallowed_merge_groups = {:?}\n\n[agent]\nready_timeout_ms = {}\nrpc_timeout_ms = {}\n\n[runtime]\nstate_dir = {}\nlog_level = \"info\"\n",
             quote(&self.vmm),
             quote(&self.kernel),
             quote(&self.image),
             self.merge_groups,
+            AGENT_PATIENCE.0,
+            AGENT_PATIENCE.1,
             quote(&self.state_dir),
         );
         if let Some(console) = &self.guest_console {

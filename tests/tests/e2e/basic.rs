@@ -2,7 +2,6 @@
 //! Exit codes, exec, what a container sees of itself.
 
 use std::fs;
-use std::time::Duration;
 
 use anyhow::{bail, Context as _, Result};
 use bulkhead_tests::image::{APP_GID, APP_GROUPS, APP_IMAGE, APP_UID};
@@ -54,7 +53,7 @@ fn exit_code_137_by_kill(context: &Context) -> Result<()> {
     context
         .ctr(&["task", "kill", "-s", "SIGKILL", &run.id])?
         .ok()?;
-    same(run.wait(Duration::from_secs(60))?, 137)
+    same(run.wait(LIMIT)?, 137)
 }
 
 fn exec_has_its_own_exit_code(context: &Context) -> Result<()> {
@@ -203,7 +202,7 @@ fn writes_survive_within_and_vanish_after(context: &Context) -> Result<()> {
         ln -s /d/e/a /link; chown 7:8 /d; chmod 700 /d; dd if=/dev/zero of=/big bs=1M count=20 2>/dev/null; \
         sync; touch /ready; sleep 1000";
     let container = context.detached(&[], &["sh", "-c", script])?;
-    crate::context::until(Duration::from_secs(60), "/ready", || {
+    crate::context::until(LIMIT, "/ready", || {
         Ok(container.exec(&["test", "-e", "/ready"])?.code == 0)
     })?;
     let check =

@@ -18,7 +18,7 @@ use bulkhead_tests::proc::{self, Done};
 use bulkhead_tests::{image, inside};
 
 /// How long one command of ctr may take; a guest boots in it.
-pub const LIMIT: Duration = Duration::from_secs(120);
+pub const LIMIT: Duration = Duration::from_secs(300);
 
 /// The runtime under test.
 pub fn runtime() -> String {
@@ -235,7 +235,7 @@ impl Detached<'_> {
     pub fn remove(self) -> Result<()> {
         let id = self.id.clone();
         self.context.ctr(&["task", "kill", "-s", "KILL", &id])?;
-        self.wait_for("STOPPED", Duration::from_secs(30))?;
+        self.wait_for("STOPPED", LIMIT)?;
         self.context.ctr(&["task", "delete", &id])?;
         self.context
             .ctr(&["container", "delete", &id])?

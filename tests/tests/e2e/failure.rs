@@ -3,7 +3,6 @@
 
 use std::fs;
 use std::path::Path;
-use std::time::Duration;
 
 use anyhow::{bail, Context as _, Result};
 use bulkhead_tests::proc::{self, Done};
@@ -51,7 +50,7 @@ fn a_command_that_does_not_exist(context: &Context) -> Result<()> {
     if done.code != 0 {
         clear_error(&done, &["/nowhere"])?;
     }
-    context.nothing_left(&before, Duration::from_secs(10))
+    context.nothing_left(&before, LIMIT)
 }
 
 fn an_exec_that_does_not_exist(context: &Context) -> Result<()> {
@@ -81,7 +80,7 @@ fn calls_that_come_at_the_wrong_time(context: &Context) -> Result<()> {
         &["not found", "does not exist"],
     )?;
     context.ctr(&["task", "kill", "-s", "KILL", id])?.ok()?;
-    container.wait_for("STOPPED", Duration::from_secs(30))?;
+    container.wait_for("STOPPED", LIMIT)?;
     clear_error(
         &container.exec(&["true"])?,
         &[
@@ -173,7 +172,7 @@ fn broken_config_json(context: &Context) -> Result<()> {
     let done = proc::run(command.arg(&file).arg(context.id("spec")), LIMIT)?;
     clear_error(&done, &["json", "unexpected"])?;
     context.containerd.clean()?;
-    context.nothing_left(&before, Duration::from_secs(10))
+    context.nothing_left(&before, LIMIT)
 }
 
 fn unreadable_rootfs(context: &Context) -> Result<()> {
@@ -190,7 +189,7 @@ fn unreadable_rootfs(context: &Context) -> Result<()> {
     )?;
     context.containerd.clean()?;
     fs::remove_file(file)?;
-    context.nothing_left(&before, Duration::from_secs(10))
+    context.nothing_left(&before, LIMIT)
 }
 
 /// Runs a container with another configuration of Bulkhead.
@@ -214,7 +213,7 @@ fn missing_kernel_image(context: &Context) -> Result<()> {
     // One that is no kernel.
     config.kernel = "/etc/passwd".into();
     clear_error(&with_config(context, &config.toml())?, &["kernel", "elf"])?;
-    context.nothing_left(&before, Duration::from_secs(10))
+    context.nothing_left(&before, LIMIT)
 }
 
 fn missing_guest_image(context: &Context) -> Result<()> {
@@ -226,7 +225,7 @@ fn missing_guest_image(context: &Context) -> Result<()> {
         &with_config(context, &config.toml())?,
         &["/nonexistent/rootfs"],
     )?;
-    context.nothing_left(&before, Duration::from_secs(10))
+    context.nothing_left(&before, LIMIT)
 }
 
 fn broken_bulkhead_configuration(context: &Context) -> Result<()> {

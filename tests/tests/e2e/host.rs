@@ -3,7 +3,6 @@
 
 use std::fs;
 use std::process::Command;
-use std::time::Duration;
 
 use anyhow::{bail, Context as _, Result};
 use bulkhead_tests::proc::{self, Done};
@@ -96,5 +95,5 @@ fn bulkhead_run_leaves_nothing(context: &Context) -> Result<()> {
     let root = rootfs(context)?;
     let before = context.listing()?;
     bulkhead(context, &["run", &root, "--", "/bin/echo", "x"], None)?.ok()?;
-    context.nothing_left(&before, Duration::from_secs(10))
+    context.nothing_left(&before, LIMIT)
 }

@@ -11,7 +11,7 @@ use bulkhead_tests::listing::{self, Process};
 use nix::sys::signal::{kill, Signal};
 use nix::unistd::Pid;
 
-use crate::context::{same, Context, Detached};
+use crate::context::{same, Context, Detached, LIMIT};
 use crate::runner::{tests, Test};
 
 pub const TESTS: &[Test] = tests![
@@ -54,7 +54,7 @@ fn delete(context: &Context, container: Detached<'_>) -> Result<()> {
     let begin = Instant::now();
     while !container.status()?.is_empty() {
         context.ctr(&["task", "delete", "-f", &id])?;
-        if begin.elapsed() > Duration::from_secs(30) {
+        if begin.elapsed() > LIMIT {
             bail!("the task stays: {}", container.status()?);
         }
         thread::sleep(Duration::from_millis(200));
@@ -68,13 +68,17 @@ fn vmm_killed_is_a_task_exit_within_two_seconds(context: &Context) -> Result<()>
     let mut run = context.attached(&[], &["sh", "-c", "echo up; sleep 1000"])?;
     run.wait_for("up")?;
     let vmm = the_one("bulkhead-vmm")?;
+    // How slow the box is at the moment, with what else its machine does.
+    let begin = Instant::now();
+    context.ctr(&["task", "list"])?.ok()?;
+    let client = begin.elapsed();
     let begin = Instant::now();
     end(&vmm)?;
-    let code = run.wait(Duration::from_secs(30))?;
+    let code = run.wait(LIMIT)?;
     let took = begin.elapsed();
     same(code, 137)?;
-    if took > Duration::from_secs(2) {
-        bail!("containerd's client heard of it after {took:?}");
+    if took > Duration::from_secs(2) + 5 * client {
+        bail!("containerd's client heard of it after {took:?}, a call of it takes {client:?}");
     }
     Ok(())
 }
@@ -84,13 +88,13 @@ fn vmm_killed_leaves_nothing(context: &Context) -> Result<()> {
     let before = context.listing()?;
     let container = context.detached(&[], &["sleep", "1000"])?;
     end(&the_one("bulkhead-vmm")?)?;
-    container.wait_for("STOPPED", Duration::from_secs(5))?;
+    container.wait_for("STOPPED", LIMIT)?;
     let done = context.ctr(&["task", "exec", "--exec-id", "late", &container.id, "true"])?;
     if done.code == 0 {
         bail!("an exec in a dead guest succeeded");
     }
     delete(context, container)?;
-    context.nothing_left(&before, Duration::from_secs(5))
+    context.nothing_left(&before, LIMIT)
 }
 
 fn shim_killed_leaves_nothing(context: &Context) -> Result<()> {
@@ -98,7 +102,7 @@ fn shim_killed_leaves_nothing(context: &Context) -> Result<()> {
     let container = context.detached(&[], &["sleep", "1000"])?;
     end(&the_one(program(context))?)?;
     delete(context, container)?;
-    context.nothing_left(&before, Duration::from_secs(5))
+    context.nothing_left(&before, LIMIT)
 }
 
 fn both_killed_leave_nothing(context: &Context) -> Result<()> {
@@ -109,7 +113,7 @@ fn both_killed_leave_nothing(context: &Context) -> Result<()> {
     end(&vmm)?;
     end(&shim)?;
     delete(context, container)?;
-    context.nothing_left(&before, Duration::from_secs(5))
+    context.nothing_left(&before, LIMIT)
 }
 
 fn containerd_restarted_finds_its_containers(context: &Context) -> Result<()> {

@@ -7,7 +7,7 @@ use std::io::{Read, Write};
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{bail, Context as _, Result};
 use bulkhead_tests::{proc, Mergeable};
@@ -27,12 +27,11 @@ pub const TESTS: &[Test] = tests![
 const KSM: &str = "/sys/kernel/mm/ksm";
 /// 32 MiB.
 const PAGES: usize = 8192;
-/// How long anything may take; the box is slow.
-pub const PATIENCE: Duration = Duration::from_secs(90);
 /// The daemon's bound on ksmd, as it is by default.
 const SHARE: f64 = 0.5;
-/// What a coarse clock and the first step may add to it, in seconds.
-const SLACK: f64 = 0.3;
+/// What a coarse clock, the first step, and a box that stands still for a
+/// moment while it is ksmd's turn may add to it, in seconds.
+const SLACK: f64 = 1.0;
 
 /// Values that no default is like.
 const FOUND: [(&str, &str); 3] = [
@@ -70,6 +69,9 @@ impl Settings {
             before.insert(name, read(name)?);
         }
         let settings = Self(before);
+        // Nothing is left of what earlier tests have merged: ksmd would forget
+        // it only while it scans.
+        write("run", "2")?;
         for (name, value) in FOUND {
             write(name, value)?;
         }
@@ -126,7 +128,7 @@ impl Daemon {
             metrics: context.config.state_dir.join("ksm-metrics.sock"),
             log,
         };
-        until(PATIENCE, "the daemon to answer", || {
+        until(LIMIT, "the daemon to answer", || {
             if let Some(status) = daemon.child.try_wait()? {
                 bail!("it ended ({status}): {}", daemon.log());
             }
@@ -159,7 +161,7 @@ impl Daemon {
     pub fn end(mut self, signal: Signal) -> Result<i32> {
         self.signal(signal)?;
         let mut code = None;
-        until(PATIENCE, "the daemon to end", || {
+        until(LIMIT, "the daemon to end", || {
             code = self.child.try_wait()?.map(proc::code_of);
             Ok(code.is_some())
         })?;
@@ -205,12 +207,12 @@ fn ksm_throttler_merges_and_restores(context: &Context) -> Result<()> {
     context.only_bulkhead()?;
     let _settings = Settings::take()?;
     let daemon = Daemon::start(context)?;
-    let before = number("pages_sharing")?;
+    same(number("pages_sharing")?, 0)?;
     let (begin, cpu) = (Instant::now(), ksmd_seconds()?);
     let memory = Mergeable::new(PAGES)?;
     kick(context)?;
-    until(PATIENCE, "identical pages to be merged", || {
-        Ok(number("pages_sharing")? >= before + PAGES as u64 * 9 / 10)
+    until(LIMIT, "identical pages to be merged", || {
+        Ok(number("pages_sharing")? >= PAGES as u64 * 9 / 10)
     })
     .with_context(|| daemon.log())?;
     let took = begin.elapsed();
@@ -228,7 +230,7 @@ fn ksm_throttler_merges_and_restores(context: &Context) -> Result<()> {
     }
 
     // The run ends by itself, and what is merged stays so.
-    until(PATIENCE, "the run to end", || {
+    until(LIMIT, "the run to end", || {
         Ok(daemon.metric("active")? == 0.0)
     })
     .with_context(|| daemon.log())?;
@@ -247,7 +249,7 @@ fn ksm_throttler_merges_and_restores(context: &Context) -> Result<()> {
 
     // In the middle of a run.
     kick(context)?;
-    until(PATIENCE, "another run", || Ok(read("run")? == "1"))?;
+    until(LIMIT, "another run", || Ok(read("run")? == "1"))?;
     same(daemon.end(Signal::SIGTERM)?, 0)?;
     Settings::are_as_found().context("in the end")?;
     drop(memory);
@@ -259,16 +261,16 @@ fn ksm_throttler_comes_back_after_sigkill(context: &Context) -> Result<()> {
     let _settings = Settings::take()?;
     let daemon = Daemon::start(context)?;
     kick(context)?;
-    until(PATIENCE, "a run", || Ok(read("run")? == "1"))?;
+    until(LIMIT, "a run", || Ok(read("run")? == "1"))?;
     daemon.end(Signal::SIGKILL)?;
     if Settings::are_as_found().is_ok() {
         bail!("nothing was left to put back");
     }
     let daemon = Daemon::start(context)?;
-    until(PATIENCE, "it to find what was left", || {
+    until(LIMIT, "it to find what was left", || {
         Ok(daemon.log().contains("found by a daemon that died"))
     })?;
-    until(PATIENCE, "its first run to end", || {
+    until(LIMIT, "its first run to end", || {
         Ok(daemon.metric("runs_total")? == 1.0 && daemon.metric("active")? == 0.0)
     })?;
     Settings::are_as_found().context("when idle")?;
@@ -284,9 +286,11 @@ fn ksm_throttler_hears_a_pod_start(context: &Context) -> Result<()> {
     let daemon = Daemon::start(context)?;
     same(daemon.metric("kicks_total")?, 0.0)?;
     context.sh("exit 0")?.ok()?;
-    until(PATIENCE, "the kick", || {
-        Ok(daemon.metric("kicks_total")? > 0.0)
-    })?;
+    until(
+        LIMIT,
+        "the kick",
+        || Ok(daemon.metric("kicks_total")? > 0.0),
+    )?;
     same(daemon.metric("kicks_total")?, 1.0)?;
     same(daemon.end(Signal::SIGTERM)?, 0)?;
     Settings::are_as_found()

@@ -10,7 +10,7 @@ use anyhow::{bail, Context as _, Result};
 use bulkhead_tests::timeline::Timeline;
 use serde_json::Value;
 
-use crate::context::{mentions, same, status, until, Context};
+use crate::context::{mentions, same, status, until, Context, LIMIT};
 use crate::runner::{tests, Test};
 
 pub const TESTS: &[Test] = tests![
@@ -37,7 +37,7 @@ fn term_then_kill(context: &Context) -> Result<()> {
     thread::sleep(Duration::from_secs(2));
     same(status(context, &id)?.as_str(), "RUNNING").context("after TERM, which it ignores")?;
     context.ctr(&["task", "kill", "-s", "KILL", &id])?.ok()?;
-    same(run.wait(Duration::from_secs(60))?, 137)
+    same(run.wait(LIMIT)?, 137)
 }
 
 fn term_is_handled(context: &Context) -> Result<()> {
@@ -46,7 +46,7 @@ fn term_is_handled(context: &Context) -> Result<()> {
     run.wait_for("up")?;
     // The default signal of ctr is TERM.
     context.ctr(&["task", "kill", &run.id])?.ok()?;
-    same(run.wait(Duration::from_secs(60))?, 3)?;
+    same(run.wait(LIMIT)?, 3)?;
     same(run.out().as_str(), "up\ncaught\n")
 }
 
@@ -61,7 +61,7 @@ fn a_signal_to_an_exec(context: &Context) -> Result<()> {
         .stdin(Stdio::null())
         .stdout(File::create(&out)?)
         .spawn()?;
-    until(Duration::from_secs(60), "the exec to start", || {
+    until(LIMIT, "the exec to start", || {
         Ok(std::fs::read_to_string(&out)?.contains("up"))
     })?;
     let kill = [
@@ -97,7 +97,7 @@ fn a_process_that_outlives_its_parent(context: &Context) -> Result<()> {
     let begin = Instant::now();
     let done = container.exec(&["sh", "-c", "sleep 500 >/dev/null 2>&1 & echo started"])?;
     same(done.ok()?.out().as_str(), "started")?;
-    if begin.elapsed() > Duration::from_secs(60) {
+    if begin.elapsed() > LIMIT {
         bail!("the exec waited for what it left behind");
     }
     let list = container.exec(&["ps", "-o", "args"])?.ok()?.out();
@@ -111,7 +111,7 @@ fn orphans_end_with_the_container(context: &Context) -> Result<()> {
     let begin = Instant::now();
     let done = context.sh("sleep 500 & sleep 501 & echo up; exit 6")?;
     same((done.code, done.out().as_str()), (6, "up"))?;
-    if begin.elapsed() > Duration::from_secs(100) {
+    if begin.elapsed() > LIMIT {
         bail!("it took {:?}", begin.elapsed());
     }
     Ok(())
@@ -142,7 +142,7 @@ fn three_containers_at_once(context: &Context) -> Result<()> {
         bail!("three containers have the processes {pids:?}");
     }
     for (run, code) in &mut runs {
-        same(run.wait(Duration::from_secs(120))?.to_string(), *code)?;
+        same(run.wait(LIMIT)?.to_string(), *code)?;
         same(run.out().as_str(), "up\n1\n2\n3\n4\n5\n")?;
     }
     Ok(())
@@ -170,7 +170,7 @@ fn pause_and_resume(context: &Context) -> Result<()> {
         same(line, format!("tick {}", i + 1))?;
     }
     context.ctr(&["task", "kill", "-s", "KILL", &id])?.ok()?;
-    same(run.wait(Duration::from_secs(60))?, 137)
+    same(run.wait(LIMIT)?, 137)
 }
 
 /// All numbers under keys of this name, anywhere.
@@ -195,7 +195,7 @@ fn figures_are_real(context: &Context) -> Result<()> {
     let script = "head -c 25165824 /dev/zero >/dev/shm/held; i=0; \
         while [ $i -lt 20000 ]; do i=$((i+1)); done; touch /ready; sleep 1000";
     let container = context.detached(&[], &["sh", "-c", script])?;
-    until(Duration::from_secs(90), "the work to be done", || {
+    until(LIMIT, "the work to be done", || {
         Ok(container.exec(&["test", "-e", "/ready"])?.code == 0)
     })?;
     let text = context
@@ -270,7 +270,7 @@ fn watch_events(context: &Context, file: &std::path::Path) -> Result<()> {
         "/tasks/delete",
     ];
     let begin = Instant::now();
-    while topics()?.len() < want.len() && begin.elapsed() < Duration::from_secs(10) {
+    while topics()?.len() < want.len() && begin.elapsed() < LIMIT {
         thread::sleep(Duration::from_millis(100));
     }
     // runc's shim tells the deletion of an exec too.
@@ -286,7 +286,7 @@ fn watch_events(context: &Context, file: &std::path::Path) -> Result<()> {
 
 fn a_stopped_task_keeps_its_exit_code(context: &Context) -> Result<()> {
     let container = context.detached(&[], &["sh", "-c", "exit 23"])?;
-    container.wait_for("STOPPED", Duration::from_secs(60))?;
+    container.wait_for("STOPPED", LIMIT)?;
     // Some versions of ctr exit with the task's code, others tell it.
     let done = context.ctr(&["task", "delete", &container.id])?;
     if done.code != 23 {
@@ -302,7 +302,7 @@ fn the_start_has_a_timeline(context: &Context) -> Result<()> {
     let before = context.containerd.log().len();
     context.sh("echo x")?.ok()?;
     let mut timeline = None;
-    until(Duration::from_secs(10), "a timeline in the log", || {
+    until(LIMIT, "a timeline in the log", || {
         let log = context.containerd.log();
         timeline = Timeline::find(log.get(before..).unwrap_or_default());
         Ok(timeline.is_some())
@@ -320,5 +320,5 @@ fn twenty_runs_leave_nothing(context: &Context) -> Result<()> {
         let done = context.sh(&format!("echo {n}; exit {n}"))?;
         same((done.code, done.out()), (n, n.to_string())).with_context(|| done.err())?;
     }
-    context.nothing_left(&before, Duration::from_secs(10))
+    context.nothing_left(&before, LIMIT)
 }

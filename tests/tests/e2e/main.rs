@@ -33,7 +33,7 @@ use bulkhead_tests::install::Products;
 use runner::{Selection, Test};
 
 /// How long all of it may take in a box.
-const LIMIT: Duration = Duration::from_secs(30 * 60);
+const LIMIT: Duration = Duration::from_secs(60 * 60);
 
 fn all() -> Vec<Test> {
     [

@@ -2,12 +2,11 @@
 //! How much memory a guest has, and what it gives back.
 
 use std::fs;
-use std::time::Duration;
 
 use anyhow::{bail, Context as _, Result};
 use bulkhead_tests::listing::by_program;
 
-use crate::context::{same, until, Context};
+use crate::context::{same, until, Context, LIMIT};
 use crate::runner::{tests, Test};
 
 pub const TESTS: &[Test] = tests![
@@ -78,7 +77,7 @@ fn freed_memory_is_the_hosts_again(context: &Context) -> Result<()> {
     }
     container.exec(&["rm", "/dev/shm/held"])?.ok()?;
     // What is reported is in blocks of 2 MiB, so some of it may stay.
-    until(Duration::from_secs(60), "the memory is given back", || {
+    until(LIMIT, "the memory is given back", || {
         Ok(held_by_vmm()? + 70 < full)
     })?;
     println!(

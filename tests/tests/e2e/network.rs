@@ -134,7 +134,7 @@ fn two_pods_and_the_host_talk(context: &Context) -> Result<()> {
             "mkdir /www; cp /pattern /www; exec httpd -f -p 8080 -h /www",
         ],
     )?;
-    until(Duration::from_secs(60), "the server to listen", || {
+    until(LIMIT, "the server to listen", || {
         Ok(server
             .exec(&["wget", "-qO", "/dev/null", "http://127.0.0.1:8080/pattern"])?
             .code
@@ -198,11 +198,9 @@ fn two_pods_and_the_host_talk(context: &Context) -> Result<()> {
     }
     server.remove()?;
     // The namespaces are as they were: no tap, no redirection.
-    until(
-        Duration::from_secs(10),
-        "the namespaces to be as before",
-        || Ok(namespaces(2)? == pristine && namespaces(3)? == pristine),
-    )?;
+    until(LIMIT, "the namespaces to be as before", || {
+        Ok(namespaces(2)? == pristine && namespaces(3)? == pristine)
+    })?;
     drop(net);
     let left = listing::mounts();
     same(left.iter().filter(|m| m.contains("bh-e2e-")).count(), 0)

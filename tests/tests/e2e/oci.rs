@@ -7,13 +7,12 @@
 use std::fs;
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
 
 use anyhow::{bail, Context as _, Result};
 use bulkhead_tests::install::which;
 use serde_json::{json, Value};
 
-use crate::context::{mentions, same, Context, Skip};
+use crate::context::{mentions, same, Context, Skip, LIMIT};
 use crate::failure::{good_spec, run_spec, unpacked};
 use crate::runner::{tests, Test};
 
@@ -132,7 +131,7 @@ fn a_hook_that_fails_ends_the_create(context: &Context) -> Result<()> {
     }
     context.containerd.clean()?;
     fs::remove_file(log)?;
-    context.nothing_left(&before, Duration::from_secs(10))
+    context.nothing_left(&before, LIMIT)
 }
 
 /// As Docker does: the network namespace is new, and hooks fill it by the

@@ -67,7 +67,7 @@ fn stdin_until_its_end(context: &Context) -> Result<()> {
     run.wait_for("line\n")?;
     stdin.write_all(b"last")?;
     drop(stdin);
-    same(run.wait(Duration::from_secs(60))?, 0)?;
+    same(run.wait(LIMIT)?, 0)?;
     same(run.out().as_str(), "line\nlast")
 }
 
@@ -180,7 +180,7 @@ fn a_terminal_with_resize(context: &Context) -> Result<()> {
     // The new size travels while the shell goes on.
     let begin = std::time::Instant::now();
     while !terminal.seen().contains("size=55 144") {
-        if begin.elapsed() > Duration::from_secs(30) {
+        if begin.elapsed() > LIMIT {
             bail!("no new size in {:?}", terminal.seen());
         }
         terminal.type_in("echo size=$(stty size)\n")?;
@@ -226,24 +226,20 @@ fn output_after_the_reader_has_gone(context: &Context) -> Result<()> {
     run.wait_for("up")?;
     let id = run.id.clone();
     drop(run);
-    until(
-        Duration::from_secs(90),
-        "the container to finish its output",
-        || {
-            let exec = context.id("look");
-            let done = context.ctr(&[
-                "task",
-                "exec",
-                "--exec-id",
-                &exec,
-                &id,
-                "test",
-                "-e",
-                "/done",
-            ])?;
-            Ok(done.code == 0)
-        },
-    )?;
+    until(LIMIT, "the container to finish its output", || {
+        let exec = context.id("look");
+        let done = context.ctr(&[
+            "task",
+            "exec",
+            "--exec-id",
+            &exec,
+            &id,
+            "test",
+            "-e",
+            "/done",
+        ])?;
+        Ok(done.code == 0)
+    })?;
     context.ctr(&["task", "kill", "-s", "KILL", &id])?.ok()?;
     context.containerd.clean()?;
     Ok(())

@@ -54,7 +54,7 @@ impl Host {
             let (stream, _) = tokio::time::timeout(LIMIT, listener.accept())
                 .await
                 .with_context(|| format!("the agent does not call: {}", self.console()))??;
-            let agent = Agent::new(stream, Duration::from_secs(30));
+            let agent = Agent::new(stream, LIMIT);
             let reply = agent.setup_sandbox(request).await;
             let reply = reply.with_context(|| self.console())?;
             Ok((agent, reply.kernel_release))
@@ -115,7 +115,7 @@ fn clones_of_a_booted_guest_serve(context: &Context) -> Result<()> {
         if release == bulkhead_tests::inside::release()? {
             bail!("the host's kernel answered");
         }
-        let ended = runtime.block_on(agent.shutdown(Duration::from_secs(10)));
+        let ended = runtime.block_on(agent.shutdown(LIMIT));
         // The answer may be lost; what counts is the end.
         drop(ended);
         same(vmm.event()?, Event::Ended(ExitReason::PowerOff)).with_context(|| host.console())?;
@@ -174,6 +174,6 @@ fn a_mounted_share_is_refused(context: &Context) -> Result<()> {
     mentions(&error.to_string(), &["shared", "mounted"])?;
     // It goes on as if nothing had been.
     vmm.call(Call::Resume, &[])?;
-    drop(runtime.block_on(agent.shutdown(Duration::from_secs(10))));
+    drop(runtime.block_on(agent.shutdown(LIMIT)));
     same(vmm.event()?, Event::Ended(ExitReason::PowerOff)).with_context(|| host.console())
 }
