@@ -5,7 +5,7 @@ use std::{env, fs, path::Path};
 
 use ttrpc_codegen::{Codegen, Customize, ProtobufCustomize};
 
-const PROTOS: [&str; 10] = [
+const PROTOS: [&str; 12] = [
     "proto/types.proto",
     "proto/task.proto",
     "proto/shim.proto",
@@ -16,6 +16,8 @@ const PROTOS: [&str; 10] = [
     "proto/runtimeoptions.proto",
     "proto/runc.proto",
     "proto/bootstrap.proto",
+    "proto/sandbox.proto",
+    "proto/cri.proto",
 ];
 
 fn main() {

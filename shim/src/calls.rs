@@ -46,7 +46,7 @@ fn json<T: DeserializeOwned>(what: &'static str, any: &MessageField<Any>) -> Res
 }
 
 /// Runs to its end even when nobody waits any more.
-async fn whole<T: Send + 'static>(
+pub async fn whole<T: Send + 'static>(
     call: impl Future<Output = Result<T, CallError>> + Send + 'static,
 ) -> Result<T, CallError> {
     tokio::spawn(call).await?
@@ -91,7 +91,10 @@ impl Pod {
             stdio::open(self.owner(&request.id), request.terminal, paths).await?;
         // From here on there may be something to clean up.
         self.record(&bundle, &config, 0);
-        let (sandbox, started) = self.sandbox_for(&bundle, config.clone()).await?;
+        let (sandbox, started) = match self.sandbox_api.is_used() {
+            true => (self.started()?, false),
+            false => self.sandbox_for(&bundle, config.clone(), None).await?,
+        };
         let created = sandbox
             .create(CreateRequest {
                 id: request.id.clone(),

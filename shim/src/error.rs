@@ -27,6 +27,12 @@ pub enum CallError {
     /// No container of this name, because there is none at all.
     #[error("container {0:?} not found")]
     NoContainer(String),
+    /// Not this shim's sandbox, or not created.
+    #[error("sandbox {0:?} not found")]
+    NoSandbox(String),
+    /// The sandbox was created, and waits for `StartSandbox`.
+    #[error("the sandbox has not been started")]
+    NotStarted,
     /// A value does not fit its field.
     #[error("{0}")]
     Invalid(String),
@@ -53,9 +59,11 @@ impl CallError {
         match self {
             Self::Runtime(error) => error.kind(),
             Self::Stdio(error) => error.kind(),
-            Self::Config(_) | Self::Ended(_) | Self::Stopping => ErrorKind::FailedPrecondition,
+            Self::Config(_) | Self::Ended(_) | Self::NotStarted | Self::Stopping => {
+                ErrorKind::FailedPrecondition
+            }
             Self::Options(_) | Self::Json(..) | Self::Invalid(_) => ErrorKind::InvalidArgument,
-            Self::NoContainer(_) => ErrorKind::NotFound,
+            Self::NoContainer(_) | Self::NoSandbox(_) => ErrorKind::NotFound,
             Self::Unimplemented(_) => ErrorKind::Unimplemented,
             Self::Encode(_) | Self::Lost(_) => ErrorKind::Internal,
         }

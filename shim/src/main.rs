@@ -26,6 +26,7 @@ mod options;
 mod pod;
 mod reaper;
 mod record;
+mod sandbox;
 mod serve;
 mod service;
 mod socket;

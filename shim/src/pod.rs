@@ -16,7 +16,7 @@ use std::{
 use bulkhead_runtime::{
     config::Config,
     error::chain,
-    sandbox::{Event, Sandbox, SandboxRequest},
+    sandbox::{Event, PodSpec, Sandbox, SandboxRequest},
 };
 use tokio::{
     sync::{mpsc::UnboundedReceiver, watch},
@@ -25,7 +25,8 @@ use tokio::{
 };
 
 use crate::{
-    error::CallError, events, forward::Queue, lock::PodLock, record::Record, socket, stdio::Streams,
+    error::CallError, events, forward::Queue, lock::PodLock, record::Record, sandbox::SandboxApi,
+    socket, stdio::Streams,
 };
 
 /// How long processes may take to be seen to have ended with their machine.
@@ -53,6 +54,8 @@ pub struct Pod {
     queue: Queue,
     pump: Mutex<Option<JoinHandle<()>>>,
     called: AtomicBool,
+    /// What containerd's sandbox API has made of this pod.
+    pub sandbox_api: SandboxApi,
 }
 
 /// A process: its container, and its own id if it is not the first one.
@@ -87,6 +90,7 @@ impl Pod {
             queue,
             pump: Mutex::default(),
             called: AtomicBool::new(false),
+            sandbox_api: SandboxApi::default(),
         })
     }
 
@@ -100,19 +104,26 @@ impl Pod {
         self.called.load(Ordering::Relaxed)
     }
 
+    /// The sandbox; `None`: it has not been started, or is gone.
+    pub fn running(&self) -> Option<Sandbox> {
+        match &*self.phase.borrow() {
+            Phase::Running(sandbox) => Some(sandbox.clone()),
+            _ => None,
+        }
+    }
+
     /// The sandbox, for a call about container `id`.
     ///
     /// # Errors
     /// [`CallError::NoContainer`]: there is none, so there are no containers.
     pub fn sandbox(&self, id: &str) -> Result<Sandbox, CallError> {
-        match &*self.phase.borrow() {
-            Phase::Running(sandbox) => Ok(sandbox.clone()),
-            _ => Err(CallError::NoContainer(id.into())),
-        }
+        self.running()
+            .ok_or_else(|| CallError::NoContainer(id.into()))
     }
 
     /// The sandbox for a new container with this bundle: the pod's, or a new
-    /// one, which is the second value then.
+    /// one, which is the second value then. `spec`: of a pod that no container
+    /// stands for.
     ///
     /// # Errors
     /// It cannot be started, or the shim is ending.
@@ -120,6 +131,7 @@ impl Pod {
         self: &Arc<Self>,
         bundle: &Path,
         config: Config,
+        spec: Option<PodSpec>,
     ) -> Result<(Sandbox, bool), CallError> {
         let mut phases = self.phase.subscribe();
         loop {
@@ -131,7 +143,7 @@ impl Pod {
                 empty
             });
             if mine {
-                return Ok((self.boot(bundle, config).await?, true));
+                return Ok((self.boot(bundle, config, spec).await?, true));
             }
             match &*phases.borrow_and_update() {
                 Phase::Running(sandbox) => return Ok((sandbox.clone(), false)),
@@ -143,11 +155,17 @@ impl Pod {
         }
     }
 
-    async fn boot(self: &Arc<Self>, bundle: &Path, config: Config) -> Result<Sandbox, CallError> {
+    async fn boot(
+        self: &Arc<Self>,
+        bundle: &Path,
+        config: Config,
+        spec: Option<PodSpec>,
+    ) -> Result<Sandbox, CallError> {
         let request = SandboxRequest {
             namespace: self.identity.namespace.clone(),
             id: self.identity.group.clone(),
             bundle: bundle.into(),
+            pod: spec,
             shim_start_us: self.identity.started_us,
         };
         match Sandbox::start(config, request).await {
@@ -245,8 +263,12 @@ impl Pod {
         Some(children)
     }
 
-    /// `Shutdown`: ends the shim unless there are containers.
+    /// `Shutdown`: ends the shim unless there are containers, or a sandbox
+    /// that has a shutdown of its own.
     pub async fn shutdown(self: &Arc<Self>) {
+        if self.sandbox_api.is_used() {
+            return;
+        }
         let idle = match &*self.phase.borrow() {
             Phase::Empty | Phase::Ending | Phase::Ended => true,
             Phase::Starting => false,
@@ -344,7 +366,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-async fn give_back(sandbox: &Sandbox) {
+pub async fn give_back(sandbox: &Sandbox) {
     if let Err(error) = sandbox.shutdown().await {
         tracing::error!(error = chain(&error), "not everything could be given back");
     }

@@ -11,21 +11,22 @@ use bulkhead_shim_protocol::{shim, shim_ttrpc, shim_v3_ttrpc};
 use protobuf::well_known_types::empty::Empty;
 use ttrpc::asynchronous::{Service, TtrpcContext};
 
-use crate::{error::CallError, pod::Pod};
+use crate::{error::CallError, pod::Pod, sandbox};
 
 /// Serves a pod.
 struct Task(Arc<Pod>);
 
-/// Both versions, for a server.
+/// Both versions, and the sandbox API, for a server.
 pub fn services(pod: &Arc<Pod>) -> HashMap<String, Service> {
     let task = Arc::new(Task(pod.clone()));
     let mut services = shim_ttrpc::create_task(task.clone());
     services.extend(shim_v3_ttrpc::create_task(task));
+    services.extend(sandbox::services(pod));
     services
 }
 
 /// The answer to a call, and what is to be known of it here.
-fn answer<T>(call: &'static str, id: &str, result: Result<T, CallError>) -> ttrpc::Result<T> {
+pub fn answer<T>(call: &'static str, id: &str, result: Result<T, CallError>) -> ttrpc::Result<T> {
     match &result {
         Ok(_) => tracing::debug!(call, id, "answered"),
         // Asked often, just to be sure that something is gone.

@@ -36,6 +36,7 @@ use tokio::{
 use super::{
     blocking,
     directory::{check_name, Directory, Identity},
+    files::PodFiles,
     state::Pod,
     Event, Inner, Sandbox, SandboxRequest,
 };
@@ -76,10 +77,21 @@ pub async fn start(
 ) -> Result<(Sandbox, UnboundedReceiver<Event>), Error> {
     check_name("sandbox", &request.id)?;
     // Before anything is taken.
-    let spec = oci::load(&request.bundle)?;
+    let mut request = request;
+    let (spec, pod_sysctls, files) = match request.pod.take() {
+        Some(pod) => {
+            let linux = pod.spec.linux().as_ref();
+            let sysctls = linux.and_then(|linux| linux.sysctl().clone());
+            (pod.spec, sysctls.unwrap_or_default(), pod.files)
+        }
+        None => {
+            let spec = oci::load(&request.bundle)?;
+            let sysctls = oci::container(&spec, &request.id, None)?.pod_sysctls;
+            (spec, sysctls, Vec::new())
+        }
+    };
     let size = Size::of(&spec, &config.hypervisor)?;
     let merge_group = oci::merge_group(&spec, &config.hypervisor)?;
-    let pod_sysctls = oci::container(&spec, &request.id, None)?.pod_sysctls;
     let hooks = Lifecycle::new(&spec, &request.id, &request.bundle)?;
     let hooks_network = hooks.any_before_start() && oci::wants_new_network(&spec);
     let kernel = open_kernel(&config.hypervisor.kernel)?;
@@ -92,6 +104,7 @@ pub async fn start(
         size,
         merge_group,
         pod_sysctls,
+        files,
         hooks_network,
         kernel,
         image,
@@ -132,6 +145,7 @@ struct Plan {
     size: Size,
     merge_group: Option<Name>,
     pod_sysctls: HashMap<String, String>,
+    files: Vec<(PathBuf, String)>,
     /// The network is for the first container's hooks to set up.
     hooks_network: bool,
     kernel: OwnedFd,
@@ -149,6 +163,7 @@ async fn boot(
     let journal = Journal::create(directory.path())
         .step(|| format!("create the journal in {}", directory.path().display()))?;
     share(&directory, &journal)?;
+    let files = PodFiles::write(&directory, plan.files)?;
     let vm = BulkheadVmm::spawn(&config.hypervisor.path, plan.hooks_network)?;
     adopt(&vm, &plan.spec, &journal)?;
     let wanted = plan.merge_group;
@@ -287,6 +302,7 @@ async fn boot(
         agent,
         streams: Streams::new(stream_listener),
         timeline,
+        files,
         pod: Mutex::new(pod),
         hooked: AtomicBool::new(plan.hooks_network),
         _network: made,

@@ -113,7 +113,8 @@ async fn make(
     stdio: crate::io::Stdio,
     directory: &Path,
 ) -> Result<(Copies, Arc<Lifecycle>), Error> {
-    let spec = oci::load(&request.bundle)?;
+    let mut spec = oci::load(&request.bundle)?;
+    inner.files.mount(&mut spec);
     let pod = oci::Pod {
         pid: pid(inner),
         sandbox: &inner.id,

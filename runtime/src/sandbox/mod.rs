@@ -8,6 +8,7 @@
 mod boot;
 mod container;
 pub(crate) mod directory;
+mod files;
 mod process;
 mod rootfs;
 mod state;
@@ -29,7 +30,7 @@ use tokio::{
 };
 
 pub use self::types::*;
-use self::{directory::Directory, state::Pod};
+use self::{directory::Directory, files::PodFiles, state::Pod};
 use crate::{
     agent::{Agent, Streams},
     config::Config,
@@ -64,6 +65,8 @@ struct Inner {
     agent: Agent,
     streams: Streams,
     timeline: Timeline,
+    /// Those of a pod that no container stands for.
+    files: PodFiles,
     pod: Mutex<Pod>,
     /// The first container's hooks have run already, for its network.
     hooked: AtomicBool,
@@ -139,6 +142,14 @@ impl Sandbox {
     /// Process id of the VMM, which stands for every process of the pod.
     pub fn hypervisor_pid(&self) -> u32 {
         self.inner.vm.pid()
+    }
+
+    /// Waits until the machine has ended; gives whether it did so by itself
+    /// or because it was told to.
+    pub async fn ended(&self) -> bool {
+        let mut ending = self.inner.vm.ending();
+        let ended = ending.wait_for(Option::is_some).await;
+        ended.is_ok_and(|ending| ending.as_ref().is_some_and(Ending::is_orderly))
     }
 
     /// Makes a container, up to its waiting first process. Returns the

@@ -3,6 +3,8 @@
 
 use std::{path::PathBuf, time::SystemTime};
 
+use oci_spec::runtime::Spec;
+
 use crate::io::{Stdio, StdioPaths};
 
 /// A pod to be started.
@@ -15,9 +17,23 @@ pub struct SandboxRequest {
     /// Bundle of the first container: its config.json tells the pod's network
     /// namespace, host name, sysctls, size and cgroup.
     pub bundle: PathBuf,
+    /// The same of a pod that has no container of its own to stand for it, as
+    /// with containerd's sandbox API. The bundle has no config.json then.
+    pub pod: Option<PodSpec>,
     /// CLOCK_MONOTONIC in microseconds when the front end was started, the
     /// zero of the start timeline.
     pub shim_start_us: u64,
+}
+
+/// What is known of a pod that no container stands for.
+#[derive(Debug, Clone, Default)]
+pub struct PodSpec {
+    /// Its network namespace, host name, sysctls, size and cgroup.
+    pub spec: Spec,
+    /// Contents of files that each of its containers has, unless its
+    /// specification mounts something there: absolute paths in a container,
+    /// and what is in them.
+    pub files: Vec<(PathBuf, String)>,
 }
 
 /// A container to be created.

@@ -44,6 +44,12 @@ generated! {
     runc;
     /// `containerd.runtime.bootstrap.v1`.
     bootstrap;
+    /// Messages of `containerd.runtime.sandbox.v1`.
+    sandbox;
+    /// The service `containerd.runtime.sandbox.v1.Sandbox` and its client.
+    sandbox_ttrpc;
+    /// `runtime.v1`, the CRI's, as far as it is used.
+    cri;
 }
 
 /// Something that travels in a `google.protobuf.Any`: containerd writes the
@@ -87,6 +93,7 @@ named! {
     runtimeoptions::Options = "runtimeoptions.v1.Options";
     runc::Options = "containerd.runc.v1.Options";
     runc::ProcessDetails = "containerd.runc.v1.ProcessDetails";
+    cri::PodSandboxConfig = "runtime.v1.PodSandboxConfig";
 }
 
 #[cfg(test)]

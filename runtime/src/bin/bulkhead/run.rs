@@ -103,6 +103,7 @@ impl Run {
             namespace: NAMESPACE.into(),
             id: id.clone(),
             bundle: bundle.into(),
+            pod: None,
             shim_start_us: start_us,
         };
         let state_dir = config.runtime.state_dir.clone();
