@@ -10,12 +10,14 @@ use anyhow::{bail, Context, Result};
 use serde_json::Value;
 
 use super::ksm::policy::{reset, Daemon};
-use super::{Bench, Figure, LIMIT};
+use super::{progress, Bench, Figure, LIMIT};
 use crate::containerd::BULKHEAD;
 use crate::{image, proc};
 
 /// How many pods there are when memory is looked at. More take too long.
 const COUNTS: [usize; 3] = [4, 8, 16];
+/// The same for pods in huge pages.
+const HUGE_COUNTS: [usize; 2] = [2, 6];
 /// Pods of the second group.
 const OTHERS: usize = 2;
 /// What a start or an end leaves to be done.
@@ -37,21 +39,12 @@ pub fn figures(bench: &Bench) -> Result<Vec<Figure>> {
 
 fn take(bench: &Bench) -> Result<Vec<Figure>> {
     // Once and for all: what the first container makes containerd load.
-    start(bench, "red", "red-first")?;
+    start(bench, Some("red"), "red-first")?;
     end(bench, "red-first")?;
     thread::sleep(SETTLE);
     let empty = available()?;
-    let mut apart = Vec::new();
     let mut pods = Vec::new();
-    for count in COUNTS {
-        while pods.len() < count {
-            let id = format!("red-{}", pods.len());
-            start(bench, "red", &id)?;
-            pods.push(id);
-        }
-        thread::sleep(SETTLE);
-        apart.push((count as f64, available()?));
-    }
+    let apart = grow(bench, &mut pods, Some("red"), &COUNTS)?;
 
     // The same pods, merged; then fewer and fewer of them.
     let daemon = Daemon::start(&bench.products, &bench.dir.join("state"))?;
@@ -64,10 +57,11 @@ fn take(bench: &Bench) -> Result<Vec<Figure>> {
         }
         thread::sleep(SETTLE);
         merged.push((count as f64, available()?));
+        progress(&format!("{count} merged pods"));
     }
 
     for number in 0..OTHERS {
-        start(bench, "blue", &format!("blue-{number}"))?;
+        start(bench, Some("blue"), &format!("blue-{number}"))?;
     }
     daemon.kick()?;
     daemon.wait_idle(LIMIT)?;
@@ -75,6 +69,13 @@ fn take(bench: &Bench) -> Result<Vec<Figure>> {
     bench.containerd.clean()?;
     thread::sleep(SETTLE);
     let left = mib(empty - available()?);
+    drop(daemon);
+
+    // Memory that is mergeable is in small pages, so these are of no group.
+    bench.configure(|config| config.huge_pages = true)?;
+    let huge = grow(bench, &mut Vec::new(), None, &HUGE_COUNTS);
+    bench.configure(|_| ())?;
+    let huge = huge?;
     let counts = COUNTS.map(|count| count.to_string()).join(", ");
     let most = COUNTS[COUNTS.len() - 1] as f64;
     let each = |points: &[(f64, f64)]| {
@@ -85,10 +86,11 @@ fn take(bench: &Bench) -> Result<Vec<Figure>> {
             .unwrap_or_default();
         mib(empty - at) / most
     };
+    let lost = -mib(slope(&apart));
     Ok(vec![
         Figure::new(
             "pod-memory",
-            -mib(slope(&apart)),
+            lost,
             "MiB",
             &format!(
                 "MemAvailable lost per idle pod, slope over {counts} pods of containerd (32 take too long here) with a sleep in them, ksmd off, guest memory \
@@ -107,6 +109,16 @@ fn take(bench: &Bench) -> Result<Vec<Figure>> {
             ),
         ),
         Figure::new(
+            "pod-memory-huge",
+            -mib(slope(&huge)),
+            "MiB",
+            &format!(
+                "the same without a merge group and with hypervisor.huge_pages, slope over {} and {} pods; the peer is pod-memory",
+                HUGE_COUNTS[0], HUGE_COUNTS[1]
+            ),
+        )
+        .beside("small pages", lost),
+        Figure::new(
             "ksm-across-groups",
             across,
             "pages",
@@ -119,9 +131,33 @@ fn take(bench: &Bench) -> Result<Vec<Figure>> {
     ])
 }
 
-fn start(bench: &Bench, group: &str, id: &str) -> Result<()> {
-    let annotation = format!("{MERGE_GROUP}={group}");
-    let flags = ["-d", "--null-io", "--annotation", &annotation];
+/// Starts pods until there are so many, and so many; what is available then.
+fn grow(
+    bench: &Bench,
+    pods: &mut Vec<String>,
+    group: Option<&str>,
+    counts: &[usize],
+) -> Result<Vec<(f64, f64)>> {
+    let mut seen = Vec::new();
+    for &count in counts {
+        while pods.len() < count {
+            let id = format!("{}-{}", group.unwrap_or("alone"), pods.len());
+            start(bench, group, &id)?;
+            pods.push(id);
+        }
+        thread::sleep(SETTLE);
+        seen.push((count as f64, available()?));
+        progress(&format!("{count} pods"));
+    }
+    Ok(seen)
+}
+
+fn start(bench: &Bench, group: Option<&str>, id: &str) -> Result<()> {
+    let annotation = group.map(|group| format!("{MERGE_GROUP}={group}"));
+    let mut flags = vec!["-d", "--null-io"];
+    if let Some(annotation) = &annotation {
+        flags.extend(["--annotation", annotation]);
+    }
     let mut command = bench.containerd.run(BULKHEAD, &flags);
     command.args([image::ROOT_IMAGE, id, "sleep", "100000"]);
     proc::run(&mut command, LIMIT)?

@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use crate::containerd::Containerd;
 use crate::image;
 use crate::inside;
-use crate::install::Products;
+use crate::install::{Config, Products};
 
 /// How long one command may take; virtual time is slow time.
 pub const LIMIT: Duration = Duration::from_secs(300);
@@ -120,9 +120,7 @@ impl Bench {
         let dir = inside::work_dir("bulkhead-bench");
         fs::create_dir_all(&dir).with_context(|| format!("make {}", dir.display()))?;
         let config = dir.join("config.toml");
-        let mut settings = products.config(&dir.join("state"));
-        settings.merge_groups = vec!["red".into(), "blue".into()];
-        settings.write(&config)?;
+        settings(&products, &dir).write(&config)?;
         let containerd = Containerd::start(&dir.join("c"), &products.bin_dir(), &config)?;
         containerd.import(&image::cached()?)?;
         Ok(Self {
@@ -131,6 +129,16 @@ impl Bench {
             config,
             containerd,
         })
+    }
+
+    /// Changes Bulkhead's configuration for what is started from now on.
+    ///
+    /// # Errors
+    /// Those of writing.
+    pub fn configure(&self, change: impl FnOnce(&mut Config)) -> Result<()> {
+        let mut settings = settings(&self.products, &self.dir);
+        change(&mut settings);
+        settings.write(&self.config)
     }
 
     /// A root file system with busybox in it.
@@ -161,6 +169,19 @@ impl Bench {
     }
 }
 
+/// What Bulkhead is configured to unless a measurement changes it.
+fn settings(products: &Products, dir: &Path) -> Config {
+    Config {
+        merge_groups: vec!["red".into(), "blue".into()],
+        ..products.config(&dir.join("state"))
+    }
+}
+
+/// Tells how far a long measurement is.
+pub fn progress(words: &str) {
+    println!("  {words}");
+}
+
 /// Takes the figures of one group.
 type Take = fn(&Bench) -> Result<Vec<Figure>>;
 
@@ -181,7 +202,7 @@ const GROUPS: &[(&str, Take)] = &[
 /// The same, of many pods at once: they take long, so only when asked for.
 const ON_REQUEST: &[(&str, Take)] = &[
     (
-        "pod-memory, pod-memory-ksm, ksm-across-groups",
+        "pod-memory, pod-memory-ksm, pod-memory-huge, ksm-across-groups",
         density::figures,
     ),
     ("ksm-page-seconds, ksm-cpu, ksm-idle-cpu", ksm::figures),

@@ -16,7 +16,7 @@ use bulkhead_ksm_throttler::meter::Figure as KernelFigure;
 
 use self::course::{Course, Recorder};
 use self::policy::{reset, Daemon, Policy};
-use super::{Bench, Figure, LIMIT};
+use super::{progress, Bench, Figure, LIMIT};
 use crate::vmm::{agent_socket, Vmm};
 
 /// Pods in a burst.
@@ -114,6 +114,7 @@ fn burst(
         // Kept: an agent without its connection does not rest.
         machines.push((vmm, agent.accept()?));
     }
+    progress(&format!("{PODS} machines for {name}"));
     policy.begin()?;
     let recorder = Recorder::new(policy.pid())?;
     let mut course = Course::default();
@@ -121,6 +122,7 @@ fn burst(
     while recorder.now() < until {
         recorder.step(&mut course, &mut policy)?;
     }
+    progress(&format!("watched for {until} s"));
     after(&policy)?;
     drop(machines);
     drop(policy);
