@@ -15,7 +15,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Spec};
 use serde::{de::DeserializeOwned, Serialize};
 use serde_json::Value;
 
@@ -109,6 +109,25 @@ pub fn network_namespace(spec: &Spec) -> Option<&Path> {
         .as_deref()
 }
 
+/// Refuses a pod that asks for the host's network: one without a network
+/// namespace (config-linux.md, "Namespaces": the runtime's own is meant then).
+///
+/// # Errors
+/// It has none.
+pub fn check_network(spec: &Spec) -> Result<(), SpecError> {
+    let namespaces = spec.linux().as_ref().and_then(|l| l.namespaces().as_ref());
+    let has = |namespace: &LinuxNamespace| namespace.typ() == LinuxNamespaceType::Network;
+    if namespaces.into_iter().flatten().any(has) {
+        return Ok(());
+    }
+    Err(SpecError::field(
+        "linux.namespaces",
+        "there is no network namespace, so the host's network is asked for (hostNetwork: true, \
+         --net-host, --network host); a microVM has a network stack of its own and cannot have \
+         the host's: leave that out, or choose another runtime for this pod",
+    ))
+}
+
 /// Whether the spec wants a network namespace that nobody has made yet.
 pub fn wants_new_network(spec: &Spec) -> bool {
     let namespaces = spec.linux().as_ref().and_then(|l| l.namespaces().as_ref());
@@ -123,5 +142,29 @@ fn name<T: Serialize>(value: &T) -> String {
         Ok(serde_json::Value::String(name)) => name,
         // The enumerations of the specification are all names.
         other => unreachable!("not a name: {other:?}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_hosts_network_is_refused() {
+        for (linux, refused) in [
+            (r#"{"namespaces":[{"type":"pid"}]}"#, true),
+            ("{}", true),
+            (r#"{"namespaces":[{"type":"network"}]}"#, false),
+            (
+                r#"{"namespaces":[{"type":"network","path":"/run/netns/x"}]}"#,
+                false,
+            ),
+        ] {
+            let text = format!(r#"{{"ociVersion":"1.0.2","linux":{linux}}}"#);
+            let checked = check_network(&parse(text.as_bytes()).unwrap());
+            assert_eq!(checked.is_err(), refused, "{linux}");
+        }
+        let error = check_network(&parse(br#"{"ociVersion":"1.0.2"}"#).unwrap()).unwrap_err();
+        assert!(error.to_string().contains("hostNetwork: true"), "{error}");
     }
 }

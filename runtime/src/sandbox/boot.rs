@@ -86,6 +86,7 @@ pub async fn start(
         }
         None => {
             let spec = oci::load(&request.bundle)?;
+            oci::check_network(&spec)?;
             let sysctls = oci::container(&spec, &request.id, None)?.pod_sysctls;
             (spec, sysctls, Vec::new())
         }

@@ -65,9 +65,11 @@ pub fn config(run: &Run, rootfs: &Path, size: Option<(u16, u16)>) -> Value {
         json!({"type": "mount"}),
         json!({"type": "cgroup"}),
     ];
-    if let Some(path) = &run.netns {
-        namespaces.push(json!({"type": "network", "path": path}));
-    }
+    namespaces.push(match &run.netns {
+        Some(path) => json!({"type": "network", "path": path}),
+        // One without interfaces.
+        None => json!({"type": "network"}),
+    });
     let mut annotations = serde_json::Map::new();
     if let Some(memory) = run.memory {
         annotations.insert(
