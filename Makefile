@@ -21,14 +21,16 @@ RELEASE := target/release
 # guest image, the end-to-end tests and the KVM host in a box.
 PACKAGES := ca-certificates build-essential bc bison flex libelf-dev libssl-dev kmod cpio xz-utils rsync \
 	erofs-utils busybox-static \
-	containerd runc crun iproute2 iptables \
+	containerd containernetworking-plugins runc crun iproute2 iptables \
 	qemu-system-x86 strace
 
+# crictl and critest are built with any Go; golang-go where there is none.
+#
 # Debian 12's own Rust is too old; its -web packages carry a current one.
 RUST_PACKAGES := rustc-web cargo-web
 RUST_OLDEST := 1.86.0
 
-.PHONY: help deps build binaries guest kernel run test box bench fuzz install uninstall
+.PHONY: help deps build binaries guest kernel run test critest box bench fuzz install uninstall
 
 help: ## What can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -42,6 +44,7 @@ deps: ## Installs the packages that building and testing need (root)
 	if [ "$$(printf '%s\n' "$(RUST_OLDEST)" "$${have:-0}" | sort -V | head -n1)" != "$(RUST_OLDEST)" ]; then \
 		missing="$$missing $(RUST_PACKAGES)"; \
 	fi; \
+	command -v go >/dev/null || missing="$$missing golang-go"; \
 	if [ -n "$$missing" ]; then \
 		echo "installing:$$missing"; \
 		export DEBIAN_FRONTEND=noninteractive; \
@@ -66,7 +69,12 @@ run: build ## Runs a container in its own microVM through containerd
 	@$(RELEASE)/bulkhead-demo
 
 test: build ## Runs every test: unit tests, tiny guests, end to end
+	@tests/cri-tools/build crictl || true # its tests say then that they were skipped, and why
 	@tests/run
+
+critest: build ## Runs the tests of cri-tools (FOCUS: only those cases); needs Go
+	@tests/cri-tools/build crictl critest
+	@$(RELEASE)/bulkhead-critest $(if $(FOCUS),'$(FOCUS)')
 
 box: build ## A shell in the KVM host in a box
 	@$(RELEASE)/bulkhead-box shell

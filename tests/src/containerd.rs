@@ -33,6 +33,7 @@ pub struct Containerd {
     bulkhead_config: PathBuf,
     child: Mutex<Option<Child>>,
     snapshotter: &'static str,
+    namespace: &'static str,
 }
 
 impl Containerd {
@@ -43,11 +44,43 @@ impl Containerd {
     /// # Errors
     /// When containerd is not installed or does not serve, with its log's end.
     pub fn start(dir: &Path, bin_dir: &Path, bulkhead_config: &Path) -> Result<Self> {
+        Self::start_with(dir, bin_dir, bulkhead_config, None)
+    }
+
+    /// As [`Containerd::start`], with the CRI plugin, whose configuration
+    /// `cri` gives for the snapshotter that works here.
+    ///
+    /// # Errors
+    /// As [`Containerd::start`].
+    pub fn start_with_cri(
+        dir: &Path,
+        bin_dir: &Path,
+        bulkhead_config: &Path,
+        cri: &dyn Fn(&str) -> String,
+    ) -> Result<Self> {
+        Self::start_with(dir, bin_dir, bulkhead_config, Some(cri))
+    }
+
+    fn start_with(
+        dir: &Path,
+        bin_dir: &Path,
+        bulkhead_config: &Path,
+        cri: Option<&dyn Fn(&str) -> String>,
+    ) -> Result<Self> {
         fs::create_dir_all(dir).with_context(|| format!("make {}", dir.display()))?;
         let path = |name: &str| dir.join(name).to_string_lossy().into_owned();
-        let config = format!(
+        let snapshotter = if overlay_works(dir) {
+            "overlayfs"
+        } else {
+            "native"
+        };
+        let disabled = match cri {
+            Some(_) => "",
+            None => "\"io.containerd.grpc.v1.cri\", ",
+        };
+        let mut config = format!(
             "version = 2\nroot = {:?}\nstate = {:?}\n\
-             disabled_plugins = [\"io.containerd.grpc.v1.cri\", \"io.containerd.snapshotter.v1.btrfs\", \
+             disabled_plugins = [{disabled}\"io.containerd.snapshotter.v1.btrfs\", \
              \"io.containerd.snapshotter.v1.zfs\", \"io.containerd.snapshotter.v1.aufs\", \
              \"io.containerd.snapshotter.v1.devmapper\"]\n\
              [grpc]\n  address = {:?}\n[debug]\n  level = \"info\"\n\
@@ -57,13 +90,11 @@ impl Containerd {
             path("sock"),
             path("opt")
         );
+        if let Some(cri) = cri {
+            config.push_str(&cri(snapshotter));
+        }
         let file = dir.join("containerd.toml");
         fs::write(&file, config).context("write containerd's configuration")?;
-        let snapshotter = if overlay_works(dir) {
-            "overlayfs"
-        } else {
-            "native"
-        };
         let system = env::var_os("PATH").unwrap_or_default();
         let search = env::join_paths(
             [bin_dir.to_owned()]
@@ -78,6 +109,7 @@ impl Containerd {
             bulkhead_config: bulkhead_config.to_owned(),
             child: Mutex::new(None),
             snapshotter,
+            namespace: if cri.is_some() { "k8s.io" } else { "default" },
         };
         started.spawn()?;
         Ok(started)
@@ -163,10 +195,16 @@ impl Containerd {
         self.snapshotter
     }
 
-    /// `ctr` on this containerd.
+    /// Its socket.
+    pub fn socket(&self) -> PathBuf {
+        self.dir.join("sock")
+    }
+
+    /// `ctr` on this containerd, in the namespace of its containers.
     pub fn ctr(&self) -> Command {
         let mut command = Command::new("ctr");
-        command.arg("-a").arg(self.dir.join("sock"));
+        command.arg("-a").arg(self.socket());
+        command.args(["-n", self.namespace]);
         command
     }
 

@@ -18,6 +18,15 @@ use crate::proc;
 pub const ROOT_IMAGE: &str = "localhost/bulkhead/busybox:latest";
 /// The same as user [`APP_UID`], with an environment and a working directory.
 pub const APP_IMAGE: &str = "localhost/bulkhead/app:latest";
+/// What stands for a pod where the CRI wants an image for it: it waits, and
+/// collects processes whose parents have ended.
+pub const PAUSE_IMAGE: &str = "localhost/bulkhead/pause:latest";
+/// A web server that serves a page at port 80.
+pub const WEB_IMAGE: &str = "localhost/bulkhead/web:latest";
+/// What critest calls a web server in some cases, wherever it gets others
+/// from: [`WEB_IMAGE`] again. It looks for a process `nginx` with its id in
+/// `/var/run/nginx.pid`.
+pub const CRITEST_WEB_IMAGE: &str = "registry.k8s.io/e2e-test-images/nginx:1.14-2";
 /// User of [`APP_IMAGE`].
 pub const APP_UID: u32 = 1000;
 /// Its primary group.
@@ -29,6 +38,10 @@ pub const PATTERN_PATH: &str = "/pattern";
 
 const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\napp:x:1000:1000::/home/app:/bin/sh\n";
 const GROUP: &str = "root:x:0:\napp:x:1000:\naudio:x:2001:app\nvideo:x:2002:app,root\n";
+
+/// The program of [`WEB_IMAGE`].
+const WEB_SERVER: &str =
+    "#!/bin/sh\necho $$ >/var/run/nginx.pid\nhttpd -p 80 -h /www\nwhile :; do sleep 1; done\n";
 
 /// A megabyte that repeats nowhere within it and is the same every time.
 pub fn pattern() -> Vec<u8> {
@@ -54,7 +67,7 @@ pub fn cached() -> Result<PathBuf> {
     let meta = fs::metadata(&busybox).with_context(|| format!("read {}", busybox.display()))?;
     let recipe = format!("{PASSWD}{GROUP}{}", env!("CARGO_PKG_VERSION"));
     let key = format!(
-        "1 {} {}.{:09} {recipe}",
+        "3 {} {}.{:09} {recipe}",
         meta.size(),
         meta.mtime(),
         meta.mtime_nsec()
@@ -119,12 +132,16 @@ fn layer<'a>(busybox: &[u8], applets: impl Iterator<Item = &'a str>) -> Result<V
         ("sys", 0o555, root),
         ("tmp", 0o1777, root),
         ("var", 0o755, root),
+        ("var/run", 0o755, root),
+        ("www", 0o755, root),
     ] {
         let mut header = header(EntryType::Directory, mode, owner, 0);
         tar.append_data(&mut header, format!("{dir}/"), &[][..])?;
     }
     for (name, mode, owner, content) in [
         ("bin/busybox", 0o755, root, busybox),
+        ("bin/nginx", 0o755, root, WEB_SERVER.as_bytes()),
+        ("www/index.html", 0o644, root, b"welcome\n"),
         ("etc/passwd", 0o644, root, PASSWD.as_bytes()),
         ("etc/group", 0o644, root, GROUP.as_bytes()),
         ("home/app/mine", 0o600, app, b"mine\n"),
@@ -170,8 +187,20 @@ fn archive<W: std::io::Write>(mut tar: Builder<W>, layer: &[u8]) -> Result<()> {
         "User": "app",
         "WorkingDir": "/home/app",
     });
+    let pause = json!({
+        "Entrypoint": ["sh", "-c", "trap 'exit 0' TERM INT; while :; do sleep 86400 & wait; done"],
+        "Env": [path],
+        "WorkingDir": "/",
+    });
+    let web = json!({ "Cmd": ["nginx"], "Env": [path], "WorkingDir": "/" });
     let mut manifests = Vec::new();
-    for (name, config) in [(ROOT_IMAGE, root), (APP_IMAGE, app)] {
+    for (name, config) in [
+        (ROOT_IMAGE, root),
+        (APP_IMAGE, app),
+        (PAUSE_IMAGE, pause),
+        (WEB_IMAGE, web.clone()),
+        (CRITEST_WEB_IMAGE, web),
+    ] {
         let config = json!({
             "architecture": "amd64",
             "os": "linux",
@@ -245,7 +274,7 @@ mod tests {
         assert!(names.contains(&"index.json".to_owned()));
         assert!(names.contains(&"oci-layout".to_owned()));
         // One layer, and a configuration and a manifest for each image.
-        assert_eq!(names.len(), 2 + 5);
+        assert_eq!(names.len(), 2 + 7);
     }
 
     #[test]

@@ -9,6 +9,9 @@ use anyhow::{bail, Context, Result};
 
 use crate::boxed::hot::with_libraries;
 
+/// Where Debian's containernetworking-plugins has its programs.
+pub const CNI_PLUGINS: &str = "/usr/lib/cni";
+
 /// The build products of the workspace.
 #[derive(Clone, Debug)]
 pub struct Products {
@@ -62,6 +65,23 @@ impl Products {
         self.target.join("guest/rootfs.erofs")
     }
 
+    /// A program of cri-tools, where it has been built.
+    ///
+    /// # Errors
+    /// Why it has not.
+    pub fn cri_tool(&self, name: &str) -> Result<PathBuf> {
+        let dir = self.target.join("cri-tools");
+        let program = dir.join(name);
+        if program.is_file() {
+            return Ok(program);
+        }
+        let why = fs::read_to_string(dir.join(format!("{name}.why-not"))).unwrap_or_default();
+        match why.trim() {
+            "" => bail!("{name} is not built (run `tests/cri-tools/build {name}`)"),
+            why => bail!("{name} could not be built: {why}"),
+        }
+    }
+
     /// All that a container of Bulkhead needs.
     pub fn all(&self) -> Vec<PathBuf> {
         ["containerd-shim-bulkhead-v2", "bulkhead-vmm", "bulkhead"]
@@ -110,6 +130,10 @@ impl Products {
         ];
         let mut programs: Vec<PathBuf> = tools.iter().filter_map(|t| which(t)).collect();
         programs.push(env::current_exe().context("find this program")?);
+        programs.extend(self.cri_tool("crictl").ok());
+        let plugins = ["bridge", "host-local", "loopback", "portmap"];
+        let plugins = plugins.map(|name| Path::new(CNI_PLUGINS).join(name));
+        programs.extend(plugins.into_iter().filter(|path| path.exists()));
         programs.extend(hot.iter().filter(|p| p.extension().is_none()).cloned());
         for program in programs {
             let files = with_libraries(&program).context("look for libraries")?;

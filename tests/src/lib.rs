@@ -6,6 +6,7 @@
 //! * [`host`]: which of the two a test uses.
 //! * [`containerd`], [`image`], [`install`]: a private containerd, an image
 //!   made without a registry, and where the build products are.
+//! * [`cri`]: a containerd for pods, with crictl.
 //! * [`timeline`]: the start timeline that the shim logs.
 //! * [`init`]: PID 1 of the box.
 
@@ -14,6 +15,7 @@
 pub mod bench;
 pub mod boxed;
 pub mod containerd;
+pub mod cri;
 pub mod host;
 pub mod image;
 pub mod init;

@@ -149,6 +149,11 @@ fn walk(dir: &Path, only_dirs: bool, found: &mut impl FnMut(&Path)) {
     }
 }
 
+/// Whether there is a network interface of this name.
+pub fn interface(name: &str) -> bool {
+    Path::new("/sys/class/net").join(name).exists()
+}
+
 /// Traffic-control filters and queueing disciplines, which no directory shows.
 pub fn traffic_control() -> String {
     let output = Command::new("tc").args(["qdisc", "show"]).output();

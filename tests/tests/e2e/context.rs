@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What every test works with.
 
+use std::cell::OnceCell;
 use std::env;
 use std::fmt;
 use std::fs::{self, File};
@@ -12,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context as _, Result};
 use bulkhead_tests::containerd::{remove_tree, Containerd, BULKHEAD};
+use bulkhead_tests::cri::{self, Cri};
 use bulkhead_tests::install::{Config, Products};
 use bulkhead_tests::listing::Listing;
 use bulkhead_tests::proc::{self, Done};
@@ -50,6 +52,7 @@ pub struct Context {
     /// Bulkhead's configuration as it should be.
     pub config: Config,
     counter: AtomicU32,
+    cri: OnceCell<Cri>,
 }
 
 impl Context {
@@ -75,13 +78,32 @@ impl Context {
             dir,
             config,
             counter: AtomicU32::new(0),
+            cri: OnceCell::new(),
         })
     }
 
     /// Ends it and removes everything.
-    pub fn stop(self) -> Result<()> {
+    pub fn stop(mut self) -> Result<()> {
+        if let Some(cri) = self.cri.take() {
+            cri.stop()?;
+        }
         self.containerd.stop()?;
         remove_tree(&self.dir)
+    }
+
+    /// A containerd for pods, beside the other one; started when it is first
+    /// asked for. Skips the test where its tools could not be built.
+    pub fn cri(&self) -> Result<&Cri> {
+        if let Some(cri) = self.cri.get() {
+            return Ok(cri);
+        }
+        let tools = cri::plugins().and_then(|()| self.products.cri_tool("crictl"));
+        if let Err(missing) = tools {
+            return Err(Skip(format!("{missing:#}")).into());
+        }
+        let config = self.dir.join("config.toml");
+        let cri = Cri::start(&self.dir.join("k"), &self.products, &config, &self.runtime)?;
+        Ok(self.cri.get_or_init(|| cri))
     }
 
     /// Ends the test unless it runs with Bulkhead.

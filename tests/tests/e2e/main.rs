@@ -10,6 +10,7 @@
 mod basic;
 mod boxed;
 mod context;
+mod cri;
 mod failure;
 mod host;
 mod kill;
@@ -48,6 +49,7 @@ fn all() -> Vec<Test> {
         kill::TESTS,
         host::TESTS,
         vmm::TESTS,
+        cri::TESTS,
         ksm::TESTS,
     ]
     .concat()
