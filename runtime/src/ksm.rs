@@ -5,7 +5,7 @@
 use std::{
     io,
     os::{fd::OwnedFd, unix::net::UnixDatagram},
-    path::{Path, PathBuf},
+    path::Path,
 };
 
 use bulkhead_ksm_throttler::{
@@ -13,9 +13,6 @@ use bulkhead_ksm_throttler::{
     socket::Kick,
     sysfs::{self, Ksm},
 };
-
-/// Name of the daemon's socket in the state directory.
-const SOCKET: &str = "ksm.sock";
 
 /// What came of a pod's wish to be merged.
 #[derive(Debug)]
@@ -103,17 +100,11 @@ impl Merging {
     }
 }
 
-/// Where the daemon listens, of pods with this state directory.
-pub fn socket(state_dir: &Path) -> PathBuf {
-    state_dir.join(SOCKET)
-}
-
 /// Sends one datagram and waits for nothing. An absent daemon and a full socket
 /// are as good as a delivered kick: there is nobody to tell, or it is told
 /// already.
-pub fn kick(state_dir: &Path, merging: &Merging) {
-    let path = socket(state_dir);
-    if let Err(error) = send(&path, merging.kick()) {
+pub fn kick(path: &Path, merging: &Merging) {
+    if let Err(error) = send(path, merging.kick()) {
         tracing::debug!(socket = %path.display(), %error, "no kick for page merging");
     }
 }
@@ -132,19 +123,18 @@ mod tests {
 
     #[test]
     fn the_daemon_listens_in_the_default_state_directory() {
-        let state_dir = crate::config::Config::default().runtime.state_dir;
         assert_eq!(
-            socket(&state_dir),
-            PathBuf::from(bulkhead_ksm_throttler::SOCKET)
+            crate::config::Config::default().ksm_socket(),
+            Path::new(bulkhead_ksm_throttler::SOCKET)
         );
     }
 
     #[test]
     fn a_kick_is_one_datagram() {
         let dir = tempfile::tempdir().unwrap();
-        let daemon = UnixDatagram::bind(dir.path().join(SOCKET)).unwrap();
+        let daemon = UnixDatagram::bind(dir.path().join("s")).unwrap();
         daemon.set_nonblocking(true).unwrap();
-        kick(dir.path(), &Merging::Apart);
+        kick(&dir.path().join("s"), &Merging::Apart);
         let mut datagram = [0; 64];
         let length = daemon.recv(&mut datagram).unwrap();
         assert_eq!(Kick::parse(&datagram[..length]), Kick::Apart);
@@ -177,13 +167,13 @@ mod tests {
     fn neither_absence_nor_a_full_socket_is_waited_for() {
         let dir = tempfile::tempdir().unwrap();
         let begin = Instant::now();
-        kick(dir.path(), &Merging::Apart);
-        let path = dir.path().join(SOCKET);
+        kick(&dir.path().join("s"), &Merging::Apart);
+        let path = dir.path().join("s");
         let daemon = UnixDatagram::bind(&path).unwrap();
         while send(&path, Kick::Other).is_ok() {}
-        kick(dir.path(), &Merging::Apart);
+        kick(&dir.path().join("s"), &Merging::Apart);
         drop(daemon);
-        kick(dir.path(), &Merging::Apart);
+        kick(&dir.path().join("s"), &Merging::Apart);
         assert!(begin.elapsed() < Duration::from_secs(5));
     }
 }

@@ -15,6 +15,7 @@ pub mod clock;
 pub mod config;
 pub mod density;
 pub mod error;
+pub mod fault;
 pub mod hooks;
 pub mod hypervisor;
 pub mod io;

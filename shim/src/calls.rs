@@ -7,7 +7,6 @@
 use std::{future::Future, path::PathBuf, sync::Arc, time::Duration};
 
 use bulkhead_runtime::{
-    config::Config,
     error::chain,
     io::StdioPaths,
     sandbox::{CreateRequest, Status},
@@ -26,10 +25,6 @@ use crate::{
     pod::Pod,
     stdio::{self, Owner, Streams},
 };
-
-/// How long the guest may take to list its processes: containerd allows five
-/// seconds for that and more when it is started.
-const PIDS: Duration = Duration::from_secs(2);
 
 /// A further process's id; none: the container's first one.
 fn exec(id: &str) -> Option<&str> {
@@ -81,7 +76,7 @@ impl Pod {
             )));
         }
         let options = Options::parse(request.options.as_ref())?;
-        let config = Config::load(options.config.as_deref())?;
+        let config = options.configuration()?;
         let paths = StdioPaths {
             stdin: request.stdin,
             stdout: request.stdout,
@@ -258,7 +253,9 @@ impl Pod {
         let id = &request.id;
         let sandbox = self.sandbox(id)?;
         let state = sandbox.state(id, None)?;
-        let mut pids = match timeout(PIDS, sandbox.pids(id)).await {
+        // containerd allows five seconds for that and more when it is started.
+        let limit = Duration::from_millis(sandbox.config().shim.pids_timeout_ms);
+        let mut pids = match timeout(limit, sandbox.pids(id)).await {
             Ok(Ok(pids)) => pids,
             Ok(Err(error)) => {
                 tracing::debug!(id, error = chain(&error), "processes not listed");

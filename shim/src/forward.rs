@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use bulkhead_runtime::error::chain;
+use bulkhead_runtime::{config, error::chain};
 use bulkhead_shim_protocol::{
     forward::ForwardRequest, forward_ttrpc::EventsClient, types::Envelope,
 };
@@ -25,13 +25,6 @@ use ttrpc::{
 
 use crate::socket;
 
-/// Events that wait at most; the oldest goes when there are more. containerd
-/// asks for the state of tasks when it comes back.
-const LONGEST: usize = 2048;
-
-/// How long containerd may take to take one.
-const CALL: Duration = Duration::from_secs(5);
-
 /// How often one is sent that containerd does not take.
 const ATTEMPTS: u32 = 6;
 
@@ -46,6 +39,9 @@ pub struct Queue {
 
 #[derive(Debug)]
 struct Shared {
+    /// Events that wait at most; the oldest goes when there are more.
+    /// containerd asks for the state of tasks when it comes back.
+    longest: usize,
     waiting: Mutex<VecDeque<Envelope>>,
     /// How many have not been dealt with.
     open: watch::Sender<usize>,
@@ -55,19 +51,23 @@ struct Shared {
 pub struct Forwarder {
     shared: Arc<Shared>,
     address: String,
+    /// How long containerd may take to take one.
+    patience: Duration,
     client: Option<EventsClient>,
 }
 
 /// A queue, and what sends its events to `address`; to nobody when that is
 /// empty (CRI-O).
-pub fn forwarder(address: &str) -> (Queue, Forwarder) {
+pub fn forwarder(address: &str, config: &config::Shim) -> (Queue, Forwarder) {
     let shared = Arc::new(Shared {
+        longest: config.event_queue,
         waiting: Mutex::default(),
         open: watch::Sender::new(0),
     });
     let forwarder = Forwarder {
         shared: shared.clone(),
         address: address.into(),
+        patience: Duration::from_millis(config.event_timeout_ms),
         client: None,
     };
     (Queue { shared }, forwarder)
@@ -85,7 +85,7 @@ impl Queue {
         let dropped = {
             let mut waiting = self.shared.waiting();
             waiting.push_back(envelope);
-            match waiting.len() > LONGEST {
+            match waiting.len() > self.shared.longest {
                 true => waiting.pop_front(),
                 false => None,
             }
@@ -130,7 +130,7 @@ impl Forwarder {
         };
         for attempt in 1..=ATTEMPTS {
             let client = self.client().await;
-            match call(&client, &request).await {
+            match call(&client, &request, self.patience).await {
                 Ok(()) => {
                     self.client = Some(client);
                     return;
@@ -168,9 +168,17 @@ impl Forwarder {
 }
 
 /// One attempt; the connection is not to be used again when it fails.
-async fn call(client: &EventsClient, request: &ForwardRequest) -> Result<(), String> {
-    let limit = i64::try_from(CALL.as_nanos()).unwrap_or(i64::MAX);
-    let answer = timeout(CALL, client.forward(context::with_timeout(limit), request)).await;
+async fn call(
+    client: &EventsClient,
+    request: &ForwardRequest,
+    patience: Duration,
+) -> Result<(), String> {
+    let limit = i64::try_from(patience.as_nanos()).unwrap_or(i64::MAX);
+    let answer = timeout(
+        patience,
+        client.forward(context::with_timeout(limit), request),
+    )
+    .await;
     match answer {
         Ok(Ok(_)) => Ok(()),
         Ok(Err(error)) => Err(chain(&error)),

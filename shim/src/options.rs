@@ -3,14 +3,24 @@
 
 use std::path::PathBuf;
 
+use bulkhead_runtime::config::{Config, ConfigError};
 use bulkhead_shim_protocol::{runc, runtimeoptions, Named};
 use protobuf::{well_known_types::any::Any, Message};
+use toml::Table;
+
+/// What containerd adds to a table of options for itself.
+const CONTAINERD: [&str; 3] = ["TypeUrl", "ConfigPath", "ConfigBody"];
+
+/// What errors call a configuration in the options.
+const BODY: &str = "runtime options (config_body)";
 
 /// What was asked for.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Options {
     /// Bulkhead's configuration, instead of the host's.
     pub config: Option<PathBuf>,
+    /// What overrides it.
+    pub body: Table,
 }
 
 /// Why options cannot be used.
@@ -22,9 +32,12 @@ pub enum OptionsError {
     /// Not a message of the type it claims to be.
     #[error("{0}")]
     Malformed(&'static str, #[source] protobuf::Error),
-    /// Known and not built.
-    #[error("a configuration in the options themselves (config_body) is not supported yet: give its path")]
-    Inline,
+    /// The configuration in them is not TOML.
+    #[error("{BODY}")]
+    Body(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// The configuration in them cannot be used.
+    #[error("runtime options")]
+    Config(#[from] ConfigError),
 }
 
 impl Options {
@@ -44,16 +57,15 @@ impl Options {
                     runtimeoptions::Options::parse_from_bytes(&any.value).map_err(|source| {
                         OptionsError::Malformed(runtimeoptions::Options::TYPE_URL, source)
                     })?;
-                // containerd sends the file's contents only where it has no
-                // path of it.
-                if options.config_path.is_empty() && !options.config_body.is_empty() {
-                    return Err(OptionsError::Inline);
-                }
-                Ok(Self {
+                let options = Self {
                     config: Some(options.config_path)
                         .filter(|path| !path.is_empty())
                         .map(PathBuf::from),
-                })
+                    body: body(&options.config_body)?,
+                };
+                // Told before there is anything to clean up.
+                Config::default().apply(BODY, &options.body)?;
+                Ok(options)
             }
             runc::Options::TYPE_URL => runc::Options::parse_from_bytes(&any.value)
                 .map(|_| Self::default())
@@ -61,6 +73,29 @@ impl Options {
             other => Err(OptionsError::Unknown(other.into())),
         }
     }
+
+    /// The configuration: the one they name, or the host's, and what they
+    /// override of it.
+    ///
+    /// # Errors
+    /// It cannot be read, or something in it is wrong.
+    pub fn configuration(&self) -> Result<Config, ConfigError> {
+        let mut config = Config::load(self.config.as_deref())?;
+        config.apply(BODY, &self.body)?;
+        Ok(config)
+    }
+}
+
+/// The options as containerd has them in its own configuration.
+fn body(bytes: &[u8]) -> Result<Table, OptionsError> {
+    let text = std::str::from_utf8(bytes).map_err(|error| OptionsError::Body(error.into()))?;
+    let mut table: Table = text
+        .parse()
+        .map_err(|error: toml::de::Error| OptionsError::Body(error.into()))?;
+    for key in CONTAINERD {
+        table.remove(key);
+    }
+    Ok(table)
 }
 
 #[cfg(test)]
@@ -84,9 +119,10 @@ mod tests {
         assert_eq!(Options::parse(Some(&nothing)).unwrap(), Options::default());
         let runc = runc::Options::default().to_any().unwrap();
         assert_eq!(Options::parse(Some(&runc)).unwrap(), Options::default());
-        let mut any = generic("/etc/x.toml", b"ignored = true");
+        let mut any = generic("/etc/x.toml", b"");
         let expected = Options {
             config: Some("/etc/x.toml".into()),
+            ..Options::default()
         };
         assert_eq!(Options::parse(Some(&any)).unwrap(), expected);
         any.type_url = format!("type.googleapis.com/{}", any.type_url);
@@ -94,12 +130,43 @@ mod tests {
     }
 
     #[test]
+    fn a_configuration_in_the_options_overrides_the_hosts() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("config.toml");
+        std::fs::write(&path, "[hypervisor]\nvcpus = 2\nmemory_mib = 512\n").unwrap();
+        let any = generic(
+            path.to_str().unwrap(),
+            b"TypeUrl = \"runtimeoptions.v1.Options\"\n[hypervisor]\nvcpus = 3\n",
+        );
+        let config = Options::parse(Some(&any)).unwrap().configuration().unwrap();
+        assert_eq!(config.hypervisor.vcpus, 3);
+        assert_eq!(config.hypervisor.memory_mib, 512);
+    }
+
+    #[test]
+    fn a_configuration_that_is_wrong_is_refused_at_once() {
+        let refused = |body: &[u8]| {
+            let error = Options::parse(Some(&generic("", body))).unwrap_err();
+            bulkhead_runtime::error::chain(&error)
+        };
+        let text = refused(b"[hypervisor]\nvcpu = 2\n");
+        assert!(
+            text.contains("runtime options (config_body): unknown key \"hypervisor.vcpu\" (did you mean \"hypervisor.vcpus\"?)"),
+            "{text}"
+        );
+        let text = refused(b"[hypervisor]\nvcpus = 0\n");
+        assert!(
+            text.contains("hypervisor.vcpus: 0 is not within 1 to 64"),
+            "{text}"
+        );
+        for bad in [&b"["[..], b"\xff"] {
+            assert!(refused(bad).starts_with("runtime options (config_body): "));
+        }
+    }
+
+    #[test]
     fn others_are_refused() {
-        let mut any = generic("", b"vcpus = 2");
-        assert!(matches!(
-            Options::parse(Some(&any)),
-            Err(OptionsError::Inline)
-        ));
+        let mut any = generic("", b"");
         any.value = vec![0xff; 3];
         assert!(matches!(
             Options::parse(Some(&any)),

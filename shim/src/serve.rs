@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use bulkhead_runtime::config::Config;
+use bulkhead_runtime::config::{self, Config};
 use rustix::net::sockopt::socket_acceptconn;
 use tokio::{
     runtime::{Builder, Runtime},
@@ -30,13 +30,6 @@ use crate::{
 
 /// Where containerd takes events; not set by CRI-O.
 const EVENTS: &str = "TTRPC_ADDRESS";
-
-/// How long a shim stays that nobody has ever called: `start` was ended before
-/// it could tell the address.
-const UNCALLED: Duration = Duration::from_secs(120);
-
-/// How long the last events may take to be taken.
-const LAST_EVENTS: Duration = Duration::from_secs(2);
 
 /// How long the answer to `Shutdown` has to be on its way.
 const LAST_ANSWER: Duration = Duration::from_millis(20);
@@ -73,7 +66,9 @@ pub fn run(flags: &Flags) -> Result<(), ServeError> {
     // of a group, which is by itself already.
     let _ = rustix::process::setsid();
     let bundle = std::env::current_dir().map_err(step("find the working directory"))?;
-    set_up_log(flags, &bundle);
+    // What is wrong with the configuration is told when a container is made.
+    let config = Config::load(None).unwrap_or_default();
+    set_up_log(flags, &bundle, &config);
     // containerd removes the bundle.
     std::env::set_current_dir("/").map_err(step("leave the bundle"))?;
     reaper::adopt_orphans().map_err(step("adopt orphans"))?;
@@ -91,7 +86,7 @@ pub fn run(flags: &Flags) -> Result<(), ServeError> {
         },
     };
     let runtime = runtime().map_err(step("start the event loop"))?;
-    let served = runtime.block_on(serve(identity, listener));
+    let served = runtime.block_on(serve(identity, listener, &config.shim));
     // A thread may be in the middle of something that is of no use any more.
     runtime.shutdown_background();
     served
@@ -130,9 +125,8 @@ fn listener() -> Result<(UnixListener, PathBuf), ServeError> {
 }
 
 /// Logs to the bundle's FIFO. Where there is none, to nobody.
-fn set_up_log(flags: &Flags, bundle: &Path) {
-    // What is wrong with the configuration is told when a container is made.
-    let configured = Config::load(None).map_or(Level::INFO, |c| c.runtime.log_level.into());
+fn set_up_log(flags: &Flags, bundle: &Path, config: &Config) {
+    let configured = Level::from(config.runtime.log_level);
     let level = match flags.debug {
         true => configured.max(Level::DEBUG),
         false => configured,
@@ -142,10 +136,14 @@ fn set_up_log(flags: &Flags, bundle: &Path) {
     }
 }
 
-async fn serve(identity: Identity, listener: UnixListener) -> Result<(), ServeError> {
+async fn serve(
+    identity: Identity,
+    listener: UnixListener,
+    config: &config::Shim,
+) -> Result<(), ServeError> {
     let listener = Listener::try_from(listener).map_err(step("watch the socket"))?;
     let events = std::env::var(EVENTS).unwrap_or_default();
-    let (queue, forwarder) = forward::forwarder(&events);
+    let (queue, forwarder) = forward::forwarder(&events, config);
     tokio::spawn(forwarder.run());
     let pod = Pod::new(identity, queue.clone());
 
@@ -170,21 +168,25 @@ async fn serve(identity: Identity, listener: UnixListener) -> Result<(), ServeEr
             tracing::info!("interrupted: the pod is shut down");
             pod.end().await;
         }
-        () = uncalled(&pod) => {
+        () = uncalled(&pod, config) => {
             tracing::warn!("nobody has ever called: the shim ends");
             pod.end().await;
         }
     }
-    if !queue.drained(LAST_EVENTS).await {
+    if !queue
+        .drained(Duration::from_millis(config.last_events_timeout_ms))
+        .await
+    {
         tracing::warn!("containerd has not taken the last events");
     }
     sleep(LAST_ANSWER).await;
     Ok(())
 }
 
-/// Returns if nobody calls for long.
-async fn uncalled(pod: &Pod) {
-    sleep(UNCALLED).await;
+/// Returns if nobody calls for long: `start` was ended before it could tell the
+/// address.
+async fn uncalled(pod: &Pod, config: &config::Shim) {
+    sleep(Duration::from_millis(config.uncalled_timeout_ms)).await;
     if pod.was_called() {
         std::future::pending().await
     }

@@ -11,11 +11,10 @@ use ttrpc::{
 };
 
 use super::error::AgentError;
-use crate::error::Error;
-
-/// Making a container or a process, and taking one apart, touches many files
-/// of an image for the first time; such a call may take longer by this factor.
-const LONG: u32 = 3;
+use crate::{
+    config,
+    error::{Error, ErrorKind},
+};
 
 /// The connection's own deadline is the call's; this catches what it does not
 /// cover, a guest that stops reading.
@@ -26,6 +25,8 @@ const SLACK: Duration = Duration::from_secs(1);
 pub struct Agent {
     client: AgentClient,
     timeout: Duration,
+    /// By how much longer making and taking apart may take.
+    long: u32,
 }
 
 impl std::fmt::Debug for Agent {
@@ -51,7 +52,7 @@ async fn within<T>(
 }
 
 macro_rules! calls {
-    ($($(#[$doc:meta])* $name:ident($request:ident) -> $reply:ident, $call:literal, $factor:expr;)*) => {
+    ($($(#[$doc:meta])* $name:ident($request:ident) -> $reply:ident, $call:literal, $factor:ident;)*) => {
         impl Agent {
             $(
                 $(#[$doc])*
@@ -59,7 +60,7 @@ macro_rules! calls {
                 /// # Errors
                 /// The agent's answer, or that there is none.
                 pub async fn $name(&self, request: agent::$request) -> Result<agent::$reply, Error> {
-                    let limit = self.timeout * $factor;
+                    let limit = self.$factor();
                     within($call, limit, self.client.$name(context(limit), &request)).await
                 }
             )*
@@ -69,38 +70,69 @@ macro_rules! calls {
 
 calls! {
     /// Sets the guest up: clock, entropy, names, network, shared directory.
-    setup_sandbox(SetupSandboxRequest) -> SetupSandboxReply, "set the guest up", LONG;
+    setup_sandbox(SetupSandboxRequest) -> SetupSandboxReply, "set the guest up", long;
     /// Makes a container, up to its waiting first process.
-    create_container(CreateContainerRequest) -> CreateContainerReply, "create container", LONG;
+    create_container(CreateContainerRequest) -> CreateContainerReply, "create container", long;
     /// Runs a container's program.
-    start_container(StartContainerRequest) -> Empty, "start container", LONG;
+    start_container(StartContainerRequest) -> Empty, "start container", long;
     /// Makes and runs a further process.
-    exec_process(ExecProcessRequest) -> ExecProcessReply, "run process", LONG;
+    exec_process(ExecProcessRequest) -> ExecProcessReply, "run process", long;
     /// Sends a signal.
-    signal_process(SignalProcessRequest) -> Empty, "send signal", 1;
+    signal_process(SignalProcessRequest) -> Empty, "send signal", short;
     /// Sets a terminal's size.
-    resize_pty(ResizePtyRequest) -> Empty, "resize terminal", 1;
+    resize_pty(ResizePtyRequest) -> Empty, "resize terminal", short;
     /// Lists a container's processes.
-    list_processes(ContainerRequest) -> ListProcessesReply, "list processes", 1;
+    list_processes(ContainerRequest) -> ListProcessesReply, "list processes", short;
     /// A container's resource usage.
-    stats_container(ContainerRequest) -> StatsReply, "read statistics", 1;
+    stats_container(ContainerRequest) -> StatsReply, "read statistics", short;
     /// Freezes a container.
-    pause_container(ContainerRequest) -> Empty, "pause container", 1;
+    pause_container(ContainerRequest) -> Empty, "pause container", short;
     /// Thaws a container.
-    resume_container(ContainerRequest) -> Empty, "resume container", 1;
+    resume_container(ContainerRequest) -> Empty, "resume container", short;
     /// Changes a container's limits.
-    update_container(UpdateContainerRequest) -> Empty, "update container", 1;
+    update_container(UpdateContainerRequest) -> Empty, "update container", short;
     /// Removes a container.
-    delete_container(ContainerRequest) -> Empty, "delete container", LONG;
+    delete_container(ContainerRequest) -> Empty, "delete container", long;
     /// Forgets a further process.
-    delete_process(ProcessRequest) -> Empty, "delete process", 1;
+    delete_process(ProcessRequest) -> Empty, "delete process", short;
 }
 
 impl Agent {
-    /// The agent at the other end of `stream`; a call may take `timeout`.
-    pub fn new(stream: UnixStream, timeout: Duration) -> Self {
+    /// The agent at the other end of `stream`; how long calls may take is as
+    /// configured.
+    pub fn new(stream: UnixStream, config: &config::Agent) -> Self {
         let client = AgentClient::new(Client::new(Socket::new(stream)));
-        Self { client, timeout }
+        Self {
+            client,
+            timeout: config.rpc_timeout(),
+            long: config.long_call_factor,
+        }
+    }
+
+    fn short(&self) -> Duration {
+        self.timeout
+    }
+
+    fn long(&self) -> Duration {
+        self.timeout.saturating_mul(self.long)
+    }
+
+    /// Whether the agent answers. Any answer will do, and none of it is looked
+    /// at: it is asked about a container that cannot exist.
+    ///
+    /// # Errors
+    /// There was no answer in time, or there is no connection.
+    pub async fn check(&self) -> Result<(), Error> {
+        let answer = self
+            .list_processes(agent::ContainerRequest::default())
+            .await;
+        match answer {
+            Err(Error::Agent {
+                source: AgentError::Refused { kind, .. },
+                ..
+            }) if kind != ErrorKind::DeadlineExceeded => Ok(()),
+            other => other.map(drop),
+        }
     }
 
     /// Waits for the end of a process, however long it takes.

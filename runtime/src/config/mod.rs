@@ -3,18 +3,24 @@
 //! `BULKHEAD_CONFIG` names, then `config.d/*.toml` beside it in the order of
 //! their names. A later file overrides single keys of an earlier one.
 
+mod field;
 mod file;
+mod keys;
 
 use std::{
-    io,
+    collections::BTreeMap,
+    fmt, io,
     path::{Path, PathBuf},
     time::Duration,
 };
 
 use bulkhead_ksm_throttler::group::Name;
 use serde::Deserialize;
+use toml::Table;
 
-use self::file::File;
+pub(crate) use self::file::nearest;
+pub use self::keys::{Key, KEYS};
+use crate::fault;
 
 /// Where the configuration is unless told otherwise. It need not exist.
 pub const DEFAULT_PATH: &str = "/etc/bulkhead/config.toml";
@@ -40,6 +46,12 @@ pub struct Config {
     pub agent: Agent,
     /// `[runtime]`.
     pub runtime: Runtime,
+    /// `[shim]`.
+    pub shim: Shim,
+    /// `[ksm]`.
+    pub ksm: Ksm,
+    /// `[debug]`.
+    pub debug: Debug,
 }
 
 /// `[hypervisor]`: the virtual machine.
@@ -55,6 +67,12 @@ pub struct Hypervisor {
     pub vcpus: u8,
     /// Guest memory in MiB where nothing else says how much.
     pub memory_mib: u32,
+    /// Most virtual processors.
+    pub max_vcpus: u8,
+    /// Most guest memory, MiB.
+    pub max_memory_mib: u32,
+    /// What the guest's kernel and agent need beside the containers, MiB.
+    pub overhead_mib: u32,
     /// Whether the host may back all of it by transparent huge pages: a little
     /// faster, at the price of 2 MiB for every page that the guest touches.
     pub huge_pages: bool,
@@ -68,6 +86,8 @@ pub struct Hypervisor {
     pub allowed_merge_groups: Vec<Name>,
     /// Appended to the guest's command line.
     pub kernel_params: String,
+    /// How long the VMM may take to stop before it is killed, in milliseconds.
+    pub stop_timeout_ms: u64,
 }
 
 /// `[agent]`: talking to the guest.
@@ -77,6 +97,16 @@ pub struct Agent {
     pub ready_timeout_ms: u64,
     /// How long the agent may take to answer, in milliseconds.
     pub rpc_timeout_ms: u64,
+    /// By how much longer making or taking apart something may take: it
+    /// touches many files of an image for the first time.
+    pub long_call_factor: u32,
+    /// How long the guest may take to open a stream, in milliseconds.
+    pub stream_timeout_ms: u64,
+    /// How often the agent is asked whether it is there, in milliseconds; 0:
+    /// never.
+    pub health_interval_ms: u64,
+    /// How many such questions in a row may stay without an answer.
+    pub health_failures: u32,
 }
 
 /// `[runtime]`: the host's side.
@@ -91,6 +121,78 @@ pub struct Runtime {
     /// id follows; empty: only the end is kept in memory, for the error when a
     /// guest dies.
     pub guest_console: String,
+    /// How much of that end is kept, KiB.
+    pub console_kept_kib: usize,
+    /// How much of the front end's log is kept beside the pod's state, KiB.
+    pub log_kept_kib: u64,
+    /// How many events are kept.
+    pub events_kept: usize,
+    /// Whether there is a socket for the operator.
+    pub operator_socket: bool,
+    /// Names of the annotations that a pod may set.
+    pub allowed_annotations: Vec<String>,
+    /// How long output may take to be taken before its container or process is
+    /// deleted, in milliseconds.
+    pub output_timeout_ms: u64,
+    /// How long a killed container may take to be gone, in milliseconds.
+    pub kill_timeout_ms: u64,
+    /// How long a container's end waits for those of its further processes, in
+    /// milliseconds.
+    pub execs_timeout_ms: u64,
+}
+
+/// `[shim]`: towards containerd. Read from the host's configuration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Shim {
+    /// How long a shim stays that nobody has ever called, in milliseconds.
+    pub uncalled_timeout_ms: u64,
+    /// How long the guest may take to list processes, in milliseconds.
+    pub pids_timeout_ms: u64,
+    /// Events that wait at most.
+    pub event_queue: usize,
+    /// How long containerd may take to take one, in milliseconds.
+    pub event_timeout_ms: u64,
+    /// How long a shim that ends waits for the last ones, in milliseconds.
+    pub last_events_timeout_ms: u64,
+}
+
+/// `[ksm]`: page merging.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Ksm {
+    /// The daemon's socket; empty: the one in the state directory.
+    pub socket: String,
+}
+
+/// `[debug]`: for tests of this program.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Debug {
+    /// The step of a pod's start that fails; empty: none.
+    pub fail_at: String,
+    /// The step of a pod's start at which the process dies; empty: none.
+    pub crash_at: String,
+}
+
+impl Debug {
+    /// The step that is to go wrong, and how.
+    pub fn fault(&self) -> fault::Fault {
+        // Both were checked: what is no step is empty.
+        fault::Fault {
+            fail: self.fail_at.parse().ok(),
+            crash: self.crash_at.parse().ok(),
+        }
+    }
+}
+
+impl Default for Shim {
+    fn default() -> Self {
+        Self {
+            uncalled_timeout_ms: 120_000,
+            pids_timeout_ms: 2000,
+            event_queue: 2048,
+            event_timeout_ms: 5000,
+            last_events_timeout_ms: 2000,
+        }
+    }
 }
 
 /// `runtime.log_level`.
@@ -129,11 +231,15 @@ impl Default for Hypervisor {
             image: "/usr/local/share/bulkhead/rootfs.erofs".into(),
             vcpus: 1,
             memory_mib: 256,
+            max_vcpus: 64,
+            max_memory_mib: 1_048_576,
+            overhead_mib: 64,
             huge_pages: false,
             free_page_reporting: true,
             merge_group: None,
             allowed_merge_groups: Vec::new(),
             kernel_params: String::new(),
+            stop_timeout_ms: 2000,
         }
     }
 }
@@ -143,6 +249,10 @@ impl Default for Agent {
         Self {
             ready_timeout_ms: 30_000,
             rpc_timeout_ms: 10_000,
+            long_call_factor: 3,
+            stream_timeout_ms: 10_000,
+            health_interval_ms: 10_000,
+            health_failures: 3,
         }
     }
 }
@@ -157,6 +267,45 @@ impl Agent {
     pub fn rpc_timeout(&self) -> Duration {
         Duration::from_millis(self.rpc_timeout_ms)
     }
+
+    /// How long the guest may take to open a stream.
+    pub fn stream_timeout(&self) -> Duration {
+        Duration::from_millis(self.stream_timeout_ms)
+    }
+}
+
+impl Hypervisor {
+    /// How long the VMM may take to stop.
+    pub fn stop_timeout(&self) -> Duration {
+        Duration::from_millis(self.stop_timeout_ms)
+    }
+}
+
+impl Runtime {
+    /// How long output may take to be taken.
+    pub fn output_timeout(&self) -> Duration {
+        Duration::from_millis(self.output_timeout_ms)
+    }
+
+    /// How long a killed container may take to be gone.
+    pub fn kill_timeout(&self) -> Duration {
+        Duration::from_millis(self.kill_timeout_ms)
+    }
+
+    /// How long a container's end waits for those of its further processes.
+    pub fn execs_timeout(&self) -> Duration {
+        Duration::from_millis(self.execs_timeout_ms)
+    }
+}
+
+impl Config {
+    /// Where the KSM throttler listens.
+    pub fn ksm_socket(&self) -> PathBuf {
+        match self.ksm.socket.as_str() {
+            "" => self.runtime.state_dir.join("ksm.sock"),
+            path => path.into(),
+        }
+    }
 }
 
 impl Default for Runtime {
@@ -165,6 +314,16 @@ impl Default for Runtime {
             state_dir: "/run/bulkhead".into(),
             log_level: LogLevel::Info,
             guest_console: String::new(),
+            console_kept_kib: 8,
+            log_kept_kib: 256,
+            events_kept: 200,
+            operator_socket: true,
+            allowed_annotations: ["memory_mib", "vcpus"]
+                .map(|key| format!("io.bulkhead.hypervisor.{key}"))
+                .into(),
+            output_timeout_ms: 10_000,
+            kill_timeout_ms: 10_000,
+            execs_timeout_ms: 2000,
         }
     }
 }
@@ -207,7 +366,7 @@ pub enum ConfigError {
         /// In which file.
         path: PathBuf,
         /// With its section.
-        key: &'static str,
+        key: String,
         /// What is wrong, and what would be right.
         problem: String,
     },
@@ -226,6 +385,53 @@ impl Config {
     /// # Errors
     /// Each names the file, and the key where there is one.
     pub fn load(explicit: Option<&Path>) -> Result<Self, ConfigError> {
+        Loaded::load(explicit).map(|loaded| loaded.config)
+    }
+
+    /// Overrides what a TOML table says that a client has sent; `from` names it
+    /// in errors.
+    ///
+    /// # Errors
+    /// As of a file.
+    pub fn apply(&mut self, from: &str, table: &Table) -> Result<(), ConfigError> {
+        file::apply_table(self, Path::new(from), table).map(drop)
+    }
+}
+
+/// Where a value comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Origin {
+    /// Nothing says otherwise.
+    Default,
+    /// This file says so.
+    File(PathBuf),
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Default => f.write_str("default"),
+            Self::File(path) => write!(f, "{}", path.display()),
+        }
+    }
+}
+
+/// A configuration with its origins.
+#[derive(Debug, Clone, Default)]
+pub struct Loaded {
+    /// What is in force.
+    pub config: Config,
+    /// The files that were read, in their order.
+    pub files: Vec<PathBuf>,
+    origins: BTreeMap<&'static str, PathBuf>,
+}
+
+impl Loaded {
+    /// Reads the configuration as [`Config::load`] does.
+    ///
+    /// # Errors
+    /// As [`Config::load`].
+    pub fn load(explicit: Option<&Path>) -> Result<Self, ConfigError> {
         let named = explicit.map(PathBuf::from).or_else(|| {
             std::env::var_os(ENVIRONMENT)
                 .filter(|value| !value.is_empty())
@@ -237,17 +443,36 @@ impl Config {
     }
 
     fn load_from(path: &Path, required: bool) -> Result<Self, ConfigError> {
-        let mut config = Self::default();
-        match File::read(path) {
-            Ok(file) => file.apply(&mut config),
+        let mut loaded = Self::default();
+        match loaded.add(path) {
             Err(ConfigError::Read { source, .. })
                 if !required && source.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(error),
+            other => other?,
         }
         for path in drop_ins(path)? {
-            File::read(&path)?.apply(&mut config);
+            loaded.add(&path)?;
         }
-        Ok(config)
+        Ok(loaded)
+    }
+
+    fn add(&mut self, path: &Path) -> Result<(), ConfigError> {
+        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
+            path: path.into(),
+            source,
+        })?;
+        for key in file::apply(&mut self.config, path, &text)? {
+            self.origins.insert(key.name, path.into());
+        }
+        self.files.push(path.into());
+        Ok(())
+    }
+
+    /// Where a key's value comes from.
+    pub fn origin(&self, key: &Key) -> Origin {
+        match self.origins.get(key.name) {
+            Some(path) => Origin::File(path.clone()),
+            None => Origin::Default,
+        }
     }
 }
 

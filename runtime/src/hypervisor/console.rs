@@ -19,18 +19,14 @@ use rustix::{
 use tokio::io::{unix::AsyncFd, Interest};
 
 use super::tail::Tail;
-use crate::sys;
-
-/// What is kept, in bytes.
-const KEPT: usize = 8 * 1024;
-
-/// Bytes of a log file's end that are looked at.
-const READ: u64 = KEPT as u64;
+use crate::{config::Runtime, sys};
 
 /// A guest's console.
 #[derive(Debug)]
 pub struct Console {
     place: Place,
+    /// How much of its end is kept or looked at, bytes.
+    kept: usize,
 }
 
 #[derive(Debug)]
@@ -41,10 +37,12 @@ enum Place {
 
 impl Console {
     /// Opens the console of sandbox `id`; the descriptor is for the VMM.
-    /// `prefix` is the configuration's `runtime.guest_console`.
-    pub fn open(prefix: &str, id: &str) -> io::Result<(Self, OwnedFd)> {
+    /// `config` tells where it goes.
+    pub fn open(config: &Runtime, id: &str) -> io::Result<(Self, OwnedFd)> {
+        let prefix = &config.guest_console;
+        let kept = config.console_kept_kib.saturating_mul(1024);
         if prefix.is_empty() {
-            return Self::in_memory();
+            return Self::in_memory(kept);
         }
         let path = PathBuf::from(format!("{prefix}{id}"));
         let file = OpenOptions::new()
@@ -53,42 +51,48 @@ impl Console {
             .mode(0o600)
             .open(&path)?;
         let place = Place::File(path);
-        Ok((Self { place }, file.into()))
+        Ok((Self { place, kept }, file.into()))
     }
 
-    fn in_memory() -> io::Result<(Self, OwnedFd)> {
+    fn in_memory(kept: usize) -> io::Result<(Self, OwnedFd)> {
         let (reader, writer) = pipe_with(PipeFlags::CLOEXEC)?;
         // A console never waits: what does not fit is lost.
         fcntl_setfl(&writer, OFlags::NONBLOCK)?;
         fcntl_setfl(&reader, OFlags::NONBLOCK)?;
-        let tail = Tail::new(KEPT);
+        let tail = Tail::new(kept);
         let reader =
             sys::watch(File::from(reader), Interest::READABLE).map_err(|(_, error)| error)?;
         tokio::spawn(keep(reader, tail.clone()));
         let place = Place::Memory(tail);
-        Ok((Self { place }, writer))
+        Ok((Self { place, kept }, writer))
     }
 
     /// Its last lines, as one text that is fit to be shown; empty: nothing
     /// was written.
     pub fn last_lines(&self, lines: usize) -> String {
-        let found = match &self.place {
+        self.lines(lines).join(" | ")
+    }
+
+    /// Its last lines, fit to be shown.
+    pub fn lines(&self, lines: usize) -> Vec<String> {
+        match &self.place {
             Place::Memory(tail) => tail.lines(lines),
-            Place::File(path) => end_of(path).map_or_else(|_| Vec::new(), |tail| tail.lines(lines)),
-        };
-        found.join(" | ")
+            Place::File(path) => {
+                end_of(path, self.kept).map_or_else(|_| Vec::new(), |tail| tail.lines(lines))
+            }
+        }
     }
 }
 
-fn end_of(path: &PathBuf) -> io::Result<Tail> {
+fn end_of(path: &PathBuf, kept: usize) -> io::Result<Tail> {
     use std::io::{Seek, SeekFrom};
 
     let mut file = File::open(path)?;
     let length = file.metadata()?.len();
-    file.seek(SeekFrom::Start(length.saturating_sub(READ)))?;
+    file.seek(SeekFrom::Start(length.saturating_sub(kept as u64)))?;
     let mut bytes = Vec::new();
-    file.take(READ).read_to_end(&mut bytes)?;
-    let tail = Tail::new(KEPT);
+    file.take(kept as u64).read_to_end(&mut bytes)?;
+    let tail = Tail::new(kept);
     tail.push(&bytes);
     Ok(tail)
 }
@@ -117,7 +121,7 @@ mod tests {
 
     #[tokio::test]
     async fn the_end_is_kept_without_a_file() {
-        let (console, writer) = Console::open("", "x").unwrap();
+        let (console, writer) = Console::open(&Runtime::default(), "x").unwrap();
         File::from(writer)
             .write_all(b"Kernel panic\r\n---[ end ]---\r\n")
             .unwrap();
@@ -134,7 +138,11 @@ mod tests {
     async fn a_file_gets_everything() {
         let dir = tempfile::tempdir().unwrap();
         let prefix = format!("{}/console-", dir.path().display());
-        let (console, writer) = Console::open(&prefix, "x").unwrap();
+        let config = Runtime {
+            guest_console: prefix,
+            ..Runtime::default()
+        };
+        let (console, writer) = Console::open(&config, "x").unwrap();
         File::from(writer).write_all(b"one\ntwo\n").unwrap();
         assert_eq!(console.last_lines(1), "two");
         assert_eq!(

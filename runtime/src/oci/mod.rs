@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! A bundle's config.json, and what of it goes into the guest.
 
+mod annotations;
 mod guest;
 mod hooks;
 mod merge;
@@ -20,6 +21,7 @@ use serde::{de::DeserializeOwned, Serialize};
 use serde_json::Value;
 
 pub use self::{
+    annotations::{annotation_names, configured},
     guest::{container, role, Pod, Prepared, Role, Volume},
     hooks::check as check_hook,
     merge::merge_group,

@@ -19,8 +19,6 @@ const CRI_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
 /// Microseconds.
 const CRI_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
 
-/// What the guest's kernel and agent need beside the containers, MiB.
-const GUEST_MIB: u64 = 64;
 /// Period of a processor quota when none is given (config-linux.md, "CPU").
 const DEFAULT_PERIOD: u64 = 100_000;
 
@@ -77,13 +75,21 @@ impl Size {
                 };
                 match limit.and_then(positive) {
                     // A limit beyond all memory means none.
-                    Some(bytes) if bytes >> 20 < *MEMORY_MIB.end() - GUEST_MIB => {
-                        bytes.div_ceil(1 << 20) + GUEST_MIB
+                    Some(bytes) if bytes >> 20 < *MEMORY_MIB.end() => {
+                        bytes.div_ceil(1 << 20) + u64::from(config.overhead_mib)
                     }
                     _ => config.memory_mib.into(),
                 }
             }
         };
+
+        let most = u64::from(config.max_memory_mib);
+        if memory > most {
+            return Err(SpecError::field(
+                "guest memory",
+                format!("{memory} MiB are more than hypervisor.max_memory_mib = {most} allows"),
+            ));
+        }
 
         let vcpus = match bounded(VCPUS_ANNOTATION, &VCPUS)? {
             Some(count) => count,
@@ -106,7 +112,7 @@ impl Size {
         };
         Ok(Self {
             // Within the bounds, which fit.
-            vcpus: u8::try_from(vcpus).unwrap_or(u8::MAX),
+            vcpus: u8::try_from(vcpus).unwrap_or(u8::MAX).min(config.max_vcpus),
             memory_mib: u32::try_from(memory.max(*MEMORY_MIB.start())).unwrap_or(u32::MAX),
         })
     }
@@ -166,6 +172,25 @@ mod tests {
             r#"{"ociVersion":"1.0.2","linux":{"resources":{"memory":{"limit":9223372036854771712}}}}"#,
         );
         assert_eq!(huge.unwrap().memory_mib, Hypervisor::default().memory_mib);
+    }
+
+    #[test]
+    fn the_configuration_bounds_what_pods_ask_for() {
+        let config = Hypervisor {
+            max_vcpus: 2,
+            max_memory_mib: 300,
+            overhead_mib: 32,
+            ..Hypervisor::default()
+        };
+        let of = |key: &str, value: &str| {
+            let json = format!(r#"{{"ociVersion":"1.0.2","annotations":{{"{key}":"{value}"}}}}"#);
+            Size::of(&serde_json::from_str(&json).unwrap(), &config)
+        };
+        assert_eq!(of(VCPUS_ANNOTATION, "8").unwrap().vcpus, 2);
+        assert_eq!(of(CRI_MEMORY, "134217728").unwrap().memory_mib, 128 + 32);
+        let text = of(MEMORY_ANNOTATION, "301").unwrap_err().to_string();
+        assert!(text.contains("hypervisor.max_memory_mib = 300"), "{text}");
+        assert!(of(CRI_MEMORY, "283115520").is_err());
     }
 
     #[test]

@@ -45,6 +45,7 @@ use crate::{
     clock,
     config::Config,
     error::{Error, Step},
+    fault,
     hooks::Lifecycle,
     hypervisor::{
         bulkhead::{open_image, open_kernel, BulkheadVmm},
@@ -91,6 +92,8 @@ pub async fn start(
             (spec, sysctls, Vec::new())
         }
     };
+    let config = oci::configured(&spec, &config)?;
+    let fault = config.debug.fault();
     let size = Size::of(&spec, &config.hypervisor)?;
     let merge_group = oci::merge_group(&spec, &config.hypervisor)?;
     let hooks = Lifecycle::new(&spec, &request.id, &request.bundle)?;
@@ -110,7 +113,12 @@ pub async fn start(
         kernel,
         image,
     };
-    match boot(config, &request, directory.clone(), plan, &hooks).await {
+    let begun = fault.after(fault::Step::Directory);
+    let started = match begun {
+        Ok(()) => boot(config, &request, directory.clone(), plan, &hooks).await,
+        Err(error) => Err(error),
+    };
+    match started {
         Ok(started) => Ok(started),
         Err(error) => {
             if hooks_network {
@@ -163,10 +171,14 @@ async fn boot(
     let timeline = Timeline::new(request.shim_start_us);
     let journal = Journal::create(directory.path())
         .step(|| format!("create the journal in {}", directory.path().display()))?;
+    let fault = config.debug.fault();
     share(&directory, &journal)?;
+    fault.after(fault::Step::Share)?;
     let files = PodFiles::write(&directory, plan.files)?;
     let vm = BulkheadVmm::spawn(&config.hypervisor.path, plan.hooks_network)?;
+    fault.after(fault::Step::Spawn)?;
     adopt(&vm, &plan.spec, &journal)?;
+    fault.after(fault::Step::Adopt)?;
     let wanted = plan.merge_group;
     let mut merging = match wanted {
         // Others may be at it.
@@ -184,10 +196,12 @@ async fn boot(
             mergeable: merging.is_member(),
         })
         .step(|| "write sandbox.json")?;
+    fault.after(fault::Step::Identify)?;
 
     let listener = listen(directory.vsock())?;
     let agent_listener = watched(listen(directory.vsock_port(AGENT_PORT))?)?;
     let stream_listener = watched(listen(directory.vsock_port(STREAM_PORT))?)?;
+    fault.after(fault::Step::Listen)?;
     let made = match plan.hooks_network {
         true => {
             let made = open_network(vm.pid())?;
@@ -202,7 +216,8 @@ async fn boot(
         None => oci::network_namespace(&plan.spec).map(Path::to_owned),
     };
     let (journal, network) = attach(netns, journal).await?;
-    let (console, console_writer) = Console::open(&config.runtime.guest_console, &request.id)
+    fault.after(fault::Step::Network)?;
+    let (console, console_writer) = Console::open(&config.runtime, &request.id)
         .step(|| "open the guest's console (runtime.guest_console)")?;
     let shared = File::open(directory.shared()).step(|| "open the shared directory")?;
 
@@ -240,7 +255,7 @@ async fn boot(
         },
         nics,
     };
-    let patience = Duration::from_millis(config.agent.ready_timeout_ms);
+    let patience = config.agent.ready_timeout();
     let call = tokio::select! {
         biased;
         call = ready(&vm, machine, &agent_listener, patience) => call,
@@ -248,9 +263,9 @@ async fn boot(
     };
     let stream = call.map_err(|error| last_words(error, &console))?;
     timeline.agent_ready();
+    fault.after(fault::Step::Boot)?;
 
-    let rpc = Duration::from_millis(config.agent.rpc_timeout_ms);
-    let agent = Agent::new(stream, rpc);
+    let agent = Agent::new(stream, &config.agent);
     let hostname = plan.spec.hostname().clone().unwrap_or_default();
     let mut entropy = vec![0; ENTROPY];
     getrandom(&mut entropy, GetRandomFlags::empty()).step(|| "get entropy")?;
@@ -273,6 +288,7 @@ async fn boot(
     };
     let guest = guest.map_err(|error| last_words(error, &console))?;
     timeline.sandbox_ready();
+    fault.after(fault::Step::SetUp)?;
     tracing::info!(
         sandbox = request.id,
         namespace = request.namespace,
@@ -285,7 +301,7 @@ async fn boot(
         init_ms = guest.agent_start_ns / 1_000_000,
         "sandbox started"
     );
-    ksm::kick(&config.runtime.state_dir, &merging);
+    ksm::kick(&config.ksm_socket(), &merging);
 
     let (events, told) = unbounded_channel();
     let pod = Pod {
@@ -297,6 +313,8 @@ async fn boot(
     };
     let inner = Arc::new(Inner {
         id: request.id.clone(),
+        config,
+        fault,
         directory,
         journal,
         vm,

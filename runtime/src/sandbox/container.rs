@@ -5,7 +5,6 @@ use std::{
     collections::BTreeMap,
     path::Path,
     sync::{atomic::Ordering, Arc},
-    time::Duration,
 };
 
 use bulkhead_agent_protocol::agent::{
@@ -23,17 +22,12 @@ use super::{
 };
 use crate::{
     error::{chain, Error, ErrorKind, Step},
+    fault,
     hooks::Lifecycle,
     io::Copies,
     oci::{self, Prepared},
     resource::{journal::Resource, mount},
 };
-
-/// How long output may take to be delivered before its container is deleted.
-const DELIVERY: Duration = Duration::from_secs(10);
-
-/// How long a killed container may take to be gone.
-const DEATH: Duration = Duration::from_secs(10);
 
 fn request(id: &str) -> ContainerRequest {
     ContainerRequest {
@@ -152,6 +146,7 @@ async fn make_hooked(
         prepared.volumes,
     );
     blocking(move || rootfs::prepare(&directory, &mounts, &root_path, read_only, &volumes)).await?;
+    inner.fault.after(fault::Step::Rootfs)?;
     let hooked = request.id == inner.id && inner.hooked.swap(false, Ordering::Relaxed);
     if !hooked {
         hooks.before_start(pid(inner)).await?;
@@ -171,10 +166,11 @@ async fn make_hooked(
             ..Default::default()
         })
         .await?;
-    let watcher = inner.clone();
-    let copies = requested
-        .connect(stdio, move || watcher.first_output())
-        .await;
+    let made = inner.fault.after(fault::Step::Create);
+    let copies = match made {
+        Ok(()) => connect(inner, requested, stdio).await,
+        Err(error) => Err(error),
+    };
     match copies {
         Ok(copies) => Ok(copies),
         Err(error) => {
@@ -194,6 +190,21 @@ async fn make_hooked(
             Err(error)
         }
     }
+}
+
+/// Takes the container's streams, and begins to copy.
+async fn connect(
+    inner: &Arc<Inner>,
+    requested: Requested,
+    stdio: crate::io::Stdio,
+) -> Result<Copies, Error> {
+    let watcher = inner.clone();
+    let limit = inner.config.agent.stream_timeout();
+    let copies = requested
+        .connect(stdio, limit, move || watcher.first_output())
+        .await?;
+    inner.fault.after(fault::Step::Connect)?;
+    Ok(copies)
 }
 
 fn pid(inner: &Inner) -> u32 {
@@ -257,10 +268,17 @@ pub async fn delete(inner: Arc<Inner>, id: String) -> Result<Deleted, Error> {
     if created {
         // Best effort: deleting kills as well.
         let _ = process::send_signal(&inner, &id, None, 9, true).await;
-        let _ = tokio::time::timeout(DEATH, exit.wait_for(Option::is_some)).await;
+        let _ = tokio::time::timeout(
+            inner.config.runtime.kill_timeout(),
+            exit.wait_for(Option::is_some),
+        )
+        .await;
     }
     if let Some(copies) = copies {
-        if !copies.delivered(DELIVERY).await {
+        if !copies
+            .delivered(inner.config.runtime.output_timeout())
+            .await
+        {
             tracing::warn!(
                 sandbox = inner.id,
                 container = id,

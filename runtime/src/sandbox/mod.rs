@@ -35,6 +35,7 @@ use crate::{
     agent::{Agent, Streams},
     config::Config,
     error::{Error, ErrorKind},
+    fault::Fault,
     hypervisor::{bulkhead::BulkheadVmm, Ending, Hypervisor},
     io::Stdio,
     resource::journal::Journal,
@@ -44,9 +45,6 @@ use crate::{
 /// How long an ending machine may take to be seen to have ended, once its
 /// agent does not answer any more.
 const LAST_MOMENT: Duration = Duration::from_secs(1);
-
-/// How long the VMM may take to stop before it is killed.
-const STOP: Duration = Duration::from_secs(2);
 
 /// A running pod. A handle: clones are the same pod. When the last one is
 /// dropped the virtual machine ends; [`Sandbox::shutdown`] gives back what
@@ -59,6 +57,8 @@ pub struct Sandbox {
 /// What the pod is made of.
 struct Inner {
     id: String,
+    config: Config,
+    fault: Fault,
     directory: Directory,
     journal: Journal,
     vm: BulkheadVmm,
@@ -137,6 +137,11 @@ impl Sandbox {
         request: SandboxRequest,
     ) -> Result<(Sandbox, UnboundedReceiver<Event>), Error> {
         boot::start(config, request).await
+    }
+
+    /// The configuration that is in force for this pod.
+    pub fn config(&self) -> &Config {
+        &self.inner.config
     }
 
     /// Process id of the VMM, which stands for every process of the pod.
@@ -316,7 +321,10 @@ impl Sandbox {
         if first {
             let inner = self.inner.clone();
             tokio::spawn(async move {
-                inner.vm.shutdown(STOP).await;
+                inner
+                    .vm
+                    .shutdown(inner.config.hypervisor.stop_timeout())
+                    .await;
                 let directory = inner.directory.clone();
                 let released = blocking(move || directory.release()).await;
                 let left = released.err().map(|error| crate::error::chain(&error));

@@ -21,15 +21,6 @@ use crate::{
     oci,
 };
 
-/// How long a stream may take that the guest says it has opened.
-const STREAM: Duration = Duration::from_secs(10);
-
-/// How long the end of a container waits for those of its further processes.
-const EXECS: Duration = Duration::from_secs(2);
-
-/// How long output may take to be delivered before its process is deleted.
-const DELIVERY: Duration = Duration::from_secs(10);
-
 /// What a shell says of a program that cannot be run.
 const NOT_RUN: u32 = 127;
 
@@ -74,25 +65,29 @@ impl Requested {
     pub async fn connect(
         self,
         stdio: Stdio,
+        limit: Duration,
         first_output: impl Fn() + Send + Sync + Clone + 'static,
     ) -> Result<Copies, Error> {
         let streams = GuestStreams {
-            input: arrived(self.input).await?,
-            output: arrived(self.output).await?,
-            error: arrived(self.error).await?,
+            input: arrived(self.input, limit).await?,
+            output: arrived(self.output, limit).await?,
+            error: arrived(self.error, limit).await?,
         };
         Copies::start(stdio, streams, first_output).step(|| "copy standard input and output")
     }
 }
 
-async fn arrived(stream: Option<Expected>) -> Result<Option<std::os::fd::OwnedFd>, Error> {
+async fn arrived(
+    stream: Option<Expected>,
+    limit: Duration,
+) -> Result<Option<std::os::fd::OwnedFd>, Error> {
     let Some(stream) = stream else {
         return Ok(None);
     };
-    match stream.arrival(STREAM).await {
+    match stream.arrival(limit).await {
         Some(stream) => Ok(Some(stream)),
         None => Err(Error::Timeout(
-            "the guest did not open a process's standard stream".into(),
+            "the guest did not open a process's standard stream (agent.stream_timeout_ms)".into(),
         )),
     }
 }
@@ -213,7 +208,9 @@ async fn start_exec(
             ..Default::default()
         })
         .await?;
-    let copies = requested.connect(described.stdio, || {}).await?;
+    let copies = requested
+        .connect(described.stdio, inner.config.agent.stream_timeout(), || {})
+        .await?;
     if let Ok(process) = inner.pod().process(id, Some(exec)) {
         process.copies = Some(Arc::new(copies));
     }
@@ -279,7 +276,7 @@ async fn ended(inner: &Arc<Inner>, id: &str, exec: Option<&str>, exit: Exit, oom
         exec.is_none() && pod.end_is_held(id)
     };
     if held {
-        tokio::time::sleep(EXECS).await;
+        tokio::time::sleep(inner.config.runtime.execs_timeout()).await;
         inner.pod().give_up_on_execs(id);
     }
 }
@@ -396,7 +393,10 @@ pub async fn delete(inner: Arc<Inner>, id: String, exec: String) -> Result<Delet
         }
     };
     if let Some(copies) = copies {
-        if !copies.delivered(DELIVERY).await {
+        if !copies
+            .delivered(inner.config.runtime.output_timeout())
+            .await
+        {
             tracing::warn!(
                 sandbox = inner.id,
                 container = id,

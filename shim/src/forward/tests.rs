@@ -77,7 +77,7 @@ async fn events_arrive_in_order_also_when_some_are_refused_first() {
     let containerd = Arc::new(Containerd::default());
     containerd.refuse.store(3, Ordering::SeqCst);
     let _server = containerd.serve(&path).await;
-    let (queue, forwarder) = forwarder(path.to_str().unwrap());
+    let (queue, forwarder) = forwarder(path.to_str().unwrap(), &config::Shim::default());
     for number in 0..100 {
         queue.push(event(number));
     }
@@ -91,7 +91,10 @@ async fn containerd_may_come_late_and_go_and_come_again() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("ttrpc");
     let containerd = Arc::new(Containerd::default());
-    let (queue, forwarder) = forwarder(&format!("unix://{}", path.display()));
+    let (queue, forwarder) = forwarder(
+        &format!("unix://{}", path.display()),
+        &config::Shim::default(),
+    );
     tokio::spawn(forwarder.run());
     queue.push(event(0));
     assert!(!queue.drained(Duration::from_millis(200)).await);
@@ -116,7 +119,7 @@ async fn an_event_that_is_never_taken_does_not_hold_up_the_next() {
     let containerd = Arc::new(Containerd::default());
     containerd.refuse.store(ATTEMPTS, Ordering::SeqCst);
     let _server = containerd.serve(&path).await;
-    let (queue, forwarder) = forwarder(path.to_str().unwrap());
+    let (queue, forwarder) = forwarder(path.to_str().unwrap(), &config::Shim::default());
     tokio::spawn(forwarder.run());
     queue.push(event(0));
     queue.push(event(1));
@@ -128,20 +131,23 @@ async fn an_event_that_is_never_taken_does_not_hold_up_the_next() {
 async fn the_queue_ends_somewhere() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("ttrpc");
-    let (queue, forwarder) = forwarder(path.to_str().unwrap());
-    for number in 0..LONGEST + 10 {
+    let (queue, forwarder) = forwarder(path.to_str().unwrap(), &config::Shim::default());
+    for number in 0..config::Shim::default().event_queue + 10 {
         queue.push(event(number));
     }
     let containerd = Arc::new(Containerd::default());
     let _server = containerd.serve(&path).await;
     tokio::spawn(forwarder.run());
     assert!(queue.drained(LIMIT).await);
-    assert_eq!(containerd.taken(), topics(10..LONGEST + 10));
+    assert_eq!(
+        containerd.taken(),
+        topics(10..config::Shim::default().event_queue + 10)
+    );
 }
 
 #[tokio::test]
 async fn without_an_address_events_are_only_logged() {
-    let (queue, forwarder) = forwarder("");
+    let (queue, forwarder) = forwarder("", &config::Shim::default());
     tokio::spawn(forwarder.run());
     queue.push(event(0));
     assert!(queue.drained(LIMIT).await);

@@ -70,19 +70,6 @@ pub fn config(run: &Run, rootfs: &Path, size: Option<(u16, u16)>) -> Value {
         // One without interfaces.
         None => json!({"type": "network"}),
     });
-    let mut annotations = serde_json::Map::new();
-    if let Some(memory) = run.memory {
-        annotations.insert(
-            "io.bulkhead.hypervisor.memory_mib".into(),
-            memory.to_string().into(),
-        );
-    }
-    if let Some(cpus) = run.cpus {
-        annotations.insert(
-            "io.bulkhead.hypervisor.vcpus".into(),
-            cpus.to_string().into(),
-        );
-    }
     let mount = |destination: &str, kind: &str, options: &[&str]| json!({"destination": destination, "type": kind, "source": kind, "options": options});
     let mut process = json!({
         "terminal": run.tty,
@@ -106,7 +93,6 @@ pub fn config(run: &Run, rootfs: &Path, size: Option<(u16, u16)>) -> Value {
         "process": process,
         "root": {"path": rootfs, "readonly": run.read_only},
         "hostname": run.hostname,
-        "annotations": annotations,
         "mounts": [
             mount("/proc", "proc", &["nosuid", "noexec", "nodev"]),
             mount("/dev", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"]),

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use bulkhead_runtime::{
     check::{self, Subject},
-    config::Config,
+    config::{Config, Loaded},
 };
 
 /// Prints the report; success when microVMs can run.
@@ -22,4 +22,23 @@ pub fn check(config: &Config) -> ExitCode {
     } else {
         ExitCode::FAILURE
     }
+}
+
+/// Tells whether the configuration can be used.
+pub fn configuration(loaded: &Result<Loaded, String>) -> ExitCode {
+    match loaded {
+        Ok(loaded) if loaded.files.is_empty() => {
+            println!("ok    configuration: no file, every key has its default");
+        }
+        Ok(loaded) => {
+            for file in &loaded.files {
+                println!("ok    configuration: {}", file.display());
+            }
+        }
+        Err(why) => {
+            println!("FAIL  configuration: {why}");
+            return ExitCode::FAILURE;
+        }
+    }
+    ExitCode::SUCCESS
 }

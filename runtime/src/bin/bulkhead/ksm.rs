@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use bulkhead_ksm_throttler::{group, status::Status, sysfs};
-use bulkhead_runtime::{config::Config, error::chain, ksm};
+use bulkhead_runtime::{config::Config, error::chain};
 use clap::Subcommand;
 
 use crate::format::Format;
@@ -27,13 +27,13 @@ impl Ksm {
     /// Does it.
     pub fn execute(&self, config: &Config) -> Result<(), String> {
         match self {
-            Self::Status { format, sysfs } => status(*format, sysfs, &config.runtime.state_dir),
+            Self::Status { format, sysfs } => status(*format, sysfs, &config.ksm_socket()),
         }
     }
 }
 
-fn status(format: Format, sysfs: &Path, state_dir: &Path) -> Result<(), String> {
-    let status = Status::take(sysfs, &ksm::socket(state_dir), Path::new(group::RECORD))
-        .map_err(|error| chain(&error))?;
+fn status(format: Format, sysfs: &Path, socket: &Path) -> Result<(), String> {
+    let status =
+        Status::take(sysfs, socket, Path::new(group::RECORD)).map_err(|error| chain(&error))?;
     format.print(&status)
 }

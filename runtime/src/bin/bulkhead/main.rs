@@ -1,26 +1,40 @@
 // SPDX-License-Identifier: Apache-2.0
-//! `bulkhead`: microVM containers from the command line, without a daemon.
+//! `bulkhead`: microVM containers from the command line, without a daemon, and
+//! the operator's view of those that containerd runs.
 #![forbid(unsafe_code)]
 
 mod bundle;
 mod check;
+mod config;
 mod density;
 mod format;
 mod ksm;
 mod run;
 mod terminal;
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
-use bulkhead_runtime::{clock, config::Config, error::chain};
+use bulkhead_runtime::{clock, config::Loaded, error::chain};
 use clap::{Parser, Subcommand};
 
+/// What every page and long help says at its end.
+const EXIT_STATUS: &str = "Exit status: 0 on success; 1 when a check has found something; \
+2 for a wrong command line; 3 when there is no such sandbox or container; \
+125 when the command itself has failed; run and exec return their program's own otherwise, \
+and 128 plus the signal's number when it was killed.";
+
 /// Containers in microVMs of their own.
+///
+/// Runs containers without a daemon, tells about those that containerd runs
+/// through Bulkhead's shim, and checks the host.
 #[derive(Debug, Parser)]
-#[command(name = "bulkhead", version)]
+#[command(name = "bulkhead", version, after_long_help = EXIT_STATUS)]
 struct Cli {
     /// Configuration file [default: /etc/bulkhead/config.toml, if it is there]
-    #[arg(long, global = true, value_name = "FILE")]
+    #[arg(long, global = true, value_name = "FILE", num_args = 0..=1, default_missing_value = "")]
     config: Option<PathBuf>,
     #[command(subcommand)]
     command: Command,
@@ -31,7 +45,12 @@ enum Command {
     /// Run a command in a container in a microVM of its own
     Run(run::Run),
     /// Tell whether this host can run microVMs, and what to do if not
+    ///
+    /// With --config only whether the configuration can be used, which needs no
+    /// root.
     Check,
+    /// Tell the effective configuration, and where each value comes from
+    Config(config::Command),
     /// Page merging (KSM) between pods
     Ksm {
         #[command(subcommand)]
@@ -42,42 +61,72 @@ enum Command {
     Density(density::Command),
 }
 
+/// Why a command has failed, and what is returned for it.
+#[derive(Debug)]
+struct Failure {
+    code: u8,
+    why: String,
+}
+
+impl From<String> for Failure {
+    fn from(why: String) -> Self {
+        Self { code: FAILED, why }
+    }
+}
+
 /// What env(1) and container runtimes return when they fail themselves.
 const FAILED: u8 = 125;
 
+/// What clap returns for a wrong command line.
+const USAGE: u8 = 2;
+
 fn main() -> ExitCode {
     let start_us = clock::monotonic_us();
-    let cli = Cli::parse();
-    let config = match Config::load(cli.config.as_deref()) {
-        Ok(config) => config,
-        Err(error) => return fail(&chain(&error)),
-    };
+    match execute(Cli::parse(), start_us) {
+        Ok(code) => code,
+        Err(Failure { code, why }) => {
+            eprintln!("bulkhead: {why}");
+            ExitCode::from(code)
+        }
+    }
+}
+
+fn execute(cli: Cli, start_us: u64) -> Result<ExitCode, Failure> {
+    // `--config` alone, which says something to `check` only.
+    let bare = cli.config.as_deref() == Some(Path::new(""));
+    if bare && !matches!(cli.command, Command::Check) {
+        return Err(Failure {
+            code: USAGE,
+            why: "--config: write the file's name".into(),
+        });
+    }
+    let named = cli.config.as_deref().filter(|_| !bare);
+    let loaded = Loaded::load(named).map_err(|error| chain(&error));
+    if matches!(cli.command, Command::Check) && cli.config.is_some() {
+        return Ok(check::configuration(&loaded));
+    }
+    let loaded = loaded?;
     tracing_subscriber::fmt()
         .with_max_level(match &cli.command {
-            Command::Run(run) if run.verbose => tracing::Level::from(config.runtime.log_level),
+            Command::Run(run) if run.verbose => {
+                tracing::Level::from(loaded.config.runtime.log_level)
+            }
             _ => tracing::Level::ERROR,
         })
         .with_writer(std::io::stderr)
         .init();
-    match cli.command {
-        Command::Check => check::check(&config),
-        Command::Ksm { command } => match command.execute(&config) {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(error) => fail(&error),
-        },
-        Command::Density(density) => match density.execute(&config) {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(error) => fail(&error),
-        },
-        Command::Run(run) => match run.execute(config, start_us) {
-            // What a process can return.
-            Ok(status) => ExitCode::from(u8::try_from(status).unwrap_or(u8::MAX)),
-            Err(error) => fail(&error),
-        },
-    }
+    let done = |()| ExitCode::SUCCESS;
+    let config = &loaded.config;
+    Ok(match cli.command {
+        Command::Check => check::check(config),
+        Command::Config(command) => command.execute(&loaded).map(done)?,
+        Command::Ksm { command } => command.execute(config).map(done)?,
+        Command::Density(density) => density.execute(config).map(done)?,
+        Command::Run(run) => exit_code(run.execute(loaded.config, start_us)?),
+    })
 }
 
-fn fail(why: &str) -> ExitCode {
-    eprintln!("bulkhead: {why}");
-    ExitCode::from(FAILED)
+/// What a process can return.
+fn exit_code(status: u32) -> ExitCode {
+    ExitCode::from(u8::try_from(status).unwrap_or(u8::MAX))
 }

@@ -36,10 +36,10 @@ pub struct Run {
     #[arg(short, long)]
     pub tty: bool,
     /// Guest memory in MiB
-    #[arg(long, value_name = "MIB")]
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u32).range(48..=1_048_576))]
     pub memory: Option<u32>,
     /// Virtual processors
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=64))]
     pub cpus: Option<u8>,
     /// Set an environment variable; may be repeated
     #[arg(short, long, value_name = "NAME=VALUE")]
@@ -69,7 +69,14 @@ pub struct Run {
 
 impl Run {
     /// Runs it; returns the command's exit status.
-    pub fn execute(&self, config: Config, start_us: u64) -> Result<u32, String> {
+    pub fn execute(&self, mut config: Config, start_us: u64) -> Result<u32, String> {
+        // Nothing in the bundle says how large the machine is to be.
+        if let Some(memory) = self.memory {
+            config.hypervisor.memory_mib = memory;
+        }
+        if let Some(cpus) = self.cpus {
+            config.hypervisor.vcpus = cpus;
+        }
         let rootfs = fs::canonicalize(&self.rootfs)
             .map_err(|error| format!("ROOTFS-DIR {}: {error}", self.rootfs.display()))?;
         if let Some(bad) = self.env.iter().find(|entry| !entry.contains('=')) {

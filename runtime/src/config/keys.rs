@@ -1,0 +1,192 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Every key of the configuration: its type and bounds, what it says, and
+//! whether a pod's annotation can be allowed to set it.
+
+use std::ops::RangeInclusive;
+
+use toml::Value;
+
+use super::{field::Field, Config, MEMORY_MIB, VCPUS};
+use crate::{fault, oci::annotation_names};
+
+/// Longest accepted deadline: an hour.
+const MS: RangeInclusive<u64> = 1..=3_600_000;
+
+/// Any number that fits the key's type.
+const ANY: RangeInclusive<u64> = 0..=u64::MAX;
+
+/// One key.
+pub struct Key {
+    /// With its section, as in `hypervisor.vcpus`.
+    pub name: &'static str,
+    /// What it says, in one sentence.
+    pub help: &'static str,
+    /// Bounds of a number.
+    pub bounds: RangeInclusive<u64>,
+    /// Whether `io.bulkhead.NAME` can be allowed to pods: nothing that names
+    /// files or programs of the host, or concerns others than the pod.
+    pub annotation: bool,
+    check: fn(&Value) -> Result<(), String>,
+    get: fn(&Config) -> Value,
+    set: fn(&mut Config, &Value) -> Result<(), String>,
+}
+
+impl std::fmt::Debug for Key {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Key")
+            .field("name", &self.name)
+            .finish_non_exhaustive()
+    }
+}
+
+macro_rules! keys {
+    ($($section:ident . $field:ident, $bounds:expr, $check:expr, $annotation:literal, $help:literal;)+) => {
+        /// All keys, in the order in which they are told.
+        pub static KEYS: &[Key] = &[$(Key {
+            name: concat!(stringify!($section), ".", stringify!($field)),
+            help: $help,
+            bounds: $bounds,
+            annotation: $annotation,
+            check: $check,
+            get: |config| config.$section.$field.show(),
+            set: |config, value| config.$section.$field.put(value),
+        },)+];
+    };
+}
+
+keys! {
+    hypervisor.path, ANY, any, false, "The VMM's binary.";
+    hypervisor.kernel, ANY, any, false, "The guest kernel: an uncompressed ELF image with a PVH note.";
+    hypervisor.image, ANY, any, false, "The guest image: EROFS, its size a multiple of 2 MiB.";
+    hypervisor.vcpus, VCPUS, any, true, "Virtual processors of a pod without a processor limit.";
+    hypervisor.memory_mib, MEMORY_MIB, any, true, "Guest memory of a pod without a memory limit, in MiB.";
+    hypervisor.max_vcpus, VCPUS, any, false, "Most virtual processors of a pod, whatever its limits say.";
+    hypervisor.max_memory_mib, MEMORY_MIB, any, false, "Most guest memory of a pod, in MiB; one that asks for more is refused.";
+    hypervisor.overhead_mib, 16..=4096, any, false, "What the guest's kernel and agent get beside a pod's memory limit, in MiB.";
+    hypervisor.huge_pages, ANY, any, true, "Back guest memory by huge pages: a little faster, 2 MiB of the host's for each page touched.";
+    hypervisor.free_page_reporting, ANY, any, true, "Have the guest give back memory that it does not use.";
+    hypervisor.merge_group, ANY, any, true, "Pods with the same name here may share identical pages (KSM); empty: none.";
+    hypervisor.allowed_merge_groups, ANY, any, false, "Further groups that a pod's annotation may choose.";
+    hypervisor.kernel_params, ANY, one_line, true, "Appended to the guest's command line.";
+    hypervisor.stop_timeout_ms, MS, any, false, "How long the VMM may take to stop before it is killed.";
+    agent.ready_timeout_ms, MS, any, true, "How long the guest may take until its agent calls.";
+    agent.rpc_timeout_ms, MS, any, true, "How long the agent may take to answer.";
+    agent.long_call_factor, 1..=100, any, false, "Calls that make or take apart containers and processes may take longer by this factor.";
+    agent.stream_timeout_ms, MS, any, false, "How long the guest may take to open a process's standard stream.";
+    agent.health_interval_ms, 0..=3_600_000, any, true, "How often the agent is asked whether it is there; 0: never.";
+    agent.health_failures, 1..=1000, any, false, "How many such questions in a row without an answer end the virtual machine.";
+    runtime.state_dir, ANY, any, false, "Where sandboxes keep their state: on a tmpfs, a short path.";
+    runtime.log_level, ANY, any, false, "What is logged: error, warn, info, debug or trace.";
+    runtime.log_kept_kib, 0..=65_536, any, false, "How much of a shim's log is kept beside the pod, for `bulkhead logs`.";
+    runtime.guest_console, ANY, absolute, false, "Prefix of the files for guests' consoles, the pod's id follows; empty: the end is kept in memory.";
+    runtime.console_kept_kib, 1..=1024, any, false, "How much of a guest's console is kept in memory.";
+    runtime.events_kept, 0..=10_000, any, false, "How many events of a pod are kept for `bulkhead events`.";
+    runtime.operator_socket, ANY, any, false, "Answer questions about a pod (metrics, state, events) on a socket beside its state.";
+    runtime.allowed_annotations, ANY, annotations, false, "The annotations that a pod may set.";
+    runtime.output_timeout_ms, MS, any, false, "How long output may take to be taken before its container or process is deleted.";
+    runtime.kill_timeout_ms, MS, any, false, "How long a killed container may take to be gone.";
+    runtime.execs_timeout_ms, MS, any, false, "How long a container's end waits for those of its further processes.";
+    shim.uncalled_timeout_ms, MS, any, false, "How long a shim stays that nobody has ever called.";
+    shim.pids_timeout_ms, MS, any, false, "How long the guest may take to list a container's processes.";
+    shim.event_queue, 16..=65_536, any, false, "Events that wait for containerd at most; the oldest goes when there are more.";
+    shim.event_timeout_ms, MS, any, false, "How long containerd may take to take an event.";
+    shim.last_events_timeout_ms, MS, any, false, "How long a shim that ends waits for its last events to be taken.";
+    ksm.socket, ANY, absolute, false, "Where the KSM throttler listens; empty: ksm.sock in runtime.state_dir.";
+    debug.fail_at, ANY, step, false, "For tests: the step of a pod's start that fails.";
+    debug.crash_at, ANY, step, false, "For tests: the step of a pod's start at which the shim dies.";
+}
+
+impl Key {
+    /// The key of this name.
+    pub fn named(name: &str) -> Option<&'static Self> {
+        KEYS.iter().find(|key| key.name == name)
+    }
+
+    /// Its value.
+    pub fn get(&self, config: &Config) -> Value {
+        (self.get)(config)
+    }
+
+    /// Sets it.
+    ///
+    /// # Errors
+    /// What is wrong with the value, and what would be right; nothing is
+    /// changed then.
+    pub fn set(&self, config: &mut Config, value: &Value) -> Result<(), String> {
+        if let Value::Integer(number) = value {
+            let fits = u64::try_from(*number).is_ok_and(|number| self.bounds.contains(&number));
+            if !fits {
+                let (low, high) = (self.bounds.start(), self.bounds.end());
+                return Err(format!("{number} is not within {low} to {high}"));
+            }
+        }
+        (self.check)(value)?;
+        (self.set)(config, value)
+    }
+
+    /// Sets it to what a text says.
+    ///
+    /// # Errors
+    /// As [`Key::set`].
+    pub fn set_text(&self, config: &mut Config, text: &str) -> Result<(), String> {
+        let trimmed = text.trim();
+        let value = match self.get(config) {
+            Value::Integer(_) => Value::Integer(trimmed.parse().map_err(|_| {
+                let (low, high) = (self.bounds.start(), self.bounds.end());
+                format!("{text:?} is not a whole number from {low} to {high}")
+            })?),
+            Value::Boolean(_) => Value::Boolean(
+                trimmed
+                    .parse()
+                    .map_err(|_| format!("{text:?} is neither true nor false"))?,
+            ),
+            _ => Value::String(text.into()),
+        };
+        self.set(config, &value)
+    }
+}
+
+fn any(_: &Value) -> Result<(), String> {
+    Ok(())
+}
+
+fn one_line(value: &Value) -> Result<(), String> {
+    match value.as_str() {
+        Some(text) if text.contains(['\n', '\0']) => Err("contains a line break or NUL".into()),
+        _ => Ok(()),
+    }
+}
+
+fn absolute(value: &Value) -> Result<(), String> {
+    match value.as_str() {
+        Some(text) if !text.is_empty() && !text.starts_with('/') => {
+            Err(format!("{text:?} is not an absolute path"))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn step(value: &Value) -> Result<(), String> {
+    match value.as_str() {
+        Some(text) if !text.is_empty() => text
+            .parse::<fault::Step>()
+            .map(drop)
+            .map_err(|error| error.to_string()),
+        _ => Ok(()),
+    }
+}
+
+fn annotations(value: &Value) -> Result<(), String> {
+    let names = annotation_names();
+    for name in value
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(Value::as_str)
+    {
+        if !names.iter().any(|known| known == name) {
+            return Err(format!("{name:?} is none of: {}", names.join(", ")));
+        }
+    }
+    Ok(())
+}
