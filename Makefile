@@ -13,7 +13,7 @@ PREFIX ?= /usr/local
 UNITS ?= $(PREFIX)/lib/systemd/system
 KSM_UNIT := runtime/ksm-throttler/systemd/bulkhead-ksm-throttler.service
 MAN8 := $(PREFIX)/share/man/man8
-KSM_PAGE := runtime/ksm-throttler/man/bulkhead-ksm-throttler.8
+COMPLETIONS := $(PREFIX)/share/bash-completion/completions
 GUEST := target/guest
 RELEASE := target/release
 
@@ -102,12 +102,14 @@ fuzz: deps ## Runs each fuzz target of the VMM for a minute (FUZZ_SECONDS)
 install: build ## Installs to PREFIX (/usr/local)
 	install -D -m 755 -t $(DESTDIR)$(PREFIX)/bin $(RELEASE)/bulkhead $(RELEASE)/bulkhead-vmm $(RELEASE)/containerd-shim-bulkhead-v2 $(RELEASE)/bulkhead-ksm-throttler
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/bulkhead $(GUEST)/vmlinux $(GUEST)/rootfs.erofs $(GUEST)/rootfs.cpio
-	install -D -m 644 -t $(DESTDIR)$(MAN8) $(KSM_PAGE)
+	$(RELEASE)/bulkhead man $(DESTDIR)$(MAN8)
+	install -d -m 755 $(DESTDIR)$(COMPLETIONS)
+	$(RELEASE)/bulkhead completion bash >$(DESTDIR)$(COMPLETIONS)/bulkhead
 	install -d -m 755 $(DESTDIR)$(UNITS)
 	sed 's|/usr/local/bin/|$(PREFIX)/bin/|' $(KSM_UNIT) >$(DESTDIR)$(UNITS)/$(notdir $(KSM_UNIT))
 	chmod 644 $(DESTDIR)$(UNITS)/$(notdir $(KSM_UNIT))
 
 uninstall: ## Removes what install put there
 	rm -f $(addprefix $(DESTDIR)$(PREFIX)/bin/,bulkhead bulkhead-vmm containerd-shim-bulkhead-v2 bulkhead-ksm-throttler)
-	rm -f $(DESTDIR)$(UNITS)/$(notdir $(KSM_UNIT)) $(DESTDIR)$(MAN8)/$(notdir $(KSM_PAGE))
+	rm -f $(DESTDIR)$(UNITS)/$(notdir $(KSM_UNIT)) $(DESTDIR)$(MAN8)/bulkhead*.8 $(DESTDIR)$(COMPLETIONS)/bulkhead
 	rm -rf $(DESTDIR)$(PREFIX)/share/bulkhead

@@ -4,7 +4,7 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use crate::clock::monotonic_us;
+use crate::{clock::monotonic_us, operator::Start};
 
 /// Stamps of CLOCK_MONOTONIC in microseconds.
 #[derive(Debug)]
@@ -18,6 +18,7 @@ struct Stamps {
     agent_ready: Option<u64>,
     sandbox_ready: Option<u64>,
     container_started: Option<u64>,
+    first_output: Option<u64>,
     logged: bool,
 }
 
@@ -61,6 +62,22 @@ impl Timeline {
         stamps.container_started.get_or_insert_with(monotonic_us);
     }
 
+    /// All that is known so far; `vm` is what the VMM knows.
+    pub fn start(&self, vm: bulkhead_vmm_api::Timeline) -> Start {
+        let stamps = self.stamps();
+        let ms = |stamp: Option<u64>| {
+            stamp.map(|stamp| stamp.saturating_sub(self.shim_start) as f64 / 1000.0)
+        };
+        Start {
+            vmm_start_ms: ms(vm.vmm_start),
+            kernel_entry_ms: ms(vm.kernel_entry),
+            agent_ready_ms: ms(stamps.agent_ready),
+            sandbox_ready_ms: ms(stamps.sandbox_ready),
+            container_started_ms: ms(stamps.container_started),
+            first_output_ms: ms(stamps.first_output),
+        }
+    }
+
     /// A container has written its first byte, or has ended; `vm` is what the
     /// VMM knows. Logs once.
     pub fn first_output(&self, sandbox: &str, vm: bulkhead_vmm_api::Timeline) {
@@ -68,6 +85,7 @@ impl Timeline {
         let mut stamps = self.stamps();
         // The output may be faster than the answer to the start.
         stamps.container_started.get_or_insert(now);
+        stamps.first_output.get_or_insert(now);
         if std::mem::replace(&mut stamps.logged, true) {
             return;
         }
@@ -95,5 +113,17 @@ mod tests {
         assert_eq!(since(1_000_000, Some(1_012_345)), "12.345");
         assert_eq!(since(1_000_000, Some(1_000_007)), "0.007");
         assert_eq!(since(5, None), "none");
+    }
+
+    #[test]
+    fn what_is_known_is_told() {
+        let timeline = Timeline::new(monotonic_us());
+        timeline.agent_ready();
+        let start = timeline.start(bulkhead_vmm_api::Timeline::default());
+        assert!(start.agent_ready_ms.is_some_and(|ms| ms < 60_000.0));
+        assert_eq!(start.first_output_ms, None);
+        timeline.first_output("x", bulkhead_vmm_api::Timeline::default());
+        let start = timeline.start(bulkhead_vmm_api::Timeline::default());
+        assert!(start.first_output_ms.is_some() && start.container_started_ms.is_some());
     }
 }

@@ -2,7 +2,7 @@
 //! The log: lines of `key=value`, as containerd writes its own, into the FIFO
 //! `log` of the bundle, from which containerd copies them to its log.
 //!
-//! A full FIFO (containerd is being restarted) loses lines and never holds up
+//! The last of them are [`kept`] beside the pod's state, too. A full FIFO (containerd is being restarted) loses lines and never holds up
 //! the shim.
 
 use std::{
@@ -13,11 +13,14 @@ use std::{
     time::SystemTime,
 };
 
+use bulkhead_runtime::clock::Utc;
 use rustix::fs::{Mode, OFlags};
 use tracing::{
     field::{Field, Visit},
     span, Event, Level, Metadata, Subscriber,
 };
+
+use crate::kept;
 
 /// The longest line: longer writes to a pipe may be cut in two by others
 /// (PIPE_BUF).
@@ -102,6 +105,7 @@ impl Subscriber for Log {
         let line = self.line(event.metadata().level(), SystemTime::now(), |visit| {
             event.record(visit);
         });
+        kept::line(&line);
         // A line that does not fit is lost.
         let _ = (&self.to).write_all(line.as_bytes());
     }
@@ -187,48 +191,6 @@ impl fmt::Display for Quoted<'_> {
     }
 }
 
-/// RFC 3339 in UTC with milliseconds.
-struct Utc(SystemTime);
-
-impl fmt::Display for Utc {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // Before 1970 nothing runs.
-        let since = self
-            .0
-            .duration_since(SystemTime::UNIX_EPOCH)
-            .unwrap_or_default();
-        let (days, seconds) = (since.as_secs() / 86_400, since.as_secs() % 86_400);
-        let (year, month, day) = date(days);
-        write!(
-            f,
-            "{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}.{:03}Z",
-            seconds / 3600,
-            seconds / 60 % 60,
-            seconds % 60,
-            since.subsec_millis()
-        )
-    }
-}
-
-/// Year, month and day of a day since 1970. Counts in years that begin in
-/// March, so that a leap day is a year's last.
-fn date(days: u64) -> (u64, u64, u64) {
-    const DAYS_IN_400_YEARS: u64 = 146_097;
-    /// From 1 March of year 0 to 1 January 1970.
-    const EPOCH: u64 = 719_468;
-    let days = days + EPOCH;
-    let (cycle, day) = (days / DAYS_IN_400_YEARS, days % DAYS_IN_400_YEARS);
-    let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
-    let day = day - (365 * year + year / 4 - year / 100);
-    let month = (5 * day + 2) / 153;
-    let day = day - (153 * month + 2) / 5 + 1;
-    let year = cycle * 400 + year;
-    match month {
-        0..=9 => (year, month + 3, day),
-        _ => (year + 1, month - 9, day),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::{
@@ -239,26 +201,6 @@ mod tests {
     use rustix::fs::{mkfifoat, CWD};
 
     use super::*;
-
-    fn utc(seconds: u64) -> String {
-        Utc(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)).to_string()
-    }
-
-    #[test]
-    fn times_are_those_of_date() {
-        // date -u -d @N +%FT%T
-        for (seconds, text) in [
-            (0, "1970-01-01T00:00:00.000Z"),
-            (68_169_599, "1972-02-28T23:59:59.000Z"),
-            (68_169_600, "1972-02-29T00:00:00.000Z"),
-            (951_827_696, "2000-02-29T12:34:56.000Z"),
-            (1_767_225_599, "2025-12-31T23:59:59.000Z"),
-            (1_795_219_200, "2026-11-21T00:00:00.000Z"),
-            (4_107_542_400, "2100-03-01T00:00:00.000Z"),
-        ] {
-            assert_eq!(utc(seconds), text);
-        }
-    }
 
     fn fifo() -> (tempfile::TempDir, Log, File) {
         let bundle = tempfile::tempdir().unwrap();

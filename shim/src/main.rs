@@ -19,6 +19,7 @@ mod flags;
 mod forward;
 mod group;
 mod info;
+mod kept;
 mod lock;
 mod log;
 mod metrics;

@@ -25,8 +25,8 @@ use tokio::{
 };
 
 use crate::{
-    error::CallError, events, forward::Queue, lock::PodLock, record::Record, sandbox::SandboxApi,
-    socket, stdio::Streams,
+    error::CallError, events, forward::Queue, kept, lock::PodLock, record::Record,
+    sandbox::SandboxApi, socket, stdio::Streams,
 };
 
 /// How long processes may take to be seen to have ended with their machine.
@@ -167,9 +167,14 @@ impl Pod {
             bundle: bundle.into(),
             pod: spec,
             shim_start_us: self.identity.started_us,
+            task_socket: Some(self.identity.socket.clone()),
         };
         match Sandbox::start(config, request).await {
             Ok((sandbox, events)) => {
+                kept::at(
+                    &sandbox.log_path(),
+                    sandbox.config().runtime.log_kept_kib * 1024,
+                );
                 let pump = tokio::spawn(pump(self.clone(), events));
                 *lock(&self.pump) = Some(pump);
                 self.phase.send_replace(Phase::Running(sandbox.clone()));
@@ -367,6 +372,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 pub async fn give_back(sandbox: &Sandbox) {
+    // Its files go with the sandbox.
+    kept::end();
     if let Err(error) = sandbox.shutdown().await {
         tracing::error!(error = chain(&error), "not everything could be given back");
     }

@@ -8,6 +8,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod cli;
 pub mod controller;
 pub mod daemon;
 pub mod error;

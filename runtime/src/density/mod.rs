@@ -337,8 +337,7 @@ mod tests {
             // Not this process's child.
             vmm_pid: std::process::id(),
             memory_mib: 256,
-            merge_group: None,
-            mergeable: false,
+            ..Identity::default()
         };
         directory.identify(&identity).unwrap();
         assert!(Density::take(&places).unwrap().pods.is_empty());

@@ -107,6 +107,14 @@ mod tests {
     }
 
     #[test]
+    fn each_is_in_the_readme() {
+        let readme = include_str!("../../../README.md");
+        for name in annotation_names() {
+            assert!(readme.contains(&format!("| `{name}` |")), "{name}");
+        }
+    }
+
+    #[test]
     fn what_concerns_the_host_is_no_annotation() {
         let mut config = Config::default();
         config.runtime.allowed_annotations = annotation_names();

@@ -13,7 +13,10 @@ use std::{
         unix::net::UnixListener,
     },
     path::{Path, PathBuf},
-    sync::{atomic::AtomicBool, Arc, Mutex, Weak},
+    sync::{
+        atomic::{AtomicBool, AtomicU64},
+        Arc, Mutex, OnceLock, PoisonError, Weak,
+    },
     time::Duration,
 };
 
@@ -37,6 +40,7 @@ use super::{
     blocking,
     directory::{check_name, Directory, Identity},
     files::PodFiles,
+    observe::watch_health,
     state::Pod,
     Event, Inner, Sandbox, SandboxRequest,
 };
@@ -55,6 +59,7 @@ use crate::{
     },
     ksm::{self, Merging},
     oci::{self, Size},
+    operator::{history::History, server},
     resource::{
         cgroup::SandboxCgroup,
         journal::{Journal, Resource},
@@ -194,6 +199,12 @@ async fn boot(
             memory_mib: plan.size.memory_mib,
             merge_group: merging.group().map(Name::to_string),
             mergeable: merging.is_member(),
+            pid_started: process::start_time(std::process::id())
+                .step(|| "look at this process")?
+                .unwrap_or_default(),
+            vcpus: plan.size.vcpus,
+            created_ms: u64::try_from(clock::realtime_ns() / 1_000_000).unwrap_or_default(),
+            task_socket: request.task_socket.clone(),
         })
         .step(|| "write sandbox.json")?;
     fault.after(fault::Step::Identify)?;
@@ -219,6 +230,7 @@ async fn boot(
     fault.after(fault::Step::Network)?;
     let (console, console_writer) = Console::open(&config.runtime, &request.id)
         .step(|| "open the guest's console (runtime.guest_console)")?;
+    let console = Arc::new(console);
     let shared = File::open(directory.shared()).step(|| "open the shared directory")?;
 
     let Network {
@@ -303,8 +315,19 @@ async fn boot(
     );
     ksm::kick(&config.ksm_socket(), &merging);
 
+    let operator = match config.runtime.operator_socket {
+        true => Some(server::listen(&directory.operator()).step(|| "listen for the operator")?),
+        false => None,
+    };
+    let history = Arc::new(History::new(
+        &request.namespace,
+        &request.id,
+        config.runtime.events_kept,
+    ));
+    history.tell_sandbox("sandbox-started", None);
     let (events, told) = unbounded_channel();
     let pod = Pod {
+        history: history.clone(),
         containers: BTreeMap::new(),
         ended: None,
         closing: false,
@@ -312,7 +335,14 @@ async fn boot(
         pid: vm.pid(),
     };
     let inner = Arc::new(Inner {
+        namespace: request.namespace.clone(),
         id: request.id.clone(),
+        size: plan.size,
+        console: console.clone(),
+        history,
+        verdict: OnceLock::new(),
+        unanswered: AtomicU64::new(0),
+        tasks: Mutex::default(),
         config,
         fault,
         directory,
@@ -328,11 +358,33 @@ async fn boot(
         closed: watch::Sender::new(None),
     });
     tokio::spawn(follow(inner.vm.ending(), Arc::downgrade(&inner), console));
+    beside(&inner, operator);
     Ok((Sandbox { inner }, told))
 }
 
+/// Begins what goes on for as long as the pod is there.
+fn beside(inner: &Arc<Inner>, operator: Option<tokio::net::UnixListener>) {
+    let mut tasks = inner.tasks.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(listener) = operator {
+        tasks.spawn(server::serve(listener, Arc::downgrade(inner)));
+    }
+    let agent = &inner.config.agent;
+    if agent.health_interval_ms > 0 {
+        let interval = Duration::from_millis(agent.health_interval_ms);
+        tasks.spawn(watch_health(
+            Arc::downgrade(inner),
+            interval,
+            agent.health_failures,
+        ));
+    }
+}
+
 /// Tells everybody when the machine has ended.
-async fn follow(mut ending: watch::Receiver<Option<Ending>>, inner: Weak<Inner>, console: Console) {
+async fn follow(
+    mut ending: watch::Receiver<Option<Ending>>,
+    inner: Weak<Inner>,
+    console: Arc<Console>,
+) {
     let why = match ending.wait_for(Option::is_some).await {
         Ok(ending) => match ending.as_ref() {
             Some(ending) if !ending.is_orderly() => with_console(ending.to_string(), &console),
@@ -342,6 +394,10 @@ async fn follow(mut ending: watch::Receiver<Option<Ending>>, inner: Weak<Inner>,
         Err(_) => return,
     };
     if let Some(inner) = inner.upgrade() {
+        let why = match inner.verdict.get() {
+            Some(verdict) => verdict.clone(),
+            None => why,
+        };
         let mut pod = inner.pod();
         if !pod.closing {
             tracing::error!(sandbox = inner.id, why, "virtual machine ended");

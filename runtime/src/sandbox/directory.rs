@@ -4,6 +4,8 @@
 //! ```text
 //! <state_dir>/s/<hash of namespace and id>/   mode 0700
 //!   sandbox.json          whose it is
+//!   o                     the operator's socket
+//!   log, log.old          what the front end has logged
 //!   journal               what it has taken from the host
 //!   v/s                   connections to the guest
 //!   v/s_1024 _1025        connections of the guest: agent, streams
@@ -22,6 +24,7 @@ use sha2::{Digest, Sha256};
 
 use crate::{
     error::{Error, Step},
+    operator,
     resource::{journal::Journal, mount},
 };
 
@@ -38,7 +41,7 @@ pub struct Directory {
 const IDENTITY: &str = "sandbox.json";
 
 /// Whose a directory is: `sandbox.json`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Identity {
     /// containerd's namespace, or what stands for it.
     pub namespace: String,
@@ -54,6 +57,19 @@ pub struct Identity {
     pub merge_group: Option<String>,
     /// Whether its memory is mergeable.
     pub mergeable: bool,
+    /// When the process that runs it started, in clock ticks since boot; tells
+    /// it from a later one of the same id.
+    #[serde(default)]
+    pub pid_started: u64,
+    /// Virtual processors.
+    #[serde(default)]
+    pub vcpus: u8,
+    /// When it was made, in milliseconds since the epoch.
+    #[serde(default)]
+    pub created_ms: u64,
+    /// Where the shim's task service is; none: it is no shim.
+    #[serde(default)]
+    pub task_socket: Option<PathBuf>,
 }
 
 impl Directory {
@@ -120,6 +136,18 @@ impl Directory {
     /// # Errors
     /// The directory is there and cannot be read.
     pub fn all(state_dir: &Path) -> io::Result<Vec<Identity>> {
+        let found = Self::found(state_dir)?;
+        let mut all: Vec<Identity> = found.into_iter().filter_map(|(_, whose)| whose).collect();
+        all.sort_by(|a, b| (&a.namespace, &a.id).cmp(&(&b.namespace, &b.id)));
+        Ok(all)
+    }
+
+    /// All directories of sandboxes below a state directory, and whose they
+    /// are, where they tell.
+    ///
+    /// # Errors
+    /// The directory is there and cannot be read.
+    pub fn found(state_dir: &Path) -> io::Result<Vec<(PathBuf, Option<Identity>)>> {
         let entries = match fs::read_dir(state_dir.join("s")) {
             Ok(entries) => entries,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -127,15 +155,14 @@ impl Directory {
         };
         let mut all = Vec::new();
         for entry in entries {
-            let path = entry?.path().join(IDENTITY);
-            let identity =
-                fs::read(&path).and_then(|text| Ok(serde_json::from_slice::<Identity>(&text)?));
-            match identity {
-                Ok(identity) => all.push(identity),
-                Err(error) => tracing::debug!(path = %path.display(), %error, "passed over"),
+            let directory = entry?.path();
+            let identity = fs::read(directory.join(IDENTITY))
+                .and_then(|text| Ok(serde_json::from_slice::<Identity>(&text)?));
+            if let Err(error) = &identity {
+                tracing::debug!(path = %directory.display(), %error, "it does not tell whose it is");
             }
+            all.push((directory, identity.ok()));
         }
-        all.sort_by(|a, b| (&a.namespace, &a.id).cmp(&(&b.namespace, &b.id)));
         Ok(all)
     }
 
@@ -150,6 +177,16 @@ impl Directory {
     /// The directory.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Where the front end's log is kept.
+    pub fn log(&self) -> PathBuf {
+        self.path.join("log")
+    }
+
+    /// Where an operator asks.
+    pub fn operator(&self) -> PathBuf {
+        self.path.join(operator::SOCKET)
     }
 
     /// What the guest's virtio-fs shows.
@@ -219,8 +256,7 @@ mod tests {
                 pid: 1,
                 vmm_pid: 2,
                 memory_mib: 256,
-                merge_group: None,
-                mergeable: false,
+                ..Identity::default()
             };
             directory.identify(&identity).unwrap();
             made.push(identity);

@@ -9,6 +9,7 @@ mod boot;
 mod container;
 pub(crate) mod directory;
 mod files;
+mod observe;
 mod process;
 mod rootfs;
 mod state;
@@ -17,8 +18,11 @@ mod types;
 use std::{
     fs::File,
     future::Future,
-    path::Path,
-    sync::{atomic::AtomicBool, Arc, Mutex, MutexGuard, PoisonError},
+    path::{Path, PathBuf},
+    sync::{
+        atomic::{AtomicBool, AtomicU64, Ordering},
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+    },
     time::Duration,
 };
 
@@ -26,9 +30,11 @@ use bulkhead_agent_protocol::agent::StatsReply;
 use oci_spec::runtime::{LinuxResources, Process};
 use tokio::{
     sync::{mpsc::UnboundedReceiver, watch},
+    task::JoinSet,
     time::timeout,
 };
 
+pub(crate) use self::observe::Observed;
 pub use self::types::*;
 use self::{directory::Directory, files::PodFiles, state::Pod};
 use crate::{
@@ -36,8 +42,10 @@ use crate::{
     config::Config,
     error::{Error, ErrorKind},
     fault::Fault,
-    hypervisor::{bulkhead::BulkheadVmm, Ending, Hypervisor},
+    hypervisor::{bulkhead::BulkheadVmm, console::Console, Ending, Hypervisor},
     io::Stdio,
+    oci::Size,
+    operator::history::History,
     resource::journal::Journal,
     timeline::Timeline,
 };
@@ -56,7 +64,9 @@ pub struct Sandbox {
 
 /// What the pod is made of.
 struct Inner {
+    namespace: String,
     id: String,
+    size: Size,
     config: Config,
     fault: Fault,
     directory: Directory,
@@ -67,6 +77,14 @@ struct Inner {
     timeline: Timeline,
     /// Those of a pod that no container stands for.
     files: PodFiles,
+    console: Arc<Console>,
+    history: Arc<History>,
+    /// Why the machine is being ended, where that is our decision.
+    verdict: OnceLock<String>,
+    /// Health questions without an answer.
+    unanswered: AtomicU64,
+    /// What goes on beside; ends with the pod.
+    tasks: Mutex<JoinSet<()>>,
     pod: Mutex<Pod>,
     /// The first container's hooks have run already, for its network.
     hooked: AtomicBool,
@@ -88,6 +106,14 @@ impl Inner {
     /// The state, for a moment: never across an await.
     fn pod(&self) -> MutexGuard<'_, Pod> {
         self.pod.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn unanswered(&self) -> u64 {
+        self.unanswered.load(Ordering::Relaxed)
+    }
+
+    fn count_unanswered(&self) {
+        self.unanswered.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Says that the machine has ended where an error is a consequence of it.
@@ -137,6 +163,12 @@ impl Sandbox {
         request: SandboxRequest,
     ) -> Result<(Sandbox, UnboundedReceiver<Event>), Error> {
         boot::start(config, request).await
+    }
+
+    /// Where the front end may keep its log: with the pod's state, and gone
+    /// with it.
+    pub fn log_path(&self) -> PathBuf {
+        self.inner.directory.log()
     }
 
     /// The configuration that is in force for this pod.

@@ -18,6 +18,7 @@ use crate::{
     error::Error,
     hooks::Lifecycle,
     io::{Copies, Stdio, StdioPaths},
+    operator::history::History,
     resource::journal::EntryId,
 };
 
@@ -33,6 +34,8 @@ pub struct Pod {
     /// Shutting down: nothing new begins.
     pub closing: bool,
     pub events: UnboundedSender<Event>,
+    /// For whoever asks later.
+    pub history: Arc<History>,
     /// What stands for every process on the host: the VMM.
     pub pid: u32,
 }
@@ -155,6 +158,7 @@ impl Pod {
 
     /// Nobody listens any more: the front end is going.
     pub fn tell(&self, event: Event) {
+        self.history.tell(&event);
         let _ = self.events.send(event);
     }
 
@@ -275,6 +279,10 @@ impl Pod {
 
     /// The virtual machine has ended, and everything in it.
     pub fn machine_ended(&mut self, why: String) {
+        if self.ended.is_none() {
+            self.history
+                .tell_sandbox("sandbox-ended", Some(why.clone()));
+        }
         self.ended = Some(why);
         let exit = Exit {
             status: KILLED,

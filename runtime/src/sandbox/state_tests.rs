@@ -28,6 +28,7 @@ fn pod() -> (Pod, UnboundedReceiver<Event>) {
         ended: None,
         closing: false,
         events,
+        history: Arc::new(History::new("n", "s", 8)),
         pid: 7,
     };
     (pod, told)

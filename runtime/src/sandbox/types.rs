@@ -23,6 +23,8 @@ pub struct SandboxRequest {
     /// CLOCK_MONOTONIC in microseconds when the front end was started, the
     /// zero of the start timeline.
     pub shim_start_us: u64,
+    /// Where the front end's task service is; none: it has none.
+    pub task_socket: Option<PathBuf>,
 }
 
 /// What is known of a pod that no container stands for.

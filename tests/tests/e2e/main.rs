@@ -9,6 +9,7 @@
 
 mod basic;
 mod boxed;
+mod cli;
 mod context;
 mod cri;
 mod failure;
@@ -20,6 +21,7 @@ mod memory;
 mod merging;
 mod network;
 mod oci;
+mod recovery;
 mod runner;
 mod stdio;
 mod vmm;
@@ -51,6 +53,8 @@ fn all() -> Vec<Test> {
         vmm::TESTS,
         cri::TESTS,
         ksm::TESTS,
+        cli::TESTS,
+        recovery::TESTS,
     ]
     .concat()
 }

@@ -7,9 +7,19 @@ mod bundle;
 mod check;
 mod config;
 mod density;
+mod env;
+mod events;
+mod exec;
+mod exec_io;
+mod find;
 mod format;
+mod generate;
 mod ksm;
+mod list;
+mod logs;
+mod metrics;
 mod run;
+mod signals;
 mod terminal;
 
 use std::{
@@ -25,6 +35,9 @@ const EXIT_STATUS: &str = "Exit status: 0 on success; 1 when a check has found s
 2 for a wrong command line; 3 when there is no such sandbox or container; \
 125 when the command itself has failed; run and exec return their program's own otherwise, \
 and 128 plus the signal's number when it was killed.";
+
+/// Sections of the manual page that do not follow from the command line.
+const SECTIONS: &str = include_str!("../../../man/sections.roff");
 
 /// Containers in microVMs of their own.
 ///
@@ -44,6 +57,20 @@ struct Cli {
 enum Command {
     /// Run a command in a container in a microVM of its own
     Run(run::Run),
+    /// List the sandboxes of this host, dead ones too
+    List(list::List),
+    /// Tell all about one sandbox
+    State(list::Show),
+    /// Run a further command in a container that containerd runs
+    Exec(exec::Exec),
+    /// Tell what has happened in sandboxes, and what happens
+    Events(events::Command),
+    /// Print what the shims of sandboxes have logged
+    Logs(logs::Command),
+    /// Print the metrics of all sandboxes, for Prometheus
+    Metrics(metrics::Command),
+    /// Tell what a bug report should tell of this host
+    Env(env::Command),
     /// Tell whether this host can run microVMs, and what to do if not
     ///
     /// With --config only whether the configuration can be used, which needs no
@@ -59,6 +86,11 @@ enum Command {
     /// Tell what each pod costs of the host's memory, what they share, and how
     /// many more would fit (root)
     Density(density::Command),
+    /// Print the completion for a shell
+    Completion(generate::Completion),
+    /// Write the manual pages
+    #[command(hide = true)]
+    Man(generate::Pages),
 }
 
 /// Why a command has failed, and what is returned for it.
@@ -92,6 +124,18 @@ fn main() -> ExitCode {
 }
 
 fn execute(cli: Cli, start_us: u64) -> Result<ExitCode, Failure> {
+    // These need no configuration, and may have none that is usable.
+    match &cli.command {
+        Command::Completion(completion) => {
+            completion.execute();
+            return Ok(ExitCode::SUCCESS);
+        }
+        Command::Man(pages) => {
+            pages.execute()?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        _ => {}
+    }
     // `--config` alone, which says something to `check` only.
     let bare = cli.config.as_deref() == Some(Path::new(""));
     if bare && !matches!(cli.command, Command::Check) {
@@ -122,6 +166,15 @@ fn execute(cli: Cli, start_us: u64) -> Result<ExitCode, Failure> {
         Command::Config(command) => command.execute(&loaded).map(done)?,
         Command::Ksm { command } => command.execute(config).map(done)?,
         Command::Density(density) => density.execute(config).map(done)?,
+        Command::List(list) => list.execute(config).map(done)?,
+        Command::State(show) => show.execute(config).map(done)?,
+        Command::Exec(exec) => exit_code(exec.execute(config)?),
+        Command::Events(events) => events.execute(config).map(done)?,
+        Command::Logs(logs) => logs.execute(config).map(done)?,
+        Command::Metrics(metrics) => metrics.execute(config).map(done)?,
+        Command::Env(env) => env.execute(&loaded).map(done)?,
+        // Dealt with above.
+        Command::Completion(_) | Command::Man(_) => ExitCode::SUCCESS,
         Command::Run(run) => exit_code(run.execute(loaded.config, start_us)?),
     })
 }

@@ -16,12 +16,8 @@ use bulkhead_runtime::{
     sandbox::{CreateRequest, Sandbox, SandboxRequest},
 };
 use clap::Args;
-use tokio::{
-    signal::unix::{signal, SignalKind},
-    sync::mpsc::unbounded_channel,
-};
 
-use super::{bundle, terminal};
+use super::{bundle, signals::Signals, terminal};
 
 /// Namespace of the containers of this command.
 const NAMESPACE: &str = "bulkhead-run";
@@ -112,6 +108,7 @@ impl Run {
             bundle: bundle.into(),
             pod: None,
             shim_start_us: start_us,
+            task_socket: None,
         };
         let state_dir = config.runtime.state_dir.clone();
         let (sandbox, _events) = Sandbox::start(config, request).await.map_err(told)?;
@@ -148,7 +145,7 @@ impl Run {
             })
             .await?;
         sandbox.start_process(id, None).await?;
-        let forward = tokio::spawn(signals.forward(sandbox.clone(), id.to_owned(), self.tty));
+        let forward = tokio::spawn(forward(signals, sandbox.clone(), id.to_owned(), self.tty));
         let exit = sandbox.wait(id, None).await;
         forward.abort();
         // Delivers what the command has written.
@@ -212,55 +209,19 @@ impl Drop for Bundle {
     }
 }
 
-/// Signals for the command. Watched from the beginning, so that none of them
-/// ends this process and leaves things behind.
-struct Signals {
-    watched: Vec<(u32, tokio::signal::unix::Signal)>,
-    resized: tokio::signal::unix::Signal,
-}
-
-impl Signals {
-    fn take() -> std::io::Result<Self> {
-        let kinds = [
-            SignalKind::hangup(),
-            SignalKind::interrupt(),
-            SignalKind::quit(),
-            SignalKind::terminate(),
-            SignalKind::user_defined1(),
-            SignalKind::user_defined2(),
-        ];
-        let mut watched = Vec::with_capacity(kinds.len());
-        for kind in kinds {
-            watched.push((kind.as_raw_value().unsigned_abs(), signal(kind)?));
-        }
-        Ok(Self {
-            watched,
-            resized: signal(SignalKind::window_change())?,
-        })
-    }
-
-    async fn forward(self, sandbox: Sandbox, id: String, tty: bool) {
-        let (sender, mut arrived) = unbounded_channel();
-        for (number, mut signal) in self.watched {
-            let sender = sender.clone();
-            tokio::spawn(async move {
-                while signal.recv().await.is_some() && sender.send(number).is_ok() {}
-            });
-        }
-        let mut resized = self.resized;
-        loop {
-            tokio::select! {
-                Some(number) = arrived.recv() => {
-                    // It may just have ended.
-                    let _ = sandbox.kill(&id, None, number, false).await;
-                }
-                Some(()) = resized.recv(), if tty => {
-                    if let Some((width, height)) = terminal::size() {
-                        let _ = sandbox.resize_pty(&id, None, width, height).await;
-                    }
-                }
-                else => return,
+async fn forward(mut signals: Signals, sandbox: Sandbox, id: String, tty: bool) {
+    loop {
+        // The command may just have ended, in either case.
+        match signals.next().await {
+            Some(number) => {
+                let _ = sandbox.kill(&id, None, number, false).await;
             }
+            None if tty => {
+                if let Some((width, height)) = terminal::size() {
+                    let _ = sandbox.resize_pty(&id, None, width, height).await;
+                }
+            }
+            None => {}
         }
     }
 }

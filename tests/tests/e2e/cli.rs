@@ -1,0 +1,348 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The operator's side: what `bulkhead` tells of containerd's pods and does
+//! with them, the configuration, annotations and runtime options.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{bail, Context as _, Result};
+use bulkhead_runtime::operator::client;
+use bulkhead_tests::proc::{self, Done};
+use nix::sys::signal::{kill, Signal};
+use nix::unistd::Pid;
+use serde_json::Value;
+
+use crate::context::{mentions, same, until, Context, LIMIT};
+use crate::runner::{tests, Test};
+
+pub const TESTS: &[Test] = tests![
+    cli_tells_of_a_pod_and_runs_commands_in_it,
+    cli_lists_silent_and_dead_shims,
+    cli_tells_the_configuration,
+    annotations_are_allowed_by_name,
+    runtime_options_name_a_configuration,
+];
+
+/// How long a command may take to see what has just happened.
+const SOON: Duration = Duration::from_secs(90);
+
+fn command(context: &Context, args: &[&str]) -> Command {
+    let mut command = Command::new(context.products.program("bulkhead"));
+    command
+        .env("BULKHEAD_CONFIG", context.dir.join("config.toml"))
+        .args(args);
+    command
+}
+
+pub fn bulkhead(context: &Context, args: &[&str]) -> Result<Done> {
+    proc::run(&mut command(context, args), LIMIT)
+}
+
+/// What `bulkhead list` tells of a sandbox, or nothing.
+pub fn listed(context: &Context, id: &str) -> Result<Value> {
+    let text = bulkhead(context, &["list", "--format", "json"])?
+        .ok()?
+        .out();
+    let all: Value = serde_json::from_str(&text).with_context(|| text.clone())?;
+    let found = all["sandboxes"].as_array().context("sandboxes")?;
+    let found = found.iter().find(|found| found["id"] == id);
+    Ok(found.cloned().unwrap_or_default())
+}
+
+fn signal(pid: &Value, signal: Signal) -> Result<()> {
+    let pid = pid.as_i64().context("no process")?;
+    kill(Pid::from_raw(pid.try_into()?), signal).context("send a signal")
+}
+
+/// The value of a metric with this container's or sandbox's name in it.
+fn metric(text: &str, family: &str, of: &str) -> Result<f64> {
+    let begin = format!("bulkhead_{family}{{");
+    let line = text
+        .lines()
+        .find(|line| line.starts_with(&begin) && line.contains(&format!("\"{of}\"")));
+    let value = line.and_then(|line| line.rsplit(' ').next());
+    value
+        .with_context(|| format!("{family} of {of} in {text}"))?
+        .parse()
+        .context("a number")
+}
+
+/// A `bulkhead events --follow` of one sandbox.
+struct Follower {
+    child: Child,
+    file: std::path::PathBuf,
+}
+
+impl Follower {
+    fn start(context: &Context, id: &str) -> Result<Self> {
+        let file = context.dir.join("events.out");
+        let child = command(context, &["events", "--follow", id])
+            .stdin(Stdio::null())
+            .stdout(fs::File::create(&file)?)
+            .spawn()?;
+        Ok(Self { child, file })
+    }
+
+    fn told(&self, what: &str) -> Result<bool> {
+        Ok(fs::read_to_string(&self.file)?.contains(what))
+    }
+}
+
+impl Drop for Follower {
+    fn drop(&mut self) {
+        // It has ended, but after an error.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let _ = fs::remove_file(&self.file);
+    }
+}
+
+fn cli_tells_of_a_pod_and_runs_commands_in_it(context: &Context) -> Result<()> {
+    context.only_bulkhead()?;
+    let before = context.listing()?;
+    let container = context.detached(&["--env", "COLOUR=red"], &["sleep", "1000"])?;
+    let id = container.id.as_str();
+
+    let found = listed(context, id)?;
+    same(&found["status"], "running")?;
+    same(&found["state"]["containers"][0]["status"], "running")?;
+    let text = bulkhead(context, &["list"])?.ok()?.out();
+    let line = text
+        .lines()
+        .find(|line| line.contains(id))
+        .context("list")?;
+    mentions(line, &["1/1"])?;
+    let text = bulkhead(context, &["state", id])?.ok()?.out();
+    println!("{text}");
+    for step in ["kernel_entry", "agent_ready", "container_started"] {
+        mentions(&text, &[step])?;
+    }
+
+    let mut follower = Follower::start(context, id)?;
+    until(SOON, "the past to be told", || follower.told("container=")).context("events")?;
+
+    let script = "echo $COLOUR $SIZE; pwd; echo bad >&2; exit 7";
+    let flags = ["exec", "--env", "SIZE=big", "--cwd", "/tmp", id, "--"];
+    let done = bulkhead(context, &[&flags[..], &["sh", "-c", script]].concat())?;
+    same(done.code, 7).with_context(|| format!("{} {}", done.out(), done.err()))?;
+    same(done.out().as_str(), "red big\n/tmp")?;
+    same(done.err().as_str(), "bad")?;
+    // Of standard input all arrives, and its end.
+    let input = "0123456789abcde\n".repeat(20_000);
+    let mut count = command(context, &["exec", "-i", id, "--", "wc", "-c"]);
+    let done = proc::run_with(&mut count, Some(input.clone().into_bytes()), LIMIT)?.ok()?;
+    same(done.out().trim(), input.len().to_string().as_str())?;
+    let done = bulkhead(context, &["exec", "--user", "5:6", id, "--", "id", "-u"])?;
+    same(done.ok()?.out().as_str(), "5")?;
+    let done = bulkhead(context, &["exec", id, "--", "no-such-program"])?;
+    same(done.code, 125)?;
+    mentions(&done.err(), &["no-such-program"])?;
+    let done = bulkhead(context, &["exec", "nobody", "--", "true"])?;
+    same(done.code, 3)?;
+    mentions(&done.err(), &["nobody"])?;
+
+    let text = bulkhead(context, &["metrics"])?.ok()?.out();
+    same(metric(&text, "sandbox_up", id)?, 1.0)?;
+    same(metric(&text, "sandbox_agent_up", id)?, 1.0)?;
+    for family in [
+        "container_pids",
+        "container_memory_usage_bytes",
+        "process_resident_memory_bytes",
+        "sandbox_start_seconds",
+        "sandbox_events_total",
+    ] {
+        if metric(&text, family, id)? <= 0.0 {
+            bail!("{family} is nothing: {text}");
+        }
+    }
+    mentions(&text, &["bulkhead_node_sandboxes{status=\"running\"} 1"])?;
+    // As a collector reads them, without this program.
+    let directory = found["directory"].as_str().context("directory")?;
+    let scraped = client::get(&Path::new(directory).join("o"), "/metrics", SOON)?;
+    same(metric(&scraped, "sandbox_up", id)?, 1.0)?;
+
+    let log = bulkhead(context, &["logs", id])?.ok()?.out();
+    mentions(&log, &["sandbox started"])?;
+    if let Some(line) = log.lines().find(|l| !l.contains(&format!("sandbox={id}"))) {
+        bail!("a line without its sandbox: {line}");
+    }
+    bulkhead(context, &["logs", "--console", id])?.ok()?;
+    let events = bulkhead(context, &["events", id])?.ok()?.out();
+    for event in ["sandbox-started", "exec-added", "status=7"] {
+        mentions(&events, &[event])?;
+    }
+
+    container.remove()?;
+    until(SOON, "the events to end", || {
+        Ok(follower.child.try_wait()?.is_some())
+    })?;
+    same(follower.told("exited")?, true)?;
+    drop(follower);
+    same(bulkhead(context, &["state", "no-such"])?.code, 3)?;
+    context.nothing_left(&before, Duration::from_secs(10))
+}
+
+fn cli_lists_silent_and_dead_shims(context: &Context) -> Result<()> {
+    context.only_bulkhead()?;
+    let before = context.listing()?;
+    let container = context.detached(&[], &["sleep", "1000"])?;
+    let id = container.id.clone();
+    let found = listed(context, &id)?;
+    signal(&found["pid"], Signal::SIGSTOP)?;
+    let silent = listed(context, &id);
+    let metrics = bulkhead(context, &["metrics"]);
+    signal(&found["pid"], Signal::SIGCONT)?;
+    same(&silent?["status"], "silent")?;
+    mentions(
+        &metrics?.ok()?.out(),
+        &["bulkhead_node_sandboxes{status=\"silent\"} 1"],
+    )?;
+    same(&listed(context, &id)?["status"], "running")?;
+
+    // While containerd cannot clean up.
+    let containerd = context.containerd.pid().context("containerd")?;
+    let containerd = Value::from(containerd);
+    signal(&containerd, Signal::SIGSTOP)?;
+    signal(&found["pid"], Signal::SIGKILL)?;
+    let dead = until(SOON, "the shim to be dead", || {
+        Ok(listed(context, &id)?["status"] == "dead")
+    });
+    let logs = bulkhead(context, &["logs", &id]);
+    let exec = bulkhead(context, &["exec", &id, "--", "true"]);
+    signal(&containerd, Signal::SIGCONT)?;
+    dead?;
+    mentions(&logs?.ok()?.out(), &["sandbox started"])?;
+    let exec = exec?;
+    same(exec.code, 125)?;
+    mentions(&exec.err(), &["it is dead"])?;
+    until(SOON, "containerd to clean up", || {
+        context.ctr(&["task", "delete", "-f", &id])?;
+        Ok(container.status()?.is_empty())
+    })?;
+    context.ctr(&["container", "delete", &id])?.ok()?;
+    context.nothing_left(&before, SOON)
+}
+
+/// Runs with another configuration.
+pub fn with_config<T>(
+    context: &Context,
+    text: &str,
+    work: impl FnOnce() -> Result<T>,
+) -> Result<T> {
+    let file = context.dir.join("config.toml");
+    fs::write(&file, text)?;
+    let done = work();
+    context.config.write(&file)?;
+    done
+}
+
+fn cli_tells_the_configuration(context: &Context) -> Result<()> {
+    context.only_bulkhead()?;
+    let text = bulkhead(context, &["config"])?.ok()?.out();
+    let line = |key: &str| {
+        let begin = format!("{key} = ");
+        text.lines()
+            .find(|line| line.starts_with(&begin))
+            .with_context(|| format!("{key} in {text}"))
+    };
+    mentions(line("runtime.state_dir")?, &["config.toml"])?;
+    mentions(line("hypervisor.max_vcpus")?, &["# default"])?;
+    let done = bulkhead(context, &["check", "--config"])?.ok()?;
+    mentions(&done.out(), &["ok    configuration: "])?;
+    let broken = format!("{}\n[agent]\nready_timeout = 5\n", context.config.toml());
+    let done = with_config(context, &broken, || {
+        bulkhead(context, &["check", "--config"])
+    })?;
+    same(done.code, 1)?;
+    mentions(&done.out(), &["did you mean \"agent.ready_timeout_ms\"?"])?;
+
+    let file = context.dir.join("documented.toml");
+    let name = file.to_string_lossy().into_owned();
+    fs::write(
+        &file,
+        bulkhead(context, &["config", "--document"])?.ok()?.out(),
+    )?;
+    bulkhead(context, &["check", "--config", &name])?.ok()?;
+    fs::remove_file(&file)?;
+
+    let text = bulkhead(context, &["env"])?.ok()?.out();
+    mentions(&text, &["containerd:    containerd"])?;
+    mentions(&text, &["hypervisor.kernel = "])?;
+    mentions(
+        &bulkhead(context, &["completion", "bash"])?.ok()?.out(),
+        &["_bulkhead()"],
+    )?;
+    let pages = context.dir.join("man8");
+    let name = pages.to_string_lossy().into_owned();
+    bulkhead(context, &["man", &name])?.ok()?;
+    mentions(
+        &fs::read_to_string(pages.join("bulkhead-list.8"))?,
+        &["dead ones too"],
+    )?;
+    fs::remove_dir_all(&pages)?;
+    Ok(())
+}
+
+fn annotations_are_allowed_by_name(context: &Context) -> Result<()> {
+    context.only_bulkhead()?;
+    let vcpus = "io.bulkhead.hypervisor.vcpus";
+    let sized = format!("{vcpus}=2");
+    let done = context.run(&["--annotation", &sized], &["nproc"])?.ok()?;
+    same(done.out().as_str(), "2")?;
+    let refused = |annotation: &str, words: &str| -> Result<()> {
+        let done = context.run(&["--annotation", annotation], &["true"])?;
+        if done.code == 0 {
+            bail!("{annotation} was taken");
+        }
+        let name = annotation.split('=').next().unwrap_or_default();
+        mentions(&done.err(), &[&format!("annotations: {name}: {words}")])
+    };
+    refused(&format!("{vcpus}=many"), "\"many\" is not a whole number")?;
+    refused(&format!("{vcpus}=0"), "0 is not within 1 to 64")?;
+    refused(
+        "io.bulkhead.hypervisor.vcpu=2",
+        "there is no such annotation",
+    )?;
+    let params = "io.bulkhead.hypervisor.kernel_params=bulkhead.colour=red";
+    refused(params, "not allowed here: runtime.allowed_annotations")?;
+    let allowed = format!(
+        "{}allowed_annotations = [\"io.bulkhead.hypervisor.kernel_params\"]\n",
+        context.config.toml()
+    );
+    with_config(context, &allowed, || {
+        let done = context.run(&["--annotation", params], &["cat", "/proc/cmdline"])?;
+        mentions(&done.ok()?.out(), &["bulkhead.colour=red"])?;
+        // The list is the whole list.
+        let done = context.run(&["--annotation", &sized], &["true"])?;
+        mentions(&done.err(), &["not allowed here"])
+    })
+}
+
+fn runtime_options_name_a_configuration(context: &Context) -> Result<()> {
+    context.only_bulkhead()?;
+    let file = context.dir.join("other.toml");
+    let name = file.to_string_lossy().into_owned();
+    let base = context.config.toml();
+    let with = |vcpus: &str| {
+        base.replacen(
+            "[hypervisor]\n",
+            &format!("[hypervisor]\nvcpus = {vcpus}\n"),
+            1,
+        )
+    };
+    fs::write(&file, with("3"))?;
+    let flags = ["--runtime-config-path", name.as_str()];
+    let done = context.run(&flags, &["nproc"])?.ok()?;
+    same(done.out().as_str(), "3")?;
+    fs::write(&file, with("99"))?;
+    let done = context.run(&flags, &["nproc"])?;
+    mentions(
+        &done.err(),
+        &["other.toml: hypervisor.vcpus: 99 is not within 1 to 64"],
+    )?;
+    fs::remove_file(&file)?;
+    let done = context.run(&flags, &["nproc"])?;
+    mentions(&done.err(), &["other.toml cannot be read"])
+}
