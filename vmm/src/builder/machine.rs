@@ -1,0 +1,342 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The machine's life: built or restored, started, paused, resumed, saved.
+
+use std::{
+    fs::File,
+    os::fd::IntoRawFd,
+    sync::{Arc, Mutex, MutexGuard},
+};
+
+use bulkhead_vmm_api::{BalloonStatus, Exits};
+use kvm_ioctls::VcpuFd;
+use vm_memory::{GuestMemory, GuestMemoryMmap, GuestMemoryRegion, MmapRegion};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{plug::Parts, system, BuildError, Callbacks, Host};
+use crate::{
+    arch::x86_64::{acpi, boot, cpuid, layout, regs},
+    config::{Resources, RestoreResources},
+    confine::{self, seccomp::Worker},
+    event::EventLoop,
+    kvm::{
+        state::{msrs_to_save, xsave_size, VcpuState, VmState},
+        vcpu::{Shared, VcpuThread},
+        vm::Vm,
+    },
+    memory,
+    pci::PciRoot,
+    serial::SerialPort,
+    snapshot::{self, state::MachineState, SnapshotError},
+    timeline::{Moment, Stamps},
+    virtio::{balloon::Balloon, device::StateError, transport::VirtioPci},
+};
+
+/// A VM, ready to run, running or paused. Dropping it stops its threads.
+pub struct Machine {
+    // Order matters: vCPUs stop first, then loops, then what they use.
+    pub(super) threads: Vec<VcpuThread>,
+    pub(super) vcpus: Vec<Arc<Mutex<VcpuFd>>>,
+    pub(super) loops: Vec<EventLoop>,
+    pub(super) shared: Arc<Shared>,
+    pub(super) serial: Arc<SerialPort>,
+    pub(super) stamps: Arc<Stamps>,
+    pub(super) memory: GuestMemoryMmap,
+    pub(super) root: Arc<PciRoot>,
+    /// In the order of the bus.
+    pub(super) functions: Vec<Arc<VirtioPci>>,
+    pub(super) balloon: Option<Arc<Mutex<Balloon>>>,
+    pub(super) vm: Arc<Vm>,
+    pub(super) host: Arc<Host>,
+    pub(super) paused: bool,
+    /// Mapped into the guest.
+    pub(super) _windows: Vec<MmapRegion>,
+}
+
+impl Machine {
+    /// Builds the machine; nothing runs yet but idle event loops.
+    pub fn build(
+        host: Arc<Host>,
+        resources: Resources,
+        callbacks: &Callbacks,
+        stamps: Arc<Stamps>,
+    ) -> Result<Self, BuildError> {
+        let mut resources = resources;
+        let memory = memory::allocate(resources.memory_size)?;
+        let huge = match (resources.huge_pages, &resources.merge_group) {
+            (true, _) => 0..u64::MAX,
+            // Merging would take huge pages apart first.
+            (false, Some(_)) => 0..0,
+            (false, None) => boot::extent(&mut resources.kernel),
+        };
+        memory::advise(&memory, huge);
+        if let Some(held) = resources.merge_group.take() {
+            // Closed by the kernel, which does so after it has given the memory
+            // back, however this process ends.
+            let _ = held.into_raw_fd();
+            if let Err(error) = memory::merge(&memory) {
+                tracing::warn!(%error, "guest memory cannot be merged");
+            }
+        }
+        let vm = Arc::new(Vm::new(&host.kvm, &memory)?);
+        let entry = boot::load(
+            &memory,
+            resources.memory_size,
+            &mut resources.kernel,
+            &resources.cmdline,
+            resources.initrd.as_mut(),
+        )?;
+        boot::write_tables(&memory, &acpi::tables(resources.vcpus))?;
+        let serial = SerialPort::new(resources.serial.take(), serial_interrupt(&vm)?);
+        let mut vcpus = Vec::new();
+        for index in 0..resources.vcpus {
+            let vcpu = vm.create_vcpu(index)?;
+            let cpuid = cpuid::for_vcpu(vm.supported_cpuid(), index, resources.vcpus);
+            vcpu.set_cpuid2(&cpuid)
+                .map_err(crate::kvm::failed("CPUID"))?;
+            regs::set_boot_msrs(&vcpu).map_err(crate::kvm::failed("MSRs"))?;
+            if index == 0 {
+                regs::set_pvh_entry(&vcpu, entry.0).map_err(crate::kvm::failed("registers"))?;
+            }
+            vcpus.push(vcpu);
+        }
+        let parts = Parts {
+            host,
+            vm,
+            memory,
+            memory_size: resources.memory_size,
+            vcpus,
+            serial,
+            paused: false,
+        };
+        parts.assemble(resources.devices, callbacks, stamps)
+    }
+
+    /// Builds a machine from a snapshot; it is paused.
+    pub fn restore(
+        host: Arc<Host>,
+        resources: RestoreResources,
+        callbacks: &Callbacks,
+        stamps: Arc<Stamps>,
+    ) -> Result<Self, BuildError> {
+        let state = snapshot::state::read(&resources.state)?;
+        let memory = memory::map_snapshot(state.memory_size, &resources.memory)?;
+        let vm = Arc::new(Vm::new(&host.kvm, &memory)?);
+        let interrupt = serial_interrupt(&vm)?;
+        let serial = SerialPort::restore(state.serial.clone(), resources.serial, interrupt)
+            .map_err(system("serial port"))?;
+        let mut vcpus = Vec::new();
+        for index in 0..state.vcpus.len() {
+            // At most as many as a machine can have.
+            vcpus.push(vm.create_vcpu(index as u8)?);
+        }
+        let parts = Parts {
+            host,
+            vm,
+            memory,
+            memory_size: state.memory_size,
+            vcpus,
+            serial,
+            paused: true,
+        };
+        let machine = parts.assemble(resources.devices, callbacks, stamps)?;
+        machine.restore_state(&state)?;
+        Ok(machine)
+    }
+
+    /// Interrupt controllers first: a device may interrupt as soon as it has
+    /// its state. When all have theirs the guest is told that it is a clone.
+    /// The clock last, for it goes on.
+    fn restore_state(&self, state: &MachineState) -> Result<(), SnapshotError> {
+        if self.functions.len() != state.functions.len() {
+            return Err(SnapshotError::Mismatch(format!(
+                "{} devices for a snapshot with {}",
+                self.functions.len(),
+                state.functions.len()
+            )));
+        }
+        state.vm.restore_irqchips(self.vm.fd())?;
+        let xsave_size = xsave_size(&self.host.kvm);
+        for (index, (vcpu, state)) in self.vcpus.iter().zip(&state.vcpus).enumerate() {
+            state.restore(&lock(vcpu), xsave_size, index == 0)?;
+        }
+        for (index, (function, state)) in self.functions.iter().zip(&state.functions).enumerate() {
+            function
+                .restore(state)
+                .map_err(|source| device_error(index, function, source))?;
+        }
+        self.root.refresh();
+        self.vm.pulse_line(layout::GENERATION_IRQ)?;
+        Ok(state.vm.restore_clock(self.vm.fd())?)
+    }
+
+    /// Lets the vCPUs run for the first time, and confines the calling thread to
+    /// what it needs from now on.
+    pub fn start(&mut self) -> Result<(), BuildError> {
+        self.shared.rest.before_start();
+        for (index, vcpu) in self.vcpus.iter().enumerate() {
+            let thread = VcpuThread::spawn(index as u8, Arc::clone(vcpu), Arc::clone(&self.shared))
+                .map_err(system("vCPU thread could not be started"))?;
+            self.threads.push(thread);
+        }
+        // These are all threads that there will be. The guest does not run
+        // before everybody is confined.
+        confine::enter(Worker::Control);
+        self.shared.rest.wait_for(self.threads.len());
+        self.loops.iter().for_each(EventLoop::wait_until_confined);
+        self.stamps.set(Moment::KernelEntry);
+        self.shared.rest.end();
+        Ok(())
+    }
+
+    /// Makes vCPUs, then loops rest. False, and all go on, when one does not:
+    /// the machine is about to end, or waits for the host.
+    pub fn pause(&mut self) -> bool {
+        if !self.paused {
+            if !self.shared.rest.begin(&self.threads) {
+                return false;
+            }
+            if !self.loops.iter().all(EventLoop::pause) {
+                self.loops.iter().for_each(EventLoop::resume);
+                self.shared.rest.end();
+                return false;
+            }
+            self.paused = true;
+        }
+        true
+    }
+
+    /// Lets loops, then vCPUs go on.
+    pub fn resume(&mut self) -> Result<(), BuildError> {
+        if self.paused {
+            self.paused = false;
+            self.loops.iter().for_each(EventLoop::resume);
+            if self.threads.is_empty() {
+                return self.start();
+            }
+            self.shared.rest.end();
+        }
+        Ok(())
+    }
+
+    /// Whether it rests.
+    pub fn is_paused(&self) -> bool {
+        self.paused
+    }
+
+    /// Writes a paused machine to the two files.
+    ///
+    /// # Errors
+    /// A device cannot be saved as it is; a file cannot be written.
+    pub fn snapshot(&self, state_file: &File, memory_file: &File) -> Result<(), SnapshotError> {
+        let msrs = msrs_to_save(&self.host.kvm)?;
+        let xsave_size = xsave_size(&self.host.kvm);
+        // Devices first: they are what may refuse.
+        let functions = self.functions.iter().enumerate().map(|(index, function)| {
+            function
+                .save()
+                .map_err(|source| device_error(index, function, source))
+        });
+        let functions = functions.collect::<Result<_, _>>()?;
+        let vcpus = self.vcpus.iter();
+        let state = MachineState {
+            memory_size: self.memory.iter().map(GuestMemoryRegion::len).sum(),
+            functions,
+            vm: VmState::save(self.vm.fd())?,
+            vcpus: vcpus
+                .map(|vcpu| VcpuState::save(&lock(vcpu), &msrs, xsave_size))
+                .collect::<Result<_, _>>()?,
+            serial: self.serial.save(),
+        };
+        snapshot::state::write(&state, state_file)?;
+        snapshot::memory::write(&self.memory, &self.host.pagemap, memory_file)
+            .map(|written| tracing::debug!(written, "memory written"))
+            .map_err(|source| SnapshotError::File {
+                what: "write the memory file",
+                source,
+            })
+    }
+
+    /// Exits counted so far.
+    pub fn exits(&self) -> Exits {
+        self.shared.exits.read()
+    }
+
+    /// Asks the guest for `mib` MiB of its memory.
+    ///
+    /// # Errors
+    /// There is no balloon, or not so much memory.
+    pub fn set_balloon(&self, mib: u32) -> Result<(), BalloonError> {
+        let balloon = self.balloon.as_ref().ok_or(BalloonError::Absent)?;
+        let size: u64 = self.memory.iter().map(GuestMemoryRegion::len).sum();
+        if u64::from(mib) << 20 >= size {
+            return Err(BalloonError::TooLarge {
+                mib,
+                memory_mib: size >> 20,
+            });
+        }
+        lock_device(balloon).set_target(mib);
+        Ok(())
+    }
+
+    /// How the balloon stands.
+    pub fn balloon(&self) -> Option<BalloonStatus> {
+        self.balloon
+            .as_ref()
+            .map(|balloon| lock_device(balloon).status())
+    }
+
+    /// Writes what the guest's last, unfinished line was.
+    pub fn flush_serial(&self) {
+        self.serial.flush();
+    }
+
+    /// How many event loops the machine has.
+    pub fn loops(&self) -> usize {
+        self.loops.len()
+    }
+}
+
+/// Why the balloon has no other size.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum BalloonError {
+    /// There is none.
+    #[error("the VM has no balloon: configure one (devices.balloon)")]
+    Absent,
+    /// As large as the guest.
+    #[error("mib: {mib} is not less than the guest's {memory_mib} MiB of memory")]
+    TooLarge {
+        /// Asked for.
+        mib: u32,
+        /// All there is.
+        memory_mib: u64,
+    },
+}
+
+fn lock_device(balloon: &Mutex<Balloon>) -> MutexGuard<'_, Balloon> {
+    balloon
+        .lock()
+        .expect("a device that panicked ended the process")
+}
+
+fn lock(vcpu: &Mutex<VcpuFd>) -> MutexGuard<'_, VcpuFd> {
+    vcpu.lock().expect("a vCPU that panicked ended the process")
+}
+
+fn device_error(index: usize, function: &VirtioPci, source: StateError) -> SnapshotError {
+    SnapshotError::Device {
+        // The host bridge is device 0.
+        slot: index + 1,
+        name: function.name(),
+        source,
+    }
+}
+
+/// The event that raises the serial port's line.
+fn serial_interrupt(vm: &Vm) -> Result<EventFd, BuildError> {
+    let event =
+        EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(system("serial interrupt"))?;
+    vm.router()
+        .register_line(&event, layout::SERIAL_IRQ)
+        .map_err(system("serial interrupt"))?;
+    Ok(event)
+}
