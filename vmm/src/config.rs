@@ -7,8 +7,8 @@ use std::{
 };
 
 use bulkhead_vmm_api::{
-    BalloonConfig, BlkConfig, DeviceConfigs, FailureKind, FdIndex, FsConfig, NetConfig, PmemConfig,
-    RestoreConfig, SnapshotFiles, VmConfig, VsockConfig,
+    BalloonConfig, BlkConfig, DeviceConfigs, FailureKind, FdIndex, FsConfig, NetConfig, PlugConfig,
+    PmemConfig, RestoreConfig, SnapshotFiles, VmConfig, VsockConfig,
 };
 use nix::fcntl::{fcntl, FcntlArg, OFlag};
 
@@ -212,6 +212,24 @@ pub fn snapshot_files(
 }
 
 impl Devices {
+    /// The one device of a request to plug.
+    ///
+    /// # Errors
+    /// As for those of a configuration.
+    pub fn plugged(config: PlugConfig, fds: Vec<OwnedFd>) -> Result<Self, ConfigError> {
+        let mut wanted = DeviceConfigs {
+            rng: false,
+            ..DeviceConfigs::default()
+        };
+        match config {
+            PlugConfig::Pmem(device) => wanted.pmem.push(device),
+            PlugConfig::Fs(device) => wanted.fs.push(device),
+            PlugConfig::Net(device) => wanted.net.push(device),
+            PlugConfig::Blk(device) => wanted.blk.push(device),
+        }
+        Self::new(wanted, &mut Descriptors::new(fds))
+    }
+
     fn new(wanted: DeviceConfigs, fds: &mut Descriptors) -> Result<Self, ConfigError> {
         let mut pmem = Vec::new();
         for device in wanted.pmem {

@@ -9,8 +9,8 @@ use std::{
 };
 
 use bulkhead_vmm_api::{
-    Call, Channel, ChannelError, Event, ExitReason, Failure, FailureKind, FromVmm, Outcome, Reply,
-    Request, RestoreConfig, SnapshotFiles, Status, VmState,
+    Call, Channel, ChannelError, Event, ExitReason, Failure, FailureKind, FromVmm, Outcome,
+    PlugConfig, PluggedDevice, Reply, Request, RestoreConfig, SnapshotFiles, Status, VmState,
 };
 use nix::{
     errno::Errno,
@@ -194,6 +194,10 @@ impl Server {
                     Stage::Running(machine) => machine.balloon(),
                     _ => None,
                 },
+                devices: match &self.stage {
+                    Stage::Running(machine) => machine.devices(),
+                    _ => Vec::new(),
+                },
             })),
             Call::Balloon(target) => match self.machine("balloon") {
                 Ok(machine) => match machine.set_balloon(target.mib) {
@@ -206,7 +210,32 @@ impl Server {
             Call::Resume => self.resume(),
             Call::Snapshot(files) => self.snapshot(&files, fds),
             Call::Restore(config) => self.restore(*config, fds),
+            Call::Plug(config) => self.plug(*config, fds),
+            Call::Unplug(target) => match self.machine("unplug") {
+                Ok(machine) => match machine.unplug(target.slot) {
+                    Ok(()) => Outcome::Done,
+                    Err(error) => failure(error.kind(), &error),
+                },
+                Err(outcome) => outcome,
+            },
             Call::Shutdown => Outcome::Done,
+        }
+    }
+
+    fn plug(&mut self, config: PlugConfig, fds: Vec<OwnedFd>) -> Outcome {
+        let machine = match self.machine("plug") {
+            Ok(machine) => machine,
+            Err(outcome) => return outcome,
+        };
+        let devices = match Devices::plugged(config, fds) {
+            Ok(devices) => devices,
+            Err(error) => return failure(error.kind, &error),
+        };
+        match machine.plug(devices) {
+            Ok(Some(slot)) => Outcome::Plugged(PluggedDevice { slot }),
+            // There is always one.
+            Ok(None) => Outcome::Done,
+            Err(error) => failure(error.kind(), &error),
         }
     }
 

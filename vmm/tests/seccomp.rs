@@ -143,8 +143,13 @@ fn memory_never_becomes_executable() {
     let all = &Worker::ALL;
     assert_allows(all, libc::SYS_mmap, map(read, anonymous));
     assert_kills(all, libc::SYS_mmap, map(read | exec, anonymous));
-    // Of no file, and shared with nobody.
+    // Of no file, and shared with nobody; but for who plugs persistent memory.
     assert_kills(all, libc::SYS_mmap, map(read, libc::MAP_PRIVATE as u64));
+    let file = libc::MAP_SHARED as u64;
+    let others = [Worker::Vcpu, Worker::Devices, Worker::Files];
+    assert_allows(&[Worker::Control], libc::SYS_mmap, map(read, file));
+    assert_kills(&others, libc::SYS_mmap, map(read, file));
+    assert_kills(all, libc::SYS_mmap, map(read | exec, file));
     let shared = (libc::MAP_SHARED | libc::MAP_ANONYMOUS) as u64;
     assert_kills(all, libc::SYS_mmap, map(read, shared));
     assert_kills(all, libc::SYS_mprotect, [0, 0, exec, 0, 0, 0]);
@@ -175,9 +180,14 @@ fn devices_are_controlled_as_far_as_needed() {
     assert_allows(&[Worker::Control], ioctl, number(KVM_GET_REGS));
     assert_kills(&[Worker::Control], ioctl, number(KVM_RUN));
     assert_kills(&[Worker::Vcpu], ioctl, number(KVM_GET_REGS));
-    for other in [KVM_CREATE_VM, KVM_SET_USER_MEMORY_REGION, TIOCSTI] {
+    for other in [KVM_CREATE_VM, TIOCSTI] {
         assert_kills(&Worker::ALL, ioctl, number(other));
     }
+    // Only who plugs devices changes what the guest's memory is.
+    let memory = number(KVM_SET_USER_MEMORY_REGION);
+    assert_allows(&[Worker::Control], ioctl, memory);
+    let others = [Worker::Vcpu, Worker::Devices, Worker::Files];
+    assert_kills(&others, ioctl, memory);
     // A number is 32 bits wide to the kernel, whatever stands above them.
     let wide = KVM_RUN | 1 << 32;
     assert_allows(&[Worker::Vcpu], ioctl, number(wide));

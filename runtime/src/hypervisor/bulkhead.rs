@@ -230,7 +230,7 @@ impl Inner {
         arrives: oneshot::Receiver<Outcome>,
     ) -> Result<(), HypervisorError> {
         match arrives.await {
-            Ok(Outcome::Done | Outcome::Status(_)) => Ok(()),
+            Ok(Outcome::Done | Outcome::Status(_) | Outcome::Plugged(_)) => Ok(()),
             Ok(Outcome::Failed(failure)) => Err(HypervisorError::Refused { call, failure }),
             Err(_) => Err(HypervisorError::Ended(self.ended().await)),
         }

@@ -59,6 +59,15 @@ pub enum Call {
     /// Builds a VM from a snapshot, instead of `configure` and `boot`. It is
     /// paused until `resume`.
     Restore(Box<RestoreConfig>),
+    /// Puts a device on the PCI bus of a VM that runs or rests. The guest finds
+    /// it when it looks at the bus again (`/sys/bus/pci/rescan` of Linux), for
+    /// which the client is to see; several may be plugged before that. Answered
+    /// by [`Outcome::Plugged`].
+    Plug(Box<PlugConfig>),
+    /// Takes a device off the bus that the guest has let go of (`remove` of
+    /// Linux's device). One that it uses stays, and the call fails with
+    /// [`FailureKind::WrongState`].
+    Unplug(UnplugTarget),
     /// Stops the VM now, without the guest's help. The reply comes before
     /// the process ends with [`ExitReason::Stopped`].
     Shutdown,
@@ -92,6 +101,8 @@ pub enum Outcome {
     Done,
     /// Answer to `status`.
     Status(Box<Status>),
+    /// Answer to `plug`.
+    Plugged(PluggedDevice),
     /// Not done.
     Failed(Failure),
 }
@@ -214,8 +225,9 @@ pub struct SnapshotFiles {
 }
 
 /// What a restored VM gets in place of what the snapshot's VM had. Devices
-/// must be as many and of the same kinds, in the same order; names, paths,
-/// taps, files and directories may be others.
+/// must be as many of each kind, those plugged later included, and those of a
+/// kind in the order of their slots; names, paths, taps, files and directories
+/// may be others.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RestoreConfig {
@@ -351,6 +363,111 @@ impl Default for BalloonConfig {
     }
 }
 
+/// A device to plug, with the descriptors of its configuration.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum PlugConfig {
+    /// Persistent memory.
+    Pmem(PmemConfig),
+    /// A shared directory. Only for a VM that was started with one, whose
+    /// thread serves the others, too. The directory is used as it is passed:
+    /// its mount should be a copy that is attached nowhere (`open_tree` with
+    /// `OPEN_TREE_CLONE`), so that nothing above it can be reached by it.
+    Fs(FsConfig),
+    /// A network interface.
+    Net(NetConfig),
+    /// A disk.
+    Blk(BlkConfig),
+}
+
+/// Where a device was plugged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PluggedDevice {
+    /// Its number on the bus, 1 to 31: the guest's PCI address is
+    /// `0000:00:<number, two hexadecimal digits>.0`.
+    pub slot: u8,
+}
+
+/// What to unplug.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct UnplugTarget {
+    /// Its number on the bus.
+    pub slot: u8,
+}
+
+/// A device on the PCI bus.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeviceStatus {
+    /// Its number on the bus.
+    pub slot: u8,
+    /// What it is.
+    pub kind: DeviceKind,
+    /// Its name or tag; empty where its kind has none.
+    pub id: String,
+}
+
+/// Kinds of devices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DeviceKind {
+    /// Persistent memory.
+    Pmem,
+    /// A shared directory.
+    Fs,
+    /// vsock.
+    Vsock,
+    /// A network interface.
+    Net,
+    /// A disk.
+    Blk,
+    /// Entropy.
+    Rng,
+    /// The balloon.
+    Balloon,
+}
+
+impl DeviceKind {
+    /// All of them.
+    pub const ALL: [Self; 7] = [
+        Self::Pmem,
+        Self::Fs,
+        Self::Vsock,
+        Self::Net,
+        Self::Blk,
+        Self::Rng,
+        Self::Balloon,
+    ];
+
+    /// Its field in a configuration.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Pmem => "pmem",
+            Self::Fs => "fs",
+            Self::Vsock => "vsock",
+            Self::Net => "net",
+            Self::Blk => "blk",
+            Self::Rng => "rng",
+            Self::Balloon => "balloon",
+        }
+    }
+
+    /// Device id (virtio 1.2 §5).
+    pub const fn virtio_id(self) -> u16 {
+        match self {
+            Self::Net => 1,
+            Self::Blk => 2,
+            Self::Rng => 4,
+            Self::Balloon => 5,
+            Self::Vsock => 19,
+            Self::Fs => 26,
+            Self::Pmem => 27,
+        }
+    }
+}
+
 /// How large the balloon is to be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -413,6 +530,9 @@ pub struct Status {
     /// The balloon, where there is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub balloon: Option<BalloonStatus>,
+    /// What is on the PCI bus, of a VM that has been built.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub devices: Vec<DeviceStatus>,
 }
 
 /// States of the VM.

@@ -25,6 +25,7 @@ impl InterruptRouter for Router {
     fn allocate(&self) -> u32 {
         self.0.fetch_add(1, Ordering::Relaxed)
     }
+    fn release(&self, _: u32) {}
     fn set_routes(&self, _: &[(u32, Option<Message>)]) -> io::Result<()> {
         Ok(())
     }

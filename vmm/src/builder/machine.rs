@@ -7,15 +7,19 @@ use std::{
     sync::{Arc, Mutex, MutexGuard},
 };
 
-use bulkhead_vmm_api::{BalloonStatus, Exits};
+use bulkhead_vmm_api::{BalloonStatus, DeviceStatus, Exits};
 use kvm_ioctls::VcpuFd;
-use vm_memory::{GuestMemory, GuestMemoryMmap, GuestMemoryRegion, MmapRegion};
+use vm_memory::{GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{plug::Parts, system, BuildError, Callbacks, Host};
+use super::{
+    assemble::Parts,
+    plug::{self, Board, Loops, Place, UnplugError},
+    system, BuildError, Callbacks, Host,
+};
 use crate::{
     arch::x86_64::{acpi, boot, cpuid, layout, regs},
-    config::{Resources, RestoreResources},
+    config::{Devices, Resources, RestoreResources},
     confine::{self, seccomp::Worker},
     event::EventLoop,
     kvm::{
@@ -24,7 +28,6 @@ use crate::{
         vm::Vm,
     },
     memory,
-    pci::PciRoot,
     serial::SerialPort,
     snapshot::{self, state::MachineState, SnapshotError},
     timeline::{Moment, Stamps},
@@ -36,20 +39,15 @@ pub struct Machine {
     // Order matters: vCPUs stop first, then loops, then what they use.
     pub(super) threads: Vec<VcpuThread>,
     pub(super) vcpus: Vec<Arc<Mutex<VcpuFd>>>,
-    pub(super) loops: Vec<EventLoop>,
+    pub(super) loops: Loops,
     pub(super) shared: Arc<Shared>,
     pub(super) serial: Arc<SerialPort>,
     pub(super) stamps: Arc<Stamps>,
     pub(super) memory: GuestMemoryMmap,
-    pub(super) root: Arc<PciRoot>,
-    /// In the order of the bus.
-    pub(super) functions: Vec<Arc<VirtioPci>>,
-    pub(super) balloon: Option<Arc<Mutex<Balloon>>>,
+    pub(super) board: Board,
     pub(super) vm: Arc<Vm>,
     pub(super) host: Arc<Host>,
     pub(super) paused: bool,
-    /// Mapped into the guest.
-    pub(super) _windows: Vec<MmapRegion>,
 }
 
 impl Machine {
@@ -108,7 +106,9 @@ impl Machine {
             serial,
             paused: false,
         };
-        parts.assemble(resources.devices, callbacks, stamps)
+        let items = plug::items(resources.devices).into_iter();
+        let items = items.map(|item| (item, Place::default())).collect();
+        parts.assemble(items, callbacks, stamps)
     }
 
     /// Builds a machine from a snapshot; it is paused.
@@ -119,6 +119,7 @@ impl Machine {
         stamps: Arc<Stamps>,
     ) -> Result<Self, BuildError> {
         let state = snapshot::state::read(&resources.state)?;
+        let items = plug::arrange(resources.devices, &state)?;
         let memory = memory::map_snapshot(state.memory_size, &resources.memory)?;
         let vm = Arc::new(Vm::new(&host.kvm, &memory)?);
         let interrupt = serial_interrupt(&vm)?;
@@ -138,7 +139,7 @@ impl Machine {
             serial,
             paused: true,
         };
-        let machine = parts.assemble(resources.devices, callbacks, stamps)?;
+        let machine = parts.assemble(items, callbacks, stamps)?;
         machine.restore_state(&state)?;
         Ok(machine)
     }
@@ -147,24 +148,18 @@ impl Machine {
     /// its state. When all have theirs the guest is told that it is a clone.
     /// The clock last, for it goes on.
     fn restore_state(&self, state: &MachineState) -> Result<(), SnapshotError> {
-        if self.functions.len() != state.functions.len() {
-            return Err(SnapshotError::Mismatch(format!(
-                "{} devices for a snapshot with {}",
-                self.functions.len(),
-                state.functions.len()
-            )));
-        }
         state.vm.restore_irqchips(self.vm.fd())?;
         let xsave_size = xsave_size(&self.host.kvm);
         for (index, (vcpu, state)) in self.vcpus.iter().zip(&state.vcpus).enumerate() {
             state.restore(&lock(vcpu), xsave_size, index == 0)?;
         }
-        for (index, (function, state)) in self.functions.iter().zip(&state.functions).enumerate() {
+        // As many, and of the same kinds: so they were arranged.
+        for ((slot, function), state) in self.board.functions().zip(&state.functions) {
             function
                 .restore(state)
-                .map_err(|source| device_error(index, function, source))?;
+                .map_err(|source| device_error(slot, function, source))?;
         }
-        self.root.refresh();
+        self.board.refresh();
         self.vm.pulse_line(layout::GENERATION_IRQ)?;
         Ok(state.vm.restore_clock(self.vm.fd())?)
     }
@@ -231,15 +226,17 @@ impl Machine {
         let msrs = msrs_to_save(&self.host.kvm)?;
         let xsave_size = xsave_size(&self.host.kvm);
         // Devices first: they are what may refuse.
-        let functions = self.functions.iter().enumerate().map(|(index, function)| {
+        let slots = self.board.functions().map(|(slot, _)| slot).collect();
+        let functions = self.board.functions().map(|(slot, function)| {
             function
                 .save()
-                .map_err(|source| device_error(index, function, source))
+                .map_err(|source| device_error(slot, function, source))
         });
         let functions = functions.collect::<Result<_, _>>()?;
         let vcpus = self.vcpus.iter();
         let state = MachineState {
             memory_size: self.memory.iter().map(GuestMemoryRegion::len).sum(),
+            slots,
             functions,
             vm: VmState::save(self.vm.fd())?,
             vcpus: vcpus
@@ -266,7 +263,7 @@ impl Machine {
     /// # Errors
     /// There is no balloon, or not so much memory.
     pub fn set_balloon(&self, mib: u32) -> Result<(), BalloonError> {
-        let balloon = self.balloon.as_ref().ok_or(BalloonError::Absent)?;
+        let balloon = self.board.balloon().ok_or(BalloonError::Absent)?;
         let size: u64 = self.memory.iter().map(GuestMemoryRegion::len).sum();
         if u64::from(mib) << 20 >= size {
             return Err(BalloonError::TooLarge {
@@ -280,8 +277,8 @@ impl Machine {
 
     /// How the balloon stands.
     pub fn balloon(&self) -> Option<BalloonStatus> {
-        self.balloon
-            .as_ref()
+        self.board
+            .balloon()
             .map(|balloon| lock_device(balloon).status())
     }
 
@@ -292,7 +289,33 @@ impl Machine {
 
     /// How many event loops the machine has.
     pub fn loops(&self) -> usize {
-        self.loops.len()
+        self.loops.iter().count()
+    }
+
+    /// What is on the PCI bus.
+    pub fn devices(&self) -> Vec<DeviceStatus> {
+        self.board.status()
+    }
+
+    /// Puts devices on the bus while the guest runs, or rests; the slot of the
+    /// last one. The guest finds them when it looks at the bus again.
+    ///
+    /// # Errors
+    /// One cannot be made, or the bus is full.
+    pub fn plug(&mut self, devices: Devices) -> Result<Option<u8>, BuildError> {
+        let mut last = None;
+        for item in plug::items(devices) {
+            last = Some(self.board.plug(item, Place::default(), &mut self.loops)?);
+        }
+        Ok(last)
+    }
+
+    /// Takes a device off the bus again.
+    ///
+    /// # Errors
+    /// It cannot be, or the guest uses it.
+    pub fn unplug(&mut self, slot: u8) -> Result<(), UnplugError> {
+        self.board.unplug(slot)
     }
 }
 
@@ -322,10 +345,9 @@ fn lock(vcpu: &Mutex<VcpuFd>) -> MutexGuard<'_, VcpuFd> {
     vcpu.lock().expect("a vCPU that panicked ended the process")
 }
 
-fn device_error(index: usize, function: &VirtioPci, source: StateError) -> SnapshotError {
+fn device_error(slot: u8, function: &VirtioPci, source: StateError) -> SnapshotError {
     SnapshotError::Device {
-        // The host bridge is device 0.
-        slot: index + 1,
+        slot: slot.into(),
         name: function.name(),
         source,
     }

@@ -2,6 +2,7 @@
 //! A VM: assembled from its checked configuration ([`plug`] puts its devices on
 //! the bus), and led through its life ([`machine`]).
 
+mod assemble;
 mod machine;
 mod plug;
 
@@ -10,7 +11,10 @@ use std::{fs::File, io, sync::Arc};
 use bulkhead_vmm_api::FailureKind;
 use kvm_ioctls::Kvm;
 
-pub use self::machine::{BalloonError, Machine};
+pub use self::{
+    machine::{BalloonError, Machine},
+    plug::UnplugError,
+};
 use crate::{
     arch::x86_64::boot,
     bus::RangeError,
@@ -48,6 +52,15 @@ pub enum BuildError {
     /// More devices than slots.
     #[error(transparent)]
     Bus(#[from] crate::pci::BusFull),
+    /// Two devices of a kind would have the same name.
+    #[error("{device} is there already: unplug that one first, or choose another name")]
+    Twice {
+        /// Which.
+        device: String,
+    },
+    /// Nobody serves files.
+    #[error("fs: this VM was started without a shared directory, and has no thread that may open files: configure one at its start (devices.fs)")]
+    NoFiles,
     /// The VMM's own layout is at fault.
     #[error(transparent)]
     Range(#[from] RangeError),
@@ -83,7 +96,8 @@ impl BuildError {
         match self {
             Self::Kvm(_) | Self::OpenKvm(_) => FailureKind::Kvm,
             Self::Boot(_) => FailureKind::BadResource,
-            Self::Bus(_) => FailureKind::InvalidRequest,
+            Self::Bus(_) | Self::Twice { .. } => FailureKind::InvalidRequest,
+            Self::NoFiles => FailureKind::Unsupported,
             Self::Snapshot(error) => error.kind(),
             Self::Memory(MemoryError::Size { .. }) => FailureKind::BadResource,
             Self::Jail(_)

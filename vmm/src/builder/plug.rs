@@ -1,32 +1,31 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Puts everything on the machine's buses.
+//! The devices on the bus: plugged when the machine is built, or while it
+//! runs, and unplugged when the guest has let go of them.
 
 use std::{
+    collections::BTreeMap,
     fs::File,
     io,
-    sync::{atomic::AtomicBool, Arc, Mutex},
+    os::fd::OwnedFd,
+    sync::{Arc, Mutex},
 };
 
-use kvm_ioctls::VcpuFd;
-use vm_memory::{FileOffset, GuestMemoryAtomic, GuestMemoryMmap, MmapRegion};
+use bulkhead_vmm_api::{
+    BalloonConfig, BlkConfig, DeviceKind, DeviceStatus, FailureKind, FsConfig, NetConfig,
+    PmemConfig, VsockConfig,
+};
+use vm_memory::{FileOffset, MmapRegion};
 
-use super::{system, BuildError, Callbacks, Host, Machine};
+use super::{system, BuildError};
 use crate::{
     arch::x86_64::layout,
-    bus::{Bus, BusDevice},
     config::Devices,
     confine::seccomp::Worker,
     event::{EventHandler, EventLoop, LoopHandle},
-    generation::GenerationId,
-    kvm::{
-        vcpu::{self, Buses, ExitCounters, Rest, Shared},
-        vm::Vm,
-    },
+    kvm::vm::{MemorySlot, Vm},
     memory::WindowAllocator,
-    pci::PciRoot,
-    power::{KeyboardReset, PanicPort, PowerRegisters},
-    serial::SerialPort,
-    timeline::Stamps,
+    pci::{PciRoot, BAR_SIZE},
+    snapshot::{state::MachineState, SnapshotError},
     virtio::{
         balloon::Balloon,
         blk::Blk,
@@ -35,7 +34,7 @@ use crate::{
         net::Net,
         pmem::Pmem,
         rng::Rng,
-        transport::{self, VirtioPci, Wiring},
+        transport::{InUse, VirtioPci, Wiring},
         vsock::Vsock,
     },
 };
@@ -49,233 +48,503 @@ mod class {
     pub const UNASSIGNED: u32 = 0xff_0000;
 }
 
-/// What differs between a machine that boots and one that is restored.
-pub(super) struct Parts {
-    pub host: Arc<Host>,
-    pub vm: Arc<Vm>,
-    pub memory: GuestMemoryMmap,
-    pub memory_size: u64,
-    pub vcpus: Vec<VcpuFd>,
-    pub serial: Arc<SerialPort>,
-    pub paused: bool,
+/// A device to be plugged.
+pub(super) enum Item {
+    Pmem(PmemConfig, File),
+    Fs(FsConfig, OwnedFd),
+    Vsock(VsockConfig, Option<OwnedFd>),
+    Net(NetConfig, File),
+    Blk(BlkConfig, File),
+    Rng,
+    Balloon(BalloonConfig),
 }
 
-impl Parts {
-    /// Puts everything on the buses.
-    pub fn assemble(
-        self,
-        devices: Devices,
-        callbacks: &Callbacks,
-        stamps: Arc<Stamps>,
-    ) -> Result<Machine, BuildError> {
-        vcpu::install_kick_signal().map_err(system("vCPU signal"))?;
-        let mut buses = Buses {
-            pio: Bus::default(),
-            mmio: Bus::default(),
+/// Where a device is to be, as far as that is settled.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Place {
+    /// Its number on the bus; none: the lowest free one.
+    slot: Option<u8>,
+    /// The guest-physical address of a pmem device's window, and its size.
+    window: Option<(u64, u64)>,
+}
+
+/// All devices, in the order of their slots: the guest image first, so that it
+/// is /dev/pmem0.
+pub(super) fn items(devices: Devices) -> Vec<Item> {
+    let pmem = devices.pmem.into_iter();
+    let mut items: Vec<_> = pmem
+        .map(|(config, file)| Item::Pmem(config, file))
+        .collect();
+    let fs = devices.fs.into_iter();
+    items.extend(fs.map(|(config, directory)| Item::Fs(config, directory)));
+    let vsock = devices.vsock.into_iter();
+    items.extend(vsock.map(|(config, listener)| Item::Vsock(config, listener)));
+    let net = devices.net.into_iter();
+    items.extend(net.map(|(config, tap)| Item::Net(config, tap)));
+    let blk = devices.blk.into_iter();
+    items.extend(blk.map(|(config, file)| Item::Blk(config, file)));
+    items.extend(devices.rng.then_some(Item::Rng));
+    items.extend(devices.balloon.map(Item::Balloon));
+    items
+}
+
+/// Gives each device the place that one of its kind had in a snapshot's
+/// machine, in order.
+///
+/// # Errors
+/// They are not as many of each kind.
+pub(super) fn arrange(
+    devices: Devices,
+    state: &MachineState,
+) -> Result<Vec<(Item, Place)>, SnapshotError> {
+    let mut left = items(devices);
+    let mut arranged = Vec::new();
+    for (slot, function) in state.slots.iter().zip(&state.functions) {
+        let kind = kind_of(function.id);
+        let found = left.iter().position(|item| Some(item.kind()) == kind);
+        let Some(found) = found else {
+            return Err(SnapshotError::Mismatch(match kind {
+                Some(kind) => format!(
+                    "the snapshot has a {} device in slot {slot}, and no other is given for it",
+                    kind.name()
+                ),
+                None => format!(
+                    "the snapshot has virtio device {} in slot {slot}, which this VMM has not",
+                    function.id
+                ),
+            }));
         };
-        let on_end = || callbacks.on_end.clone();
-        let ports: [(u16, u64, Arc<dyn BusDevice>); 4] = [
-            (layout::SERIAL_PORT, 8, self.serial.clone()),
-            (layout::POWER_PORT, 3, Arc::new(PowerRegisters(on_end()))),
-            (
-                layout::KEYBOARD_COMMAND,
-                1,
-                Arc::new(KeyboardReset(on_end())),
-            ),
-            (layout::PVPANIC_PORT, 1, Arc::new(PanicPort(on_end()))),
-        ];
-        for (port, length, device) in ports {
-            buses.pio.insert(u64::from(port), length, device)?;
+        let window = (kind == Some(DeviceKind::Pmem))
+            .then(|| Pmem::window_in(function.device()))
+            .flatten();
+        let place = Place {
+            slot: Some(*slot),
+            window,
+        };
+        arranged.push((left.remove(found), place));
+    }
+    match left.first() {
+        Some(item) => Err(SnapshotError::Mismatch(format!(
+            "{} is more than the snapshot has",
+            item.name()
+        ))),
+        None => Ok(arranged),
+    }
+}
+
+/// The kind with a virtio device id.
+fn kind_of(id: u16) -> Option<DeviceKind> {
+    DeviceKind::ALL
+        .into_iter()
+        .find(|kind| kind.virtio_id() == id)
+}
+
+impl Item {
+    fn kind(&self) -> DeviceKind {
+        match self {
+            Self::Pmem(..) => DeviceKind::Pmem,
+            Self::Fs(..) => DeviceKind::Fs,
+            Self::Vsock(..) => DeviceKind::Vsock,
+            Self::Net(..) => DeviceKind::Net,
+            Self::Blk(..) => DeviceKind::Blk,
+            Self::Rng => DeviceKind::Rng,
+            Self::Balloon(_) => DeviceKind::Balloon,
         }
-        let on_read = callbacks.on_generation_read.clone();
-        let generation = GenerationId::new(move || on_read()).map_err(system("generation id"))?;
-        buses
-            .mmio
-            .insert(layout::GENERATION_ID, 0x1000, Arc::new(generation))?;
-        let mut plug = Plug {
-            vm: &self.vm,
-            ram: GuestMemoryAtomic::new(self.memory.clone()),
-            mmio: &mut buses.mmio,
-            root: PciRoot::default(),
-            functions: Vec::new(),
-            balloon: None,
-            windows: Vec::new(),
-            paused: self.paused,
-        };
-        let loops = plug.all(devices, self.memory_size, callbacks)?;
-        let Plug {
-            root,
-            functions,
-            balloon,
-            windows,
-            ..
-        } = plug;
-        let root = Arc::new(root);
-        root.show(|memory| {
-            self.vm
-                .map_window(layout::ECAM, memory, true)
-                .map_err(BuildError::Kvm)
-        })?;
-        buses
-            .mmio
-            .insert(layout::ECAM, layout::ECAM_SIZE, root.clone())?;
-        let vcpus = self.vcpus.into_iter();
-        Ok(Machine {
-            threads: Vec::new(),
-            vcpus: vcpus.map(|vcpu| Arc::new(Mutex::new(vcpu))).collect(),
-            loops,
-            shared: Arc::new(Shared {
-                buses,
-                exits: ExitCounters::default(),
-                on_end: callbacks.on_end.clone(),
-                rest: Rest::default(),
-                stop: AtomicBool::new(false),
-            }),
-            serial: self.serial,
-            stamps,
-            memory: self.memory,
-            root,
-            functions,
-            balloon,
-            vm: self.vm,
-            host: self.host,
-            paused: self.paused,
-            _windows: windows,
+    }
+
+    fn id(&self) -> &str {
+        match self {
+            Self::Pmem(config, _) => &config.id,
+            Self::Fs(config, _) => &config.tag,
+            Self::Net(config, _) => &config.id,
+            Self::Blk(config, _) => &config.id,
+            Self::Vsock(..) | Self::Rng | Self::Balloon(_) => "",
+        }
+    }
+
+    /// For messages.
+    fn name(&self) -> String {
+        name(self.kind(), self.id())
+    }
+}
+
+fn name(kind: DeviceKind, id: &str) -> String {
+    match id {
+        "" => kind.name().to_owned(),
+        id => format!("{} {id:?}", kind.name()),
+    }
+}
+
+/// The threads that devices work on.
+pub(super) struct Loops {
+    io: EventLoop,
+    /// Requests for files block, so each shared directory that is there from
+    /// the start has a thread of its own.
+    files: Vec<EventLoop>,
+    /// They rest until the machine goes on.
+    paused: bool,
+    /// There will be no more.
+    complete: bool,
+}
+
+impl Loops {
+    pub fn new(paused: bool) -> Result<Self, BuildError> {
+        Ok(Self {
+            io: event_loop("io", Worker::Devices, paused)?,
+            files: Vec::new(),
+            paused,
+            complete: false,
         })
     }
+
+    /// All of them, those first that may take long.
+    pub fn iter(&self) -> impl Iterator<Item = &EventLoop> {
+        self.files.iter().chain([&self.io])
+    }
+
+    /// From now on the process starts no threads.
+    pub fn complete(&mut self) {
+        self.complete = true;
+    }
+
+    /// For a shared directory: a thread of its own, or the first one's.
+    fn files(&mut self) -> Result<LoopHandle, BuildError> {
+        if !self.complete {
+            self.files
+                .push(event_loop("fs", Worker::Files, self.paused)?);
+            return Ok(self.files[self.files.len() - 1].handle());
+        }
+        let shared = self.files.first().ok_or(BuildError::NoFiles)?;
+        Ok(shared.handle())
+    }
 }
 
-/// Plugs devices into the bus.
-struct Plug<'a> {
-    vm: &'a Arc<Vm>,
+fn event_loop(name: &str, worker: Worker, paused: bool) -> Result<EventLoop, BuildError> {
+    let event_loop =
+        EventLoop::spawn(name, worker).map_err(system("event loop could not be started"))?;
+    if paused && !event_loop.pause() {
+        // It has nothing to do yet.
+        return Err(system("event loop does not rest")(
+            io::ErrorKind::TimedOut.into(),
+        ));
+    }
+    Ok(event_loop)
+}
+
+/// A file in the guest's memory.
+struct Window {
+    slot: MemorySlot,
+    address: u64,
+    mapping: MmapRegion,
+}
+
+/// A device on the bus.
+struct Plugged {
+    kind: DeviceKind,
+    id: String,
+    function: Arc<VirtioPci>,
+    window: Option<Window>,
+}
+
+/// Why a device is not unplugged.
+#[derive(Debug, thiserror::Error)]
+pub enum UnplugError {
+    /// There is none.
+    #[error("slot: there is no device in slot {slot}")]
+    Absent {
+        /// Asked for.
+        slot: u8,
+    },
+    /// It stays as long as the machine.
+    #[error("slot: {device} in slot {slot} cannot be unplugged: pmem, fs, net and blk can")]
+    Fixed {
+        /// Asked for.
+        slot: u8,
+        /// What is there.
+        device: String,
+    },
+    /// The guest has not let go.
+    #[error("{device} in slot {slot}")]
+    InUse {
+        /// Asked for.
+        slot: u8,
+        /// What is there.
+        device: String,
+        /// By the guest's driver.
+        #[source]
+        source: InUse,
+    },
+}
+
+impl UnplugError {
+    /// For the reply.
+    pub fn kind(&self) -> FailureKind {
+        match self {
+            Self::Absent { .. } => FailureKind::InvalidRequest,
+            Self::Fixed { .. } => FailureKind::Unsupported,
+            Self::InUse { .. } => FailureKind::WrongState,
+        }
+    }
+}
+
+/// The bus with its devices, and what plugging more takes.
+pub(super) struct Board {
+    vm: Arc<Vm>,
     ram: GuestRam,
-    mmio: &'a mut Bus,
-    root: PciRoot,
-    functions: Vec<Arc<VirtioPci>>,
+    root: Arc<PciRoot>,
+    plugged: BTreeMap<u8, Plugged>,
     balloon: Option<Arc<Mutex<Balloon>>>,
-    windows: Vec<MmapRegion>,
-    /// Loops rest until the machine goes on.
-    paused: bool,
+    windows: WindowAllocator,
+    on_connect: Arc<dyn Fn(u32) + Send + Sync>,
 }
 
-impl Plug<'_> {
-    /// All devices, in the order of their slots: the guest image first, so
-    /// that it is /dev/pmem0. Returns the loops they work on.
-    fn all(
-        &mut self,
-        resources: Devices,
-        memory_size: u64,
-        callbacks: &Callbacks,
-    ) -> Result<Vec<EventLoop>, BuildError> {
-        let io = self.event_loop("io", Worker::Devices)?;
-        let mut loops = Vec::new();
-        let mut windows = WindowAllocator::new(memory_size);
-        let named = |device: String| move |source| BuildError::Device { device, source };
-        for (config, file) in resources.pmem {
-            let name = format!("pmem {}", config.id);
-            let device = self.pmem(&config.id, file, config.read_only, &mut windows, &name)?;
-            self.plug(device, class::OTHER_MEMORY, &io.handle(), &name)?;
+impl Board {
+    /// An empty bus.
+    pub fn new(
+        vm: Arc<Vm>,
+        ram: GuestRam,
+        root: Arc<PciRoot>,
+        windows: WindowAllocator,
+        on_connect: Arc<dyn Fn(u32) + Send + Sync>,
+    ) -> Self {
+        Self {
+            vm,
+            ram,
+            root,
+            plugged: BTreeMap::new(),
+            balloon: None,
+            windows,
+            on_connect,
         }
-        for (config, directory) in resources.fs {
-            let name = format!("fs {}", config.tag);
-            // Its requests block, so it has a thread of its own.
-            let own = self.event_loop("fs", Worker::Files)?;
-            let device = Fs::new(&config, directory).map_err(named(name.clone()))?;
-            self.plug(device, class::STORAGE, &own.handle(), &name)?;
-            loops.push(own);
-        }
-        if let Some((config, listener)) = resources.vsock {
-            let device = Vsock::new(&config, listener, callbacks.on_connect.clone())
-                .map_err(named("vsock".into()))?;
-            self.plug(device, class::OTHER_NETWORK, &io.handle(), "vsock")?;
-        }
-        for (config, tap) in resources.net {
-            let name = format!("net {}", config.id);
-            let device = Net::new(&config, tap).map_err(named(name.clone()))?;
-            self.plug(device, class::ETHERNET, &io.handle(), &name)?;
-        }
-        for (config, file) in resources.blk {
-            let name = format!("blk {}", config.id);
-            let device = Blk::new(&config, file).map_err(named(name.clone()))?;
-            self.plug(device, class::STORAGE, &io.handle(), &name)?;
-        }
-        if resources.rng {
-            self.plug(Rng::new(), class::UNASSIGNED, &io.handle(), "rng")?;
-        }
-        if let Some(config) = resources.balloon {
-            let device = Arc::new(Mutex::new(Balloon::new(&config)));
-            self.balloon = Some(device.clone());
-            self.plug_shared(device, class::OTHER_MEMORY, &io.handle(), "balloon")?;
-        }
-        loops.push(io);
-        Ok(loops)
     }
 
-    fn event_loop(&self, name: &str, worker: Worker) -> Result<EventLoop, BuildError> {
-        let event_loop =
-            EventLoop::spawn(name, worker).map_err(system("event loop could not be started"))?;
-        if self.paused && !event_loop.pause() {
-            // It has nothing to do yet.
-            return Err(system("event loop does not rest")(
-                io::ErrorKind::TimedOut.into(),
-            ));
-        }
-        Ok(event_loop)
+    /// The functions with their slots, in the order of the bus.
+    pub fn functions(&self) -> impl Iterator<Item = (u8, &Arc<VirtioPci>)> {
+        let plugged = self.plugged.iter();
+        plugged.map(|(slot, plugged)| (*slot, &plugged.function))
     }
 
-    fn pmem(
-        &mut self,
-        id: &str,
-        file: File,
-        read_only: bool,
-        windows: &mut WindowAllocator,
-        name: &str,
-    ) -> Result<Pmem, BuildError> {
-        let failed = |source| BuildError::Device {
-            device: name.to_owned(),
+    /// What is there.
+    pub fn status(&self) -> Vec<DeviceStatus> {
+        let plugged = self.plugged.iter();
+        plugged
+            .map(|(slot, plugged)| DeviceStatus {
+                slot: *slot,
+                kind: plugged.kind,
+                id: plugged.id.clone(),
+            })
+            .collect()
+    }
+
+    /// The balloon, where there is one.
+    pub fn balloon(&self) -> Option<&Arc<Mutex<Balloon>>> {
+        self.balloon.as_ref()
+    }
+
+    /// Shows the guest what was restored.
+    pub fn refresh(&self) {
+        self.root.refresh();
+    }
+
+    /// Puts a device on the bus; its slot. Nothing is left of one that cannot be
+    /// made.
+    pub fn plug(&mut self, item: Item, place: Place, loops: &mut Loops) -> Result<u8, BuildError> {
+        let kind = item.kind();
+        let id = item.id().to_owned();
+        let named = |source| BuildError::Device {
+            device: name(kind, &id),
             source,
         };
-        let size = file.metadata().map_err(failed)?.len();
+        let slot = match place.slot {
+            Some(slot) => usize::from(slot),
+            None => self.root.free_slot()?,
+        };
+        let taken = |plugged: &&Plugged| plugged.kind == kind && plugged.id == id;
+        if loops.complete && self.plugged.values().any(|plugged| taken(&plugged)) {
+            return Err(BuildError::Twice {
+                device: name(kind, &id),
+            });
+        }
+        let io = loops.io.handle();
+        let mut window = None;
+        let function = match item {
+            Item::Pmem(config, file) => {
+                let flush = (!config.read_only).then(|| file.try_clone()).transpose();
+                let flush = flush.map_err(named)?;
+                let made = self.window(file, config.read_only, place.window, &named)?;
+                let size = made.mapping.size() as u64;
+                let device = Pmem::new(&config.id, made.address, size, flush);
+                window = Some(made);
+                self.function(device, class::OTHER_MEMORY, io, slot)
+            }
+            Item::Fs(config, directory) => {
+                let own = loops.files()?;
+                // Files are opened on their own thread once this one may not.
+                let device = match loops.complete {
+                    true => Fs::unprepared(&config, directory),
+                    false => Fs::new(&config, directory),
+                };
+                self.function(device.map_err(named)?, class::STORAGE, own, slot)
+            }
+            Item::Vsock(config, listener) => {
+                let device = Vsock::new(&config, listener, self.on_connect.clone());
+                self.function(device.map_err(named)?, class::OTHER_NETWORK, io, slot)
+            }
+            Item::Net(config, tap) => {
+                let device = Net::new(&config, tap).map_err(named)?;
+                self.function(device, class::ETHERNET, io, slot)
+            }
+            Item::Blk(config, file) => {
+                let device = Blk::new(&config, file).map_err(named)?;
+                self.function(device, class::STORAGE, io, slot)
+            }
+            Item::Rng => self.function(Rng::new(), class::UNASSIGNED, io, slot),
+            Item::Balloon(config) => {
+                let device = Arc::new(Mutex::new(Balloon::new(&config)));
+                self.balloon = Some(Arc::clone(&device));
+                self.shared_function(device, class::OTHER_MEMORY, io, slot)
+            }
+        };
+        let added = function.map_err(named).and_then(|function| {
+            let function = Arc::new(function);
+            match self.root.add_at(slot, function.clone()) {
+                Ok(()) => Ok(function),
+                Err(full) => {
+                    // No driver has seen it.
+                    let _ = function.detach(self.vm.as_ref());
+                    Err(full.into())
+                }
+            }
+        });
+        match added {
+            Ok(function) => {
+                let plugged = Plugged {
+                    kind,
+                    id,
+                    function,
+                    window,
+                };
+                // The bus has 32.
+                let slot = slot as u8;
+                self.plugged.insert(slot, plugged);
+                Ok(slot)
+            }
+            Err(error) => {
+                if let Some(window) = window {
+                    self.close(window);
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Takes a device off the bus that the guest has let go of.
+    ///
+    /// # Errors
+    /// There is none, it cannot be, or the guest uses it: it stays.
+    pub fn unplug(&mut self, slot: u8) -> Result<(), UnplugError> {
+        let plugged = self
+            .plugged
+            .get(&slot)
+            .ok_or(UnplugError::Absent { slot })?;
+        let device = name(plugged.kind, &plugged.id);
+        match plugged.kind {
+            DeviceKind::Pmem | DeviceKind::Fs | DeviceKind::Net | DeviceKind::Blk => {}
+            DeviceKind::Vsock | DeviceKind::Rng | DeviceKind::Balloon => {
+                return Err(UnplugError::Fixed { slot, device });
+            }
+        }
+        plugged
+            .function
+            .detach(self.vm.as_ref())
+            .map_err(|source| UnplugError::InUse {
+                slot,
+                device,
+                source,
+            })?;
+        self.root.remove(usize::from(slot));
+        if let Some(window) = self.plugged.remove(&slot).and_then(|gone| gone.window) {
+            self.close(window);
+        }
+        Ok(())
+    }
+
+    /// Maps a file into the guest.
+    fn window(
+        &mut self,
+        file: File,
+        read_only: bool,
+        place: Option<(u64, u64)>,
+        named: &dyn Fn(io::Error) -> BuildError,
+    ) -> Result<Window, BuildError> {
+        let size = file.metadata().map_err(named)?.len();
         let protection = if read_only {
             libc::PROT_READ
         } else {
             libc::PROT_READ | libc::PROT_WRITE
         };
-        let flush = file.try_clone().map_err(failed)?;
         let mapping = MmapRegion::build(
             Some(FileOffset::new(file, 0)),
             size as usize,
             protection,
             libc::MAP_SHARED | libc::MAP_NORESERVE,
         )
-        .map_err(|error| failed(io::Error::other(error)))?;
-        let address = windows.reserve(size);
-        self.vm.map_window(address, &mapping, read_only)?;
-        self.windows.push(mapping);
-        Ok(Pmem::new(id, address, size, (!read_only).then_some(flush)))
+        .map_err(|error| named(io::Error::other(error)))?;
+        let address = match place {
+            Some((address, had)) if had == size => {
+                self.windows.reserve_at(address, size).then_some(address)
+            }
+            // Not what it was, which is told when its state is restored.
+            _ => self.windows.reserve(size),
+        };
+        let address = address
+            .ok_or_else(|| named(io::Error::other("there is no place for it in guest memory")))?;
+        match self.vm.map_window(address, &mapping, read_only) {
+            Ok(slot) => Ok(Window {
+                slot,
+                address,
+                mapping,
+            }),
+            Err(error) => {
+                self.windows.release(address);
+                Err(error.into())
+            }
+        }
     }
 
-    fn plug<D: VirtioDevice + 'static>(
-        &mut self,
+    /// Takes a file out of the guest's memory.
+    fn close(&mut self, window: Window) {
+        match self.vm.unmap_window(window.slot) {
+            Ok(()) => self.windows.release(window.address),
+            Err(error) => {
+                tracing::error!(error = %crate::control::chain(&error), "window not taken back");
+                // KVM may use it still.
+                std::mem::forget(window.mapping);
+            }
+        }
+    }
+
+    fn function<D: VirtioDevice + 'static>(
+        &self,
         device: D,
         class: u32,
-        event_loop: &LoopHandle,
-        name: &str,
-    ) -> Result<(), BuildError> {
-        self.plug_shared(Arc::new(Mutex::new(device)), class, event_loop, name)
+        event_loop: LoopHandle,
+        slot: usize,
+    ) -> io::Result<VirtioPci> {
+        self.shared_function(Arc::new(Mutex::new(device)), class, event_loop, slot)
     }
 
-    /// A device that the machine's owner speaks to as well.
-    fn plug_shared<D: VirtioDevice + 'static>(
-        &mut self,
+    /// Of a device that the machine's owner speaks to as well.
+    fn shared_function<D: VirtioDevice + 'static>(
+        &self,
         device: Arc<Mutex<D>>,
         class: u32,
-        event_loop: &LoopHandle,
-        name: &str,
-    ) -> Result<(), BuildError> {
+        event_loop: LoopHandle,
+        slot: usize,
+    ) -> io::Result<VirtioPci> {
         let handler: Arc<Mutex<dyn EventHandler>> = device.clone();
-        let bar = layout::BAR_WINDOW + self.root.next_slot() as u64 * transport::BAR_SIZE;
-        let function = VirtioPci::new(
+        let bar = layout::BAR_WINDOW + slot as u64 * BAR_SIZE;
+        VirtioPci::new(
             device,
             Arc::downgrade(&handler),
             bar as u32,
@@ -284,18 +553,8 @@ impl Plug<'_> {
                 router: self.vm.router().clone(),
                 notify: self.vm.as_ref(),
                 memory: self.ram.clone(),
-                event_loop: event_loop.clone(),
+                event_loop,
             },
         )
-        .map_err(|source| BuildError::Device {
-            device: name.to_owned(),
-            source,
-        })?;
-        let function = Arc::new(function);
-        self.mmio
-            .insert(bar, transport::BAR_SIZE, function.clone())?;
-        self.root.add(function.clone())?;
-        self.functions.push(function);
-        Ok(())
     }
 }

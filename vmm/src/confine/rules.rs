@@ -136,6 +136,7 @@ const EVERYBODY: &[Rule] = &[
 mod kvm {
     pub const CHECK_EXTENSION: u64 = 0xae03;
     pub const GET_MSR_INDEX_LIST: u64 = 0xc004_ae02;
+    pub const SET_USER_MEMORY_REGION: u64 = 0x4020_ae46;
     pub const GET_IRQCHIP: u64 = 0xc208_ae62;
     pub const GET_CLOCK: u64 = 0x8030_ae7c;
     pub const SET_GSI_ROUTING: u64 = 0x4008_ae6a;
@@ -157,8 +158,9 @@ mod kvm {
     pub const GET_XCRS: u64 = 0x8188_aea6;
 }
 
-/// TUNSETOFFLOAD (linux/if_tun.h).
+/// TUNSETOFFLOAD and TUNSETVNETHDRSZ (linux/if_tun.h).
 const TUN_SET_OFFLOAD: u64 = 0x4004_54d0;
+const TUN_SET_HEADER_SIZE: u64 = 0x4004_54d8;
 
 const CONTROL: &[Rule] = &[
     any(libc::SYS_poll, "waiting for the client"),
@@ -186,9 +188,48 @@ const CONTROL: &[Rule] = &[
         ],
         "saving the machine",
     ),
-    any(libc::SYS_lseek, "saving: which pages there are"),
+    any(
+        libc::SYS_lseek,
+        "saving: which pages there are; plugging: how large a file is",
+    ),
     any(libc::SYS_ftruncate, "saving: emptying the files"),
     any(libc::SYS_pwrite64, "saving: guest memory"),
+    tested(
+        libc::SYS_ioctl,
+        &[
+            &[Is(1, kvm::SET_USER_MEMORY_REGION)],
+            &[Is(1, kvm::SET_GSI_ROUTING)],
+            &[Is(1, kvm::IRQFD)],
+            &[Is(1, kvm::IOEVENTFD)],
+            &[Is(1, TUN_SET_OFFLOAD)],
+            &[Is(1, TUN_SET_HEADER_SIZE)],
+        ],
+        "plugging: pmem's window, notifications, taps; unplugging: interrupts",
+    ),
+    // Never executable, and shared with the file.
+    tested(
+        libc::SYS_mmap,
+        &[&[
+            Bits(2, PROT_EXEC, 0),
+            Bits(3, ANONYMOUS, libc::MAP_SHARED as u64),
+        ]],
+        "plugging: pmem",
+    ),
+    tested(
+        libc::SYS_eventfd2,
+        &[&[Is(0, 0)]],
+        "plugging: notifications and interrupts",
+    ),
+    any(libc::SYS_statx, "plugging: what a descriptor is"),
+    tested(
+        libc::SYS_fcntl,
+        &[
+            &[Is(1, libc::F_GETFL as u64)],
+            &[Is(1, libc::F_SETFL as u64)],
+        ],
+        "plugging: taps do not block",
+    ),
+    any(libc::SYS_epoll_ctl, "unplugging: nothing is watched"),
 ];
 
 const VCPU: &[Rule] = &[

@@ -29,6 +29,8 @@ use crate::{
 pub struct MsiRouter {
     vm: Arc<VmFd>,
     next: AtomicU32,
+    /// Given back.
+    free: Mutex<Vec<u32>>,
     routes: Mutex<BTreeMap<u32, Message>>,
 }
 
@@ -38,6 +40,7 @@ impl MsiRouter {
         Self {
             vm,
             next: AtomicU32::new(layout::FIRST_MSI_GSI),
+            free: Mutex::new(Vec::new()),
             routes: Mutex::new(BTreeMap::new()),
         }
     }
@@ -76,9 +79,16 @@ impl MsiRouter {
     }
 }
 
+const NO_PANIC: &str = "no holder of the numbers' lock panics";
+
 impl InterruptRouter for MsiRouter {
     fn allocate(&self) -> u32 {
-        self.next.fetch_add(1, Ordering::Relaxed)
+        let free = self.free.lock().expect(NO_PANIC).pop();
+        free.unwrap_or_else(|| self.next.fetch_add(1, Ordering::Relaxed))
+    }
+
+    fn release(&self, gsi: u32) {
+        self.free.lock().expect(NO_PANIC).push(gsi);
     }
 
     fn set_routes(&self, changes: &[(u32, Option<Message>)]) -> io::Result<()> {

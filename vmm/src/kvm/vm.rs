@@ -3,7 +3,7 @@
 
 use std::sync::{
     atomic::{AtomicU32, Ordering},
-    Arc,
+    Arc, Mutex, MutexGuard,
 };
 
 use kvm_bindings::{kvm_userspace_memory_region, CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY};
@@ -26,6 +26,8 @@ pub struct Vm {
     fd: Arc<VmFd>,
     supported_cpuid: CpuId,
     next_slot: AtomicU32,
+    /// Slots that were given back.
+    free_slots: Mutex<Vec<u32>>,
     router: Arc<MsiRouter>,
     /// Mapped into slots: must outlive the machine.
     _memory: GuestMemoryMmap,
@@ -60,6 +62,7 @@ impl Vm {
             fd,
             supported_cpuid,
             next_slot: AtomicU32::new(0),
+            free_slots: Mutex::new(Vec::new()),
             _memory: memory.clone(),
         };
         for region in memory.iter() {
@@ -106,13 +109,14 @@ impl Vm {
     }
 
     /// Maps a mapping of a file (virtio-pmem), or of what the VMM shows, at a
-    /// guest-physical address. The caller keeps `mapping` as long as the machine lives.
+    /// guest-physical address. The caller keeps `mapping` as long as the machine
+    /// lives, or until [`Self::unmap_window`] with the slot that is returned.
     pub fn map_window(
         &self,
         guest_address: u64,
         mapping: &MmapRegion,
         read_only: bool,
-    ) -> Result<(), KvmError> {
+    ) -> Result<MemorySlot, KvmError> {
         self.add_slot(
             guest_address,
             mapping.size() as u64,
@@ -121,15 +125,35 @@ impl Vm {
         )
     }
 
+    /// Takes a window out of the guest: its accesses there reach nothing.
+    pub fn unmap_window(&self, slot: MemorySlot) -> Result<(), KvmError> {
+        let region = kvm_userspace_memory_region {
+            slot: slot.0,
+            ..Default::default()
+        };
+        // SAFETY: a size of zero removes the slot; no memory is referred to.
+        unsafe { self.fd.set_user_memory_region(region) }.map_err(failed("memory slot"))?;
+        self.free_slots().push(slot.0);
+        Ok(())
+    }
+
+    fn free_slots(&self) -> MutexGuard<'_, Vec<u32>> {
+        self.free_slots
+            .lock()
+            .expect("no holder of the slots' lock panics")
+    }
+
     fn add_slot(
         &self,
         guest_address: u64,
         size: u64,
         host_address: u64,
         read_only: bool,
-    ) -> Result<(), KvmError> {
+    ) -> Result<MemorySlot, KvmError> {
+        let free = self.free_slots().pop();
+        let slot = free.unwrap_or_else(|| self.next_slot.fetch_add(1, Ordering::Relaxed));
         let region = kvm_userspace_memory_region {
-            slot: self.next_slot.fetch_add(1, Ordering::Relaxed),
+            slot,
             flags: if read_only { KVM_MEM_READONLY } else { 0 },
             guest_phys_addr: guest_address,
             memory_size: size,
@@ -138,9 +162,19 @@ impl Vm {
         // SAFETY: the range is a whole mapping of guest memory or of a window;
         // the former is kept by `self`, the latter by the caller, and Rust
         // code reaches it only by volatile access.
-        unsafe { self.fd.set_user_memory_region(region) }.map_err(failed("memory slot"))
+        match unsafe { self.fd.set_user_memory_region(region) } {
+            Ok(()) => Ok(MemorySlot(slot)),
+            Err(error) => {
+                self.free_slots().push(slot);
+                Err(failed("memory slot")(error))
+            }
+        }
     }
 }
+
+/// A part of guest-physical memory, to be given back.
+#[derive(Debug, PartialEq, Eq)]
+pub struct MemorySlot(u32);
 
 impl NotifyRegistrar for Vm {
     fn register_notify(&self, event: &EventFd, address: u64) -> std::io::Result<()> {

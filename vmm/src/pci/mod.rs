@@ -6,4 +6,4 @@ pub mod config;
 pub mod msix;
 mod root;
 
-pub use root::{BusFull, PciFunction, PciRoot};
+pub use root::{BarWindow, BusFull, PciFunction, PciRoot, BAR_SIZE, SLOTS};

@@ -39,6 +39,8 @@ pub struct Message {
 pub trait InterruptRouter: Send + Sync {
     /// A number for a new route.
     fn allocate(&self) -> u32;
+    /// Gives one back, whose route and event are removed already.
+    fn release(&self, gsi: u32);
     /// Sets or removes routes, all at once.
     fn set_routes(&self, changes: &[(u32, Option<Message>)]) -> io::Result<()>;
     /// Lets `event` raise the interrupt of route `gsi`.
@@ -87,6 +89,8 @@ struct Vector {
 struct State {
     enabled: bool,
     function_masked: bool,
+    /// Nothing is routed any more, whatever the guest writes.
+    shut: bool,
     vectors: Vec<Vector>,
 }
 
@@ -132,6 +136,7 @@ impl Msix {
             state: Mutex::new(State {
                 enabled: false,
                 function_masked: false,
+                shut: false,
                 vectors,
             }),
         })
@@ -266,8 +271,34 @@ impl Msix {
         }
     }
 
+    /// Takes all routes and events back, for good: the function leaves.
+    pub fn shut(&self) {
+        let mut state = self.lock();
+        if std::mem::replace(&mut state.shut, true) {
+            return;
+        }
+        for (vector, line) in state.vectors.iter_mut().zip(&self.lines) {
+            line.open.store(false, Ordering::SeqCst);
+            if std::mem::replace(&mut vector.registered, false) {
+                if let Err(error) = self.router.unregister(&line.event, vector.gsi) {
+                    tracing::error!(%error, "interrupt event not taken back");
+                }
+            }
+        }
+        let numbers = state.vectors.iter().map(|vector| vector.gsi);
+        let routes: Vec<_> = numbers.clone().map(|gsi| (gsi, None)).collect();
+        match self.router.set_routes(&routes) {
+            Ok(()) => numbers.for_each(|gsi| self.router.release(gsi)),
+            // The numbers are not used again then.
+            Err(error) => tracing::error!(%error, "interrupt routes not taken back"),
+        }
+    }
+
     /// Makes routes and lines agree with the table.
     fn update(&self, state: &mut State) {
+        if state.shut {
+            return;
+        }
         let usable = state.enabled && !state.function_masked;
         let open = |vector: &Vector| usable && vector.control & VECTOR_MASKED == 0;
         // Routes of masked vectors stay: the guest masks a vector for a moment
@@ -319,6 +350,7 @@ mod tests {
     struct Router {
         routes: Mutex<BTreeMap<u32, Message>>,
         registered: Mutex<Vec<u32>>,
+        released: Mutex<Vec<u32>>,
     }
 
     impl InterruptRouter for Router {
@@ -326,8 +358,12 @@ mod tests {
             24
         }
         fn set_routes(&self, changes: &[(u32, Option<Message>)]) -> io::Result<()> {
+            let mut routes = self.routes.lock().unwrap();
             for (gsi, message) in changes {
-                self.routes.lock().unwrap().insert(*gsi, message.unwrap());
+                match message {
+                    Some(message) => routes.insert(*gsi, *message),
+                    None => routes.remove(gsi),
+                };
             }
             Ok(())
         }
@@ -335,8 +371,12 @@ mod tests {
             self.registered.lock().unwrap().push(gsi);
             Ok(())
         }
-        fn unregister(&self, _: &EventFd, _: u32) -> io::Result<()> {
+        fn unregister(&self, _: &EventFd, gsi: u32) -> io::Result<()> {
+            self.registered.lock().unwrap().retain(|at| *at != gsi);
             Ok(())
+        }
+        fn release(&self, gsi: u32) {
+            self.released.lock().unwrap().push(gsi);
         }
     }
 
@@ -374,6 +414,27 @@ mod tests {
         msix.write_table(12, &1_u32.to_le_bytes());
         msix.signal(0);
         assert!(!fired(&msix));
+    }
+
+    #[test]
+    fn what_is_shut_stays_so() {
+        let router = Arc::new(Router::default());
+        let msix = Msix::new(router.clone(), 1).unwrap();
+        let open = |msix: &Msix| {
+            msix.write_table(0, &0xfee0_0000_u64.to_le_bytes());
+            msix.write_table(12, &0_u32.to_le_bytes());
+            msix.set_control(ENABLE);
+        };
+        open(&msix);
+        assert_eq!(*router.registered.lock().unwrap(), [24]);
+        msix.shut();
+        msix.shut();
+        open(&msix);
+        msix.signal(0);
+        assert!(!fired(&msix));
+        assert!(router.registered.lock().unwrap().is_empty());
+        assert!(router.routes.lock().unwrap().is_empty());
+        assert_eq!(*router.released.lock().unwrap(), [24]);
     }
 
     #[test]

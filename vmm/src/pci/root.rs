@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The root bus behind the ECAM window (PCI Express 5.0 §7.2.2).
+//! The root bus behind the ECAM window (PCI Express 5.0 §7.2.2), and the
+//! registers of what is on it.
 //!
 //! A guest reads configuration space a thousand times while it boots and
-//! writes it a hundred times, and reading has no effect. So the devices' part
-//! of the window is memory that the guest may only read, and the bus keeps it
-//! as the functions say; only writes leave the guest.
+//! writes it a hundred times, and reading has no effect. So the window is
+//! memory that the guest may only read, and the bus keeps it as the functions
+//! say; only writes leave the guest. Functions come and go while it looks.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, RwLock};
 
 use vm_memory::{mmap::MmapRegionError, Bytes, MmapRegion, VolatileMemory};
 
@@ -14,16 +15,23 @@ use super::config::{self, ConfigSpace, Identity};
 use crate::bus::BusDevice;
 
 /// Device numbers on the bus.
-const SLOTS: usize = 32;
+pub const SLOTS: usize = 32;
 /// Bytes of the window per device: eight functions of 4 KiB.
 const SLOT_SIZE: usize = 8 * 4096;
+/// Bytes of registers (BAR 0) per device.
+pub const BAR_SIZE: u64 = 0x8000;
 
-/// A function's configuration space, as the bus sees it.
+/// A function, as the bus sees it.
 pub trait PciFunction: Send + Sync {
     /// Reads configuration space.
     fn read_config(&self, offset: usize, data: &mut [u8]);
     /// Writes it.
     fn write_config(&self, offset: usize, data: &[u8]);
+    /// Reads the registers, for which `data` is zero: any offset below
+    /// [`BAR_SIZE`], any length.
+    fn read_bar(&self, _offset: u64, _data: &mut [u8]) {}
+    /// Writes them.
+    fn write_bar(&self, _offset: u64, _data: &[u8]) {}
 }
 
 /// No free device number.
@@ -31,9 +39,11 @@ pub trait PciFunction: Send + Sync {
 #[error("the PCI bus is full: at most {} devices", SLOTS - 1)]
 pub struct BusFull;
 
+type Slots = [Option<Arc<dyn PciFunction>>; SLOTS];
+
 /// The bus with the host bridge at device 0.
 pub struct PciRoot {
-    slots: Vec<Arc<dyn PciFunction>>,
+    slots: RwLock<Slots>,
     /// What the guest reads, once it is shown. Held while a function's space
     /// changes, so that the last change is what it shows.
     shown: Mutex<Option<MmapRegion>>,
@@ -58,32 +68,63 @@ impl Default for PciRoot {
             revision: 0,
             subsystem: 0,
         });
+        let mut slots = Slots::default();
+        slots[0] = Some(Arc::new(HostBridge(bridge)));
         Self {
-            slots: vec![Arc::new(HostBridge(bridge))],
+            slots: RwLock::new(slots),
             shown: Mutex::new(None),
         }
     }
 }
 
 impl PciRoot {
-    /// Plugs a function in at the next device number, which is returned.
-    pub fn add(&mut self, function: Arc<dyn PciFunction>) -> Result<usize, BusFull> {
-        if self.slots.len() == SLOTS {
-            return Err(BusFull);
-        }
-        self.slots.push(function);
-        Ok(self.slots.len() - 1)
+    /// Plugs a function in at the lowest free device number, which is
+    /// returned.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn add(&self, function: Arc<dyn PciFunction>) -> Result<usize, BusFull> {
+        let slot = self.free_slot()?;
+        self.add_at(slot, function)?;
+        Ok(slot)
     }
 
-    /// The device number that [`Self::add`] gives next.
-    pub fn next_slot(&self) -> usize {
-        self.slots.len()
+    /// Plugs a function in at a device number.
+    ///
+    /// # Errors
+    /// It is taken, or there is no such number.
+    pub fn add_at(&self, slot: usize, function: Arc<dyn PciFunction>) -> Result<(), BusFull> {
+        match self.slots_mut().get_mut(slot) {
+            Some(free @ None) => *free = Some(Arc::clone(&function)),
+            _ => return Err(BusFull),
+        }
+        update(self.shown().as_ref(), slot, function.as_ref());
+        Ok(())
+    }
+
+    /// Takes a function off the bus: the guest finds nothing there from now on.
+    pub fn remove(&self, slot: usize) {
+        if let Some(taken) = self.slots_mut().get_mut(slot) {
+            *taken = None;
+        }
+        if let Some(memory) = self.shown().as_ref() {
+            show_space(memory, slot, &[0xff; config::SIZE]);
+        }
+    }
+
+    /// The lowest device number that is free.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn free_slot(&self) -> Result<usize, BusFull> {
+        let slots = self.slots.read().expect(NO_PANIC);
+        slots.iter().position(Option::is_none).ok_or(BusFull)
     }
 
     /// Memory to put at the start of the window, for the guest to read: the
-    /// spaces of all devices that are there now. `map` does that; the bus keeps
-    /// the memory. Functions that do not exist read as zero, which is no vendor
-    /// either; what lies behind the devices is not in it.
+    /// spaces of all device numbers, as they are and will be. `map` does that;
+    /// the bus keeps the memory. Functions that never existed read as zero,
+    /// which is no vendor either, and take no memory.
     ///
     /// # Errors
     /// There is no memory, or `map` fails.
@@ -91,7 +132,7 @@ impl PciRoot {
         &self,
         map: impl FnOnce(&MmapRegion) -> Result<(), E>,
     ) -> Result<(), E> {
-        let memory = MmapRegion::new(self.slots.len() * SLOT_SIZE)?;
+        let memory = MmapRegion::new(SLOTS * SLOT_SIZE)?;
         map(&memory)?;
         *self.shown() = Some(memory);
         self.refresh();
@@ -101,10 +142,17 @@ impl PciRoot {
     /// Shows the functions' spaces as they are now: they changed otherwise than
     /// by a write to the window.
     pub fn refresh(&self) {
+        let functions = self.slots.read().expect(NO_PANIC).clone();
         let shown = self.shown();
-        for (slot, function) in self.slots.iter().enumerate() {
-            update(shown.as_ref(), slot, function.as_ref());
+        for (slot, function) in functions.iter().enumerate() {
+            if let Some(function) = function {
+                update(shown.as_ref(), slot, function.as_ref());
+            }
         }
+    }
+
+    fn slots_mut(&self) -> std::sync::RwLockWriteGuard<'_, Slots> {
+        self.slots.write().expect(NO_PANIC)
     }
 
     fn shown(&self) -> std::sync::MutexGuard<'_, Option<MmapRegion>> {
@@ -113,9 +161,13 @@ impl PciRoot {
             .expect("no holder of the window's lock panics")
     }
 
+    fn at(&self, slot: usize) -> Option<Arc<dyn PciFunction>> {
+        self.slots.read().expect(NO_PANIC).get(slot)?.clone()
+    }
+
     /// Splits an ECAM offset: function 0 of a device that is there, and the
     /// register.
-    fn decode(&self, offset: u64) -> Option<(usize, &dyn PciFunction, usize)> {
+    fn decode(&self, offset: u64) -> Option<(usize, Arc<dyn PciFunction>, usize)> {
         let bus = offset >> 20;
         let device = (offset >> 15) & 0x1f;
         let function = (offset >> 12) & 7;
@@ -123,20 +175,29 @@ impl PciRoot {
             return None;
         }
         let slot = device as usize;
-        let found = self.slots.get(slot)?;
-        Some((slot, found.as_ref(), (offset & 0xfff) as usize))
+        Some((slot, self.at(slot)?, (offset & 0xfff) as usize))
     }
 }
+
+const NO_PANIC: &str = "no holder of the slots' lock panics";
 
 /// Shows a function's space, of which the rest is zero.
 fn update(shown: Option<&MmapRegion>, slot: usize, function: &dyn PciFunction) {
     let Some(memory) = shown else { return };
     let mut space = [0; config::SIZE];
     function.read_config(0, &mut space);
-    let written = memory
-        .as_volatile_slice()
-        .write_slice(&space, slot * SLOT_SIZE);
-    debug_assert!(written.is_ok(), "no slot is added to a bus that is shown");
+    show_space(memory, slot, &space);
+}
+
+/// The identity last: a guest that looks at this moment sees all or nothing.
+fn show_space(memory: &MmapRegion, slot: usize, space: &[u8; config::SIZE]) {
+    const IDENTITY: usize = 4;
+    let at = slot * SLOT_SIZE;
+    let all = memory.as_volatile_slice();
+    let written = all
+        .write_slice(&space[IDENTITY..], at + IDENTITY)
+        .and_then(|()| all.write_slice(&space[..IDENTITY], at));
+    debug_assert!(written.is_ok(), "all slots are shown");
 }
 
 impl BusDevice for PciRoot {
@@ -151,7 +212,38 @@ impl BusDevice for PciRoot {
         if let Some((slot, function, register)) = self.decode(offset) {
             let shown = self.shown();
             function.write_config(register, data);
-            update(shown.as_ref(), slot, function);
+            // It may have been taken off meanwhile.
+            if self
+                .at(slot)
+                .is_some_and(|now| Arc::ptr_eq(&now, &function))
+            {
+                update(shown.as_ref(), slot, function.as_ref());
+            }
+        }
+    }
+}
+
+/// The registers of all functions: device n's lie at n times [`BAR_SIZE`].
+pub struct BarWindow(pub Arc<PciRoot>);
+
+impl BarWindow {
+    fn decode(&self, offset: u64) -> Option<(Arc<dyn PciFunction>, u64)> {
+        let slot = usize::try_from(offset / BAR_SIZE).ok()?;
+        Some((self.0.at(slot)?, offset % BAR_SIZE))
+    }
+}
+
+impl BusDevice for BarWindow {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        match self.decode(offset) {
+            Some((function, register)) => function.read_bar(register, data),
+            None => data.fill(0xff),
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        if let Some((function, register)) = self.decode(offset) {
+            function.write_bar(register, data);
         }
     }
 }
@@ -186,7 +278,7 @@ mod tests {
 
     #[test]
     fn what_is_shown_is_what_would_be_read() {
-        let mut root = PciRoot::default();
+        let root = PciRoot::default();
         let mut space = ConfigSpace::new(Identity {
             vendor: 1,
             device: 2,
@@ -200,7 +292,7 @@ mod tests {
         let mut at = std::ptr::null();
         root.show(|memory| {
             at = memory.as_ptr();
-            assert_eq!(memory.size(), 2 * SLOT_SIZE);
+            assert_eq!(memory.size(), SLOTS * SLOT_SIZE);
             Ok::<_, MmapRegionError>(())
         })
         .unwrap();
@@ -229,20 +321,82 @@ mod tests {
         same(&root);
     }
 
+    fn space(device: u16) -> ConfigSpace {
+        ConfigSpace::new(Identity {
+            vendor: 1,
+            device,
+            class: 0,
+            revision: 0,
+            subsystem: 0,
+        })
+    }
+
+    #[test]
+    fn what_comes_and_goes_is_shown() {
+        let root = PciRoot::default();
+        root.show(|_| Ok::<_, MmapRegionError>(())).unwrap();
+        let seen = |slot: usize| {
+            let shown = root.shown();
+            let all = shown.as_ref().unwrap().as_volatile_slice();
+            all.read_obj::<u32>(slot * SLOT_SIZE).unwrap()
+        };
+        assert_eq!(seen(1), 0);
+        for (slot, device) in [(1, 7), (2, 8)] {
+            assert_eq!(root.add(Arc::new(HostBridge(space(device)))), Ok(slot));
+            assert_eq!(seen(slot), u32::from(device) << 16 | 1);
+        }
+        root.remove(1);
+        assert_eq!(seen(1), u32::MAX);
+        assert_eq!(seen(2), 8 << 16 | 1);
+        // What the guest writes to it now does not bring it back.
+        root.write(1 << 15 | 4, &[6, 0]);
+        assert_eq!(seen(1), u32::MAX);
+        assert_eq!(root.add(Arc::new(HostBridge(space(9)))), Ok(1));
+        assert_eq!(seen(1), 9 << 16 | 1);
+        let taken = root.add_at(2, Arc::new(HostBridge(space(9))));
+        assert_eq!(taken, Err(BusFull));
+    }
+
+    struct Registers(Mutex<Vec<u64>>);
+
+    impl PciFunction for Registers {
+        fn read_config(&self, _: usize, _: &mut [u8]) {}
+        fn write_config(&self, _: usize, _: &[u8]) {}
+        fn read_bar(&self, offset: u64, data: &mut [u8]) {
+            data.fill(offset as u8);
+        }
+        fn write_bar(&self, offset: u64, _: &[u8]) {
+            self.0.lock().unwrap().push(offset);
+        }
+    }
+
+    #[test]
+    fn registers_are_found_by_their_slot() {
+        let root = Arc::new(PciRoot::default());
+        let registers = Arc::new(Registers(Mutex::default()));
+        root.add_at(3, registers.clone()).unwrap();
+        let window = BarWindow(root);
+        let mut data = [0; 2];
+        for (offset, found) in [
+            (3 * BAR_SIZE + 5, 5),
+            (2 * BAR_SIZE + 5, 0xff),
+            (4 * BAR_SIZE, 0xff),
+            (SLOTS as u64 * BAR_SIZE, 0xff),
+            (u64::MAX, 0xff),
+        ] {
+            window.read(offset, &mut data);
+            assert_eq!(data, [found; 2]);
+            window.write(offset, &data);
+        }
+        assert_eq!(*registers.0.lock().unwrap(), [5]);
+    }
+
     #[test]
     fn the_bus_holds_31_devices() {
-        let mut root = PciRoot::default();
+        let root = PciRoot::default();
         for expected in 1..SLOTS {
-            let space = ConfigSpace::new(Identity {
-                vendor: 1,
-                device: 2,
-                class: 0,
-                revision: 0,
-                subsystem: 0,
-            });
-            assert_eq!(root.add(Arc::new(HostBridge(space))), Ok(expected));
+            assert_eq!(root.add(Arc::new(HostBridge(space(2)))), Ok(expected));
         }
-        let last = Arc::clone(&root.slots[1]);
-        assert_eq!(root.add(last), Err(BusFull));
+        assert_eq!(root.add(Arc::new(HostBridge(space(2)))), Err(BusFull));
     }
 }

@@ -15,6 +15,7 @@ use super::{
 use crate::{
     config::{MAX_VCPUS, MEMORY_MIB},
     kvm::state::{VcpuState, VmState},
+    pci::SLOTS,
     serial::SerialRegisters,
     virtio::transport::FunctionState,
 };
@@ -25,6 +26,7 @@ mod kind {
     pub const VCPU: u32 = 2;
     pub const SERIAL: u32 = 3;
     pub const FUNCTION: u32 = 4;
+    pub const SLOTS: u32 = 5;
 }
 
 /// Version of each section's content.
@@ -41,7 +43,9 @@ pub struct MachineState {
     pub vcpus: Vec<VcpuState>,
     /// The serial port.
     pub serial: SerialRegisters,
-    /// The PCI bus, from device 1.
+    /// The device numbers on the PCI bus, ascending from 1.
+    pub slots: Vec<u8>,
+    /// What is there, in the same order.
     pub functions: Vec<FunctionState>,
 }
 
@@ -55,6 +59,10 @@ impl MachineState {
         sections.extend(self.vcpus.iter().map(|vcpu| section(kind::VCPU, vcpu)));
         let functions = self.functions.iter();
         sections.extend(functions.map(|function| section(kind::FUNCTION, function)));
+        // Where devices have come and gone.
+        if self.slots != without_gaps(self.functions.len()) {
+            sections.push(section(kind::SLOTS, &self.slots));
+        }
         StateFile {
             memory_size: self.memory_size,
             build: env!("CARGO_PKG_VERSION").into(),
@@ -67,7 +75,7 @@ impl MachineState {
     /// # Errors
     /// A section is missing, unknown, or cannot be read.
     pub fn from_file(file: &StateFile) -> Result<Self, FormatError> {
-        let known = kind::MACHINE..=kind::FUNCTION;
+        let known = kind::MACHINE..=kind::SLOTS;
         let unknown = file
             .sections
             .iter()
@@ -91,14 +99,42 @@ impl MachineState {
                 size: file.memory_size,
             });
         }
+        let functions: Vec<FunctionState> = all(file, kind::FUNCTION)?;
+        let mut slots: Vec<Vec<u8>> = all(file, kind::SLOTS)?;
+        let slots = match (slots.pop(), slots.len()) {
+            (None, _) => without_gaps(functions.len()),
+            (Some(slots), 0) => slots,
+            (Some(_), others) => {
+                return Err(FormatError::Missing {
+                    kind: kind::SLOTS,
+                    count: others + 1,
+                });
+            }
+        };
+        let ascending = slots.windows(2).all(|pair| pair[0] < pair[1]);
+        let on_the_bus = slots
+            .iter()
+            .all(|slot| (1..SLOTS).contains(&usize::from(*slot)));
+        if slots.len() != functions.len() || !ascending || !on_the_bus {
+            return Err(FormatError::Content { kind: kind::SLOTS });
+        }
         Ok(Self {
             memory_size: file.memory_size,
             vm: one(file, kind::MACHINE)?,
             serial: one(file, kind::SERIAL)?,
             vcpus,
-            functions: all(file, kind::FUNCTION)?,
+            slots,
+            functions,
         })
     }
+}
+
+/// Where so many devices are that were all there from the start. More than the
+/// bus holds are not told apart.
+fn without_gaps(count: usize) -> Vec<u8> {
+    (1..=count)
+        .map(|slot| u8::try_from(slot).unwrap_or(u8::MAX))
+        .collect()
 }
 
 /// Writes a state file, from its start.

@@ -24,6 +24,9 @@ pub const PANIC: u16 = 0x505;
 /// Configuration space of the PCI bus.
 const ECAM: u32 = 0xe800_0000;
 
+/// Registers of the devices on it.
+const REGISTERS: u32 = 0xc000_0000;
+
 /// Machine code under construction.
 #[derive(Clone, Default)]
 pub struct Code(Vec<u8>);
@@ -88,6 +91,21 @@ impl Code {
         self.bytes(&[0xa1, a, b, c, d, 0xc1, 0xe8, 0x10])
             .port(SERIAL)
             .bytes(&[0xee])
+    }
+
+    /// As [`Self::print_device`], again and again, each with a newline.
+    pub fn watch_device(self, slot: u32) -> Self {
+        let once = Self::new().print_device(slot).out(SERIAL, b'\n').0;
+        // And back to its begin.
+        let back = -i8::try_from(once.len() + 2).unwrap();
+        self.bytes(&once).bytes(&[0xeb, back as u8])
+    }
+
+    /// Tells a virtio device that there is a driver for it (virtio 1.2 §2.1).
+    pub fn acknowledge_device(self, slot: u32) -> Self {
+        let [a, b, c, d] = (REGISTERS + slot * 0x8000 + 0x14).to_le_bytes();
+        // mov byte [status], ACKNOWLEDGE | DRIVER
+        self.bytes(&[0xc6, 0x05, a, b, c, d, 3])
     }
 
     /// Keeps a byte in memory, and prints it again and again from there.

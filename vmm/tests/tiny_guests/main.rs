@@ -4,6 +4,7 @@
 
 mod configuration;
 mod guest;
+mod hotplug;
 mod lifecycle;
 mod snapshot;
 mod vmm;

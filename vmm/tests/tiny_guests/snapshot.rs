@@ -229,12 +229,12 @@ fn devices_must_be_those_of_the_snapshot() {
     assert_failure(
         Vmm::restore(&snapshot, |_, _| {}).map(drop),
         FailureKind::InvalidRequest,
-        "0 devices for a snapshot with 1",
+        "the snapshot has a pmem device in slot 1, and no other is given for it",
     );
     assert_failure(
         with(zeros(2 << 20), true),
-        FailureKind::BadResource,
-        "device 1 (b): the snapshot has virtio device 27 here, not 2",
+        FailureKind::InvalidRequest,
+        "the snapshot has a pmem device in slot 1, and no other is given for it",
     );
     assert_failure(
         with(zeros(4 << 20), false),

@@ -14,7 +14,7 @@ use std::{
 
 use bulkhead_vmm_api::{
     Call, Channel, ChannelError, DeviceConfigs, Event, Failure, FailureKind, FromVmm, KernelConfig,
-    Outcome, Request, RestoreConfig, SnapshotFiles, Status, VmConfig,
+    Outcome, PlugConfig, Request, RestoreConfig, SnapshotFiles, Status, VmConfig,
 };
 use nix::sys::{
     socket::{setsockopt, sockopt::ReceiveTimeout},
@@ -175,6 +175,14 @@ impl Vmm {
         done(self.request(call, &setup.fds))
     }
 
+    /// Plugs a device; its slot.
+    pub fn plug(&mut self, config: PlugConfig, fds: Vec<OwnedFd>) -> Result<u8, Failure> {
+        match self.request(Call::Plug(Box::new(config)), &fds) {
+            Outcome::Plugged(device) => Ok(device.slot),
+            other => done(other).map(|()| panic!("plugged, and no slot")),
+        }
+    }
+
     /// Pauses the VM and writes it to two files.
     pub fn snapshot(&mut self) -> Result<Snapshot, Failure> {
         let snapshot = Snapshot {
@@ -257,7 +265,7 @@ fn done(outcome: Outcome) -> Result<(), Failure> {
     match outcome {
         Outcome::Done => Ok(()),
         Outcome::Failed(failure) => Err(failure),
-        Outcome::Status(status) => panic!("{status:?} was not asked for"),
+        other => panic!("{other:?} was not asked for"),
     }
 }
 

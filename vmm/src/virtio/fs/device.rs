@@ -78,6 +78,19 @@ impl Fs {
     /// # Errors
     /// It cannot be shared; the tag is longer than 36 bytes.
     pub fn new(config: &FsConfig, directory: OwnedFd) -> io::Result<Self> {
+        let mut this = Self::unprepared(config, directory)?;
+        // Now, for it shows what would fail at the guest's start.
+        let mounted = Arc::<AtomicBool>::default();
+        this.first = Some((backend(&this.options, &mounted)?, mounted));
+        Ok(this)
+    }
+
+    /// As [`Self::new`], on a thread that may not open files: the directory is
+    /// looked into when the guest does so.
+    ///
+    /// # Errors
+    /// The tag is longer than 36 bytes.
+    pub fn unprepared(config: &FsConfig, directory: OwnedFd) -> io::Result<Self> {
         let tag = config.tag.as_bytes();
         if tag.is_empty() || tag.len() > TAG {
             return Err(io::Error::new(
@@ -104,15 +117,12 @@ impl Fs {
             killpriv_v2: true,
             ..Config::default()
         };
-        // Now, for it shows what would fail at the guest's start.
-        let mounted = Arc::<AtomicBool>::default();
-        let first = backend(&options, &mounted)?;
         Ok(Self {
             tag: config.tag.clone(),
             config: space,
             options,
             _directory: directory,
-            first: Some((first, mounted)),
+            first: None,
             active: None,
         })
     }

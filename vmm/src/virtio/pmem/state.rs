@@ -5,6 +5,13 @@ use super::Pmem;
 use crate::virtio::device::StateError;
 
 impl Pmem {
+    /// Start and size of the window in a saved state.
+    pub fn window_in(state: &[u8]) -> Option<(u64, u64)> {
+        let (start, size) = state.split_at_checked(8)?;
+        let number = |bytes: &[u8]| Some(u64::from_le_bytes(bytes.try_into().ok()?));
+        Some((number(start)?, number(size)?))
+    }
+
     pub(super) fn save_state(&mut self) -> Result<Vec<u8>, StateError> {
         Ok(self.config.to_vec())
     }

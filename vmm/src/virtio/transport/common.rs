@@ -128,6 +128,10 @@ impl Registers {
 impl VirtioPci {
     pub(super) fn read_common(&self, offset: u64, data: &mut [u8]) {
         let registers = self.registers();
+        if self.is_gone() {
+            data.fill(0xff);
+            return;
+        }
         let lines = &self.lines;
         let vector = |index: usize| {
             lines
@@ -196,6 +200,9 @@ impl VirtioPci {
         bytes[..data.len()].copy_from_slice(data);
         let value = u32::from_le_bytes(bytes);
         let mut registers = self.registers();
+        if self.is_gone() {
+            return;
+        }
         let low = |old: u64| (old & !0xffff_ffff) | u64::from(value);
         let high = |old: u64| (old & 0xffff_ffff) | (u64::from(value) << 32);
         match offset {

@@ -22,17 +22,15 @@ use vm_memory::GuestAddressSpace;
 
 use super::device::{Activation, ActiveQueue, DeviceRef, GuestRam, Interrupt};
 use crate::{
-    bus::BusDevice,
     event::{HandlerRef, LoopHandle},
     pci::{
         config::{ConfigSpace, Identity, VIRTIO_VENDOR},
         msix::{self, InterruptRouter, Msix, NotifyRegistrar},
-        PciFunction,
+        PciFunction, BAR_SIZE,
     },
 };
 
-/// BAR 0 of every device.
-pub const BAR_SIZE: u64 = 0x8000;
+// Offsets in BAR 0.
 const COMMON: u64 = 0x0000;
 const ISR: u64 = 0x1000;
 const DEVICE: u64 = 0x2000;
@@ -49,6 +47,9 @@ const CFG_COMMON: u8 = 1;
 const CFG_NOTIFY: u8 = 2;
 const CFG_ISR: u8 = 3;
 const CFG_DEVICE: u8 = 4;
+
+/// Enhanced Allocation (PCI Express 5.0 §7.8.5).
+const ENHANCED_ALLOCATION: u8 = 0x14;
 
 /// No vector (virtio 1.2 §4.1.5.1.2.1).
 const NO_VECTOR: u16 = 0xffff;
@@ -71,9 +72,20 @@ pub struct VirtioPci {
     event_loop: LoopHandle,
     kicks: Vec<EventFd>,
     lines: Arc<Lines>,
+    bar: u32,
     config: Mutex<ConfigSpace>,
     msix_control: usize,
+    /// It has left the bus. Changes under the registers' lock.
+    gone: AtomicBool,
     registers: Mutex<Registers>,
+}
+
+/// A driver works with the function.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the guest uses it (status {status:#x}): have its agent remove the device first")]
+pub struct InUse {
+    /// The device's status (virtio 1.2 §2.1).
+    pub status: u8,
 }
 
 /// The way from device to driver: used from the device's event loop, without
@@ -137,14 +149,8 @@ impl VirtioPci {
                 device.features(),
             )
         };
-        let mut kicks = Vec::with_capacity(sizes.len());
-        for index in 0..sizes.len() {
-            let kick = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
-            let address = u64::from(bar) + NOTIFY + index as u64 * NOTIFY_STRIDE;
-            wiring.notify.register_notify(&kick, address)?;
-            kicks.push(kick);
-        }
         let msix = Msix::new(wiring.router, sizes.len() as u16 + 1)?;
+        let kicks = register_kicks(wiring.notify, bar, sizes.len()).inspect_err(|_| msix.shut())?;
 
         let mut config = ConfigSpace::new(Identity {
             vendor: VIRTIO_VENDOR,
@@ -166,6 +172,9 @@ impl VirtioPci {
             &msix.capability(TABLE as u32, PENDING as u32),
         );
         config.allow_writes(at + 2, &msix::CONTROL_WRITABLE.to_le_bytes());
+        // A guest that finds the function while it runs would look for a place
+        // for its BAR, were it not told that it has one.
+        config.add_capability(ENHANCED_ALLOCATION, &fixed_bar(bar));
 
         let vectors = (0..=sizes.len())
             .map(|_| AtomicU16::new(NO_VECTOR))
@@ -183,9 +192,44 @@ impl VirtioPci {
                 broken: AtomicBool::new(false),
             }),
             config: Mutex::new(config),
+            bar,
             msix_control: at + 2,
+            gone: AtomicBool::new(false),
             registers: Mutex::new(Registers::new(features, &sizes)),
         })
+    }
+
+    /// Takes the function out of the machine, whatever the guest does with it
+    /// from now on: nothing of it is registered with `notify`, the interrupt
+    /// router or the device's loop when this returns.
+    ///
+    /// # Errors
+    /// A driver works with it; nothing has changed.
+    pub fn detach(&self, notify: &dyn NotifyRegistrar) -> Result<(), InUse> {
+        let mut registers = self.registers();
+        let status = registers.status;
+        // One that has given up does not let go.
+        if status & status::DRIVER != 0 && status & status::FAILED == 0 {
+            return Err(InUse { status });
+        }
+        self.gone.store(true, Ordering::SeqCst);
+        self.reset(&mut registers);
+        drop(registers);
+        unregister_kicks(notify, self.bar, &self.kicks);
+        self.lines.msix.shut();
+        Ok(())
+    }
+
+    fn is_gone(&self) -> bool {
+        self.gone.load(Ordering::SeqCst)
+    }
+
+    /// Virtio device id (virtio 1.2 §5).
+    pub fn device_id(&self) -> u16 {
+        let device = self.device.lock();
+        device
+            .expect("a device that panicked ended the process")
+            .device_id()
     }
 
     /// The device's name.
@@ -324,10 +368,8 @@ impl PciFunction for VirtioPci {
             self.lines.msix.set_control(after);
         }
     }
-}
 
-impl BusDevice for VirtioPci {
-    fn read(&self, offset: u64, data: &mut [u8]) {
+    fn read_bar(&self, offset: u64, data: &mut [u8]) {
         data.fill(0);
         match offset & !(REGION_SIZE - 1) {
             COMMON => self.read_common(offset - COMMON, data),
@@ -343,7 +385,7 @@ impl BusDevice for VirtioPci {
         }
     }
 
-    fn write(&self, offset: u64, data: &[u8]) {
+    fn write_bar(&self, offset: u64, data: &[u8]) {
         match offset & !(REGION_SIZE - 1) {
             COMMON => self.write_common(offset - COMMON, data),
             DEVICE => self
@@ -362,6 +404,54 @@ impl BusDevice for VirtioPci {
             _ => {}
         }
     }
+}
+
+fn notify_address(bar: u32, queue: usize) -> u64 {
+    u64::from(bar) + NOTIFY + queue as u64 * NOTIFY_STRIDE
+}
+
+/// The notifications of so many queues; all are registered, or none.
+fn register_kicks(
+    notify: &dyn NotifyRegistrar,
+    bar: u32,
+    count: usize,
+) -> io::Result<Vec<EventFd>> {
+    let mut kicks = Vec::with_capacity(count);
+    for index in 0..count {
+        let kick = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).and_then(|kick| {
+            notify.register_notify(&kick, notify_address(bar, index))?;
+            Ok(kick)
+        });
+        match kick {
+            Ok(kick) => kicks.push(kick),
+            Err(error) => {
+                unregister_kicks(notify, bar, &kicks);
+                return Err(error);
+            }
+        }
+    }
+    Ok(kicks)
+}
+
+fn unregister_kicks(notify: &dyn NotifyRegistrar, bar: u32, kicks: &[EventFd]) {
+    for (index, kick) in kicks.iter().enumerate() {
+        if let Err(error) = notify.unregister_notify(kick, notify_address(bar, index)) {
+            tracing::error!(%error, "notification not taken back");
+        }
+    }
+}
+
+/// The body of an Enhanced Allocation capability with one entry: BAR 0 is
+/// memory at a fixed address.
+fn fixed_bar(bar: u32) -> Vec<u8> {
+    /// Enabled; what else could be there is not; two more double words.
+    const ENTRY: u32 = 1 << 31 | 0xff << 16 | 2;
+    // One entry; padding to a double word.
+    let mut body = vec![1, 0];
+    for word in [ENTRY, bar, (BAR_SIZE - 4) as u32] {
+        body.extend_from_slice(&word.to_le_bytes());
+    }
+    body
 }
 
 /// `struct virtio_pci_cap` after id and next pointer; BAR 0.

@@ -44,6 +44,13 @@ pub struct FunctionState {
     device: Vec<u8>,
 }
 
+impl FunctionState {
+    /// What the device itself saved.
+    pub fn device(&self) -> &[u8] {
+        &self.device
+    }
+}
+
 impl VirtioPci {
     /// Reads all of it, while vCPUs and loops rest.
     pub fn save(&self) -> Result<FunctionState, StateError> {

@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Puts everything on the machine's buses.
+
+use std::sync::{atomic::AtomicBool, Arc, Mutex};
+
+use kvm_ioctls::VcpuFd;
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+
+use super::{
+    plug::{Board, Item, Loops, Place},
+    system, BuildError, Callbacks, Host, Machine,
+};
+use crate::{
+    arch::x86_64::layout,
+    bus::{Bus, BusDevice},
+    generation::GenerationId,
+    kvm::{
+        vcpu::{self, Buses, ExitCounters, Rest, Shared},
+        vm::Vm,
+    },
+    memory::WindowAllocator,
+    pci::{BarWindow, PciRoot, BAR_SIZE, SLOTS},
+    power::{KeyboardReset, PanicPort, PowerRegisters},
+    serial::SerialPort,
+    timeline::Stamps,
+};
+
+/// What differs between a machine that boots and one that is restored.
+pub(super) struct Parts {
+    pub host: Arc<Host>,
+    pub vm: Arc<Vm>,
+    pub memory: GuestMemoryMmap,
+    pub memory_size: u64,
+    pub vcpus: Vec<VcpuFd>,
+    pub serial: Arc<SerialPort>,
+    pub paused: bool,
+}
+
+impl Parts {
+    /// Puts everything on the buses.
+    pub fn assemble(
+        self,
+        items: Vec<(Item, Place)>,
+        callbacks: &Callbacks,
+        stamps: Arc<Stamps>,
+    ) -> Result<Machine, BuildError> {
+        vcpu::install_kick_signal().map_err(system("vCPU signal"))?;
+        let mut buses = Buses {
+            pio: Bus::default(),
+            mmio: Bus::default(),
+        };
+        let on_end = || callbacks.on_end.clone();
+        let ports: [(u16, u64, Arc<dyn BusDevice>); 4] = [
+            (layout::SERIAL_PORT, 8, self.serial.clone()),
+            (layout::POWER_PORT, 3, Arc::new(PowerRegisters(on_end()))),
+            (
+                layout::KEYBOARD_COMMAND,
+                1,
+                Arc::new(KeyboardReset(on_end())),
+            ),
+            (layout::PVPANIC_PORT, 1, Arc::new(PanicPort(on_end()))),
+        ];
+        for (port, length, device) in ports {
+            buses.pio.insert(u64::from(port), length, device)?;
+        }
+        let on_read = callbacks.on_generation_read.clone();
+        let generation = GenerationId::new(move || on_read()).map_err(system("generation id"))?;
+        buses
+            .mmio
+            .insert(layout::GENERATION_ID, 0x1000, Arc::new(generation))?;
+        let root = Arc::new(PciRoot::default());
+        let mut loops = Loops::new(self.paused)?;
+        let mut board = Board::new(
+            Arc::clone(&self.vm),
+            GuestMemoryAtomic::new(self.memory.clone()),
+            Arc::clone(&root),
+            WindowAllocator::new(self.memory_size),
+            callbacks.on_connect.clone(),
+        );
+        for (item, place) in items {
+            board.plug(item, place, &mut loops)?;
+        }
+        loops.complete();
+        root.show(|memory| {
+            let shown = self.vm.map_window(layout::ECAM, memory, true);
+            // As long as there is a machine.
+            shown.map(drop).map_err(BuildError::Kvm)
+        })?;
+        let registers = Arc::new(BarWindow(Arc::clone(&root)));
+        let size = SLOTS as u64 * BAR_SIZE;
+        buses.mmio.insert(layout::BAR_WINDOW, size, registers)?;
+        buses.mmio.insert(layout::ECAM, layout::ECAM_SIZE, root)?;
+        let vcpus = self.vcpus.into_iter();
+        Ok(Machine {
+            threads: Vec::new(),
+            vcpus: vcpus.map(|vcpu| Arc::new(Mutex::new(vcpu))).collect(),
+            loops,
+            shared: Arc::new(Shared {
+                buses,
+                exits: ExitCounters::default(),
+                on_end: callbacks.on_end.clone(),
+                rest: Rest::default(),
+                stop: AtomicBool::new(false),
+            }),
+            serial: self.serial,
+            stamps,
+            memory: self.memory,
+            board,
+            vm: self.vm,
+            host: self.host,
+            paused: self.paused,
+        })
+    }
+}
