@@ -16,6 +16,7 @@ mod boot;
 mod cgroup;
 mod child;
 mod container;
+mod devices;
 mod error;
 mod log;
 mod netlink;

@@ -11,6 +11,7 @@ use tokio::sync::{mpsc, oneshot};
 use ttrpc::r#async::TtrpcContext;
 
 use crate::container::{Containers, Message};
+use crate::devices;
 use crate::error::AgentError;
 use crate::sandbox::{self, Times};
 
@@ -206,6 +207,23 @@ impl agent_ttrpc::Agent for Service {
             Message::DeleteProcess(request.exec_id, reply)
         })
         .await
+    }
+
+    async fn rescan_devices(
+        &self,
+        _: &TtrpcContext,
+        _: agent::Empty,
+    ) -> ttrpc::Result<agent::DevicesReply> {
+        Ok(devices::rescan(self.containers.shared().in_guest)?)
+    }
+
+    async fn remove_device(
+        &self,
+        _: &TtrpcContext,
+        request: agent::RemoveDeviceRequest,
+    ) -> ttrpc::Result<agent::Empty> {
+        devices::remove(&request, self.containers.shared().in_guest)?;
+        Ok(agent::Empty::new())
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: agent::Empty) -> ttrpc::Result<agent::Empty> {

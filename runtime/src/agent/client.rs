@@ -95,6 +95,10 @@ calls! {
     delete_container(ContainerRequest) -> Empty, "delete container", long;
     /// Forgets a further process.
     delete_process(ProcessRequest) -> Empty, "delete process", short;
+    /// Looks for devices that were plugged.
+    rescan_devices(Empty) -> DevicesReply, "look for devices", long;
+    /// Lets go of a device that is to be unplugged.
+    remove_device(RemoveDeviceRequest) -> Empty, "remove device", long;
 }
 
 impl Agent {
