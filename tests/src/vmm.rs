@@ -12,7 +12,8 @@ use bulkhead_agent_protocol::{AGENT_PORT, SHARED_TAG};
 use bulkhead_runtime::hypervisor::cmdline;
 use bulkhead_vmm_api::{
     BalloonConfig, Call, Channel, DeviceConfigs, Event, FromVmm, FsCache, FsConfig, KernelConfig,
-    Outcome, PmemConfig, Request, RestoreConfig, SnapshotFiles, Status, VmConfig, VsockConfig,
+    Outcome, PlugConfig, PmemConfig, Request, RestoreConfig, SnapshotFiles, Status, UnplugTarget,
+    VmConfig, VsockConfig,
 };
 use nix::fcntl::{fcntl, FcntlArg, FdFlag};
 use nix::sys::socket::{setsockopt, sockopt::ReceiveTimeout};
@@ -186,6 +187,26 @@ impl Vmm {
         Ok(())
     }
 
+    /// Plugs a device; its slot.
+    ///
+    /// # Errors
+    /// When it cannot be.
+    pub fn plug(&mut self, config: PlugConfig, fd: OwnedFd) -> Result<u8> {
+        match self.call(Call::Plug(Box::new(config)), &[fd])? {
+            Outcome::Plugged(device) => Ok(device.slot),
+            other => bail!("no slot: {other:?}"),
+        }
+    }
+
+    /// Unplugs one.
+    ///
+    /// # Errors
+    /// When it cannot be.
+    pub fn unplug(&mut self, slot: u8) -> Result<()> {
+        self.call(Call::Unplug(UnplugTarget { slot }), &[])
+            .map(drop)
+    }
+
     /// Writes the machine, which is then paused, to two files.
     ///
     /// # Errors
@@ -213,7 +234,24 @@ impl Vmm {
         products: &Products,
         dir: &Path,
     ) -> Result<()> {
-        let devices = Devices::new(products, dir)?;
+        self.clone_with(state, memory, products, dir, |_, _| {})
+    }
+
+    /// As [`Self::clone_of`], of a machine that had more devices: `more` adds
+    /// them, with their descriptors.
+    ///
+    /// # Errors
+    /// When it cannot.
+    pub fn clone_with(
+        &mut self,
+        state: &Path,
+        memory: &Path,
+        products: &Products,
+        dir: &Path,
+        more: impl FnOnce(&mut DeviceConfigs, &mut Vec<OwnedFd>),
+    ) -> Result<()> {
+        let mut devices = Devices::new(products, dir)?;
+        more(&mut devices.config, &mut devices.fds);
         let mut fds = devices.fds;
         let first = fds.len() as u32;
         fds.push(File::open(state)?.into());

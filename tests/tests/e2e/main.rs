@@ -14,6 +14,7 @@ mod context;
 mod cri;
 mod failure;
 mod host;
+mod hotplug;
 mod kill;
 mod ksm;
 mod lifecycle;
@@ -52,6 +53,7 @@ fn all() -> Vec<Test> {
         host::TESTS,
         vmm::TESTS,
         cri::TESTS,
+        hotplug::TESTS,
         ksm::TESTS,
         cli::TESTS,
         recovery::TESTS,

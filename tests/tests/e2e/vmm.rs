@@ -22,31 +22,40 @@ pub const TESTS: &[Test] = tests![
 ];
 
 /// A guest's end on the host: where its agent calls.
-struct Host {
-    dir: std::path::PathBuf,
+pub struct Host {
+    pub dir: std::path::PathBuf,
     listener: UnixListener,
 }
 
 impl Host {
-    fn new(context: &Context, name: &str) -> Result<Self> {
+    pub fn new(context: &Context, name: &str) -> Result<Self> {
         let dir = context.dir.join(name);
         fs::create_dir_all(&dir)?;
         let listener = UnixListener::bind(agent_socket(&dir))?;
         Ok(Self { dir, listener })
     }
 
-    fn console(&self) -> String {
+    pub fn console(&self) -> String {
         fs::read_to_string(self.dir.join("console")).unwrap_or_default()
     }
 
     /// Calls the agent that calls here. Its answer says which it is.
-    fn set_up(&self, runtime: &tokio::runtime::Runtime) -> Result<(Agent, String)> {
+    pub fn set_up(&self, runtime: &tokio::runtime::Runtime) -> Result<(Agent, String)> {
+        self.set_up_with(runtime, SHARED_TAG)
+    }
+
+    /// As [`Self::set_up`]; no tag: the shared directory is not mounted.
+    pub fn set_up_with(
+        &self,
+        runtime: &tokio::runtime::Runtime,
+        tag: &str,
+    ) -> Result<(Agent, String)> {
         self.listener.set_nonblocking(true)?;
         let request = SetupSandboxRequest {
             sandbox_id: "clone".into(),
             hostname: "clone".into(),
             entropy: vec![7; 32],
-            shared_tag: SHARED_TAG.into(),
+            shared_tag: tag.into(),
             ..Default::default()
         };
         runtime.block_on(async {
@@ -62,7 +71,7 @@ impl Host {
     }
 }
 
-fn runtime() -> Result<tokio::runtime::Runtime> {
+pub fn runtime() -> Result<tokio::runtime::Runtime> {
     Ok(tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?)

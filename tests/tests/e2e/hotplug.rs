@@ -1,0 +1,542 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Devices that come and go while a guest runs: the VMM plugs them, the agent
+//! looks for them and lets go of them, and the guest's kernel works with them.
+
+use std::fs::{self, File};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixDatagram;
+use std::process::Command;
+
+use anyhow::{bail, Context as _, Result};
+use bulkhead_agent_protocol::{agent, oci, SHARED_MOUNT};
+use bulkhead_runtime::agent::Agent;
+use bulkhead_tests::install::which;
+use bulkhead_tests::vmm::Vmm;
+use bulkhead_vmm_api::{
+    BlkConfig, Event, ExitReason, FsCache, FsConfig, NetConfig, PlugConfig, PmemConfig,
+};
+use tokio::runtime::Runtime;
+
+use crate::context::{mentions, same, Context, LIMIT};
+use crate::runner::{tests, Test};
+use crate::vmm::{runtime, Host};
+
+pub const TESTS: &[Test] = tests![
+    disks_come_and_go_while_a_guest_runs,
+    all_kinds_of_devices_come_and_go,
+    the_bus_is_filled_and_emptied,
+    a_clone_has_what_was_plugged
+];
+
+/// A guest with its agent.
+struct Guest {
+    host: Host,
+    vmm: Vmm,
+    runtime: Runtime,
+    agent: Agent,
+}
+
+/// A device as the guest sees it.
+#[derive(Debug)]
+struct Seen {
+    slot: u8,
+    driver: String,
+    node: agent::DeviceNode,
+}
+
+fn address(slot: u8) -> String {
+    format!("0000:00:{slot:02x}.0")
+}
+
+impl Guest {
+    fn boot(context: &Context, name: &str) -> Result<Self> {
+        Self::boot_with(context, name, bulkhead_agent_protocol::SHARED_TAG)
+    }
+
+    fn boot_with(context: &Context, name: &str, tag: &str) -> Result<Self> {
+        context.only_bulkhead()?;
+        let host = Host::new(context, name)?;
+        let mut vmm = Vmm::start(&context.products, LIMIT)?;
+        vmm.boot(&context.products, &host.dir)?;
+        vmm.wait_ready()?;
+        let runtime = runtime()?;
+        let (agent, _) = host.set_up_with(&runtime, tag)?;
+        Ok(Self {
+            host,
+            vmm,
+            runtime,
+            agent,
+        })
+    }
+
+    /// A file of this guest's on the host.
+    fn file(&self, name: &str, size: u64) -> Result<File> {
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .open(self.host.dir.join(name))?;
+        file.set_len(size)?;
+        Ok(file)
+    }
+
+    fn plug_disk(&mut self, id: &str, file: &File) -> Result<u8> {
+        let config = BlkConfig {
+            id: id.into(),
+            file: 0,
+            read_only: false,
+        };
+        let fd: OwnedFd = file.try_clone()?.into();
+        self.vmm.plug(PlugConfig::Blk(config), fd)
+    }
+
+    /// Has the guest look at the bus; what it finds in these slots.
+    fn look(&self, slots: &[u8]) -> Result<Vec<Seen>> {
+        let request = agent::Empty::new();
+        let reply = self
+            .runtime
+            .block_on(self.agent.rescan_devices(request))
+            .with_context(|| self.host.console())?;
+        let mut seen = Vec::new();
+        for slot in slots {
+            let mut all = reply.devices.iter();
+            let device = all.find(|device| device.address == address(*slot));
+            let Some(device) = device else { continue };
+            seen.push(Seen {
+                slot: *slot,
+                driver: device.driver.clone(),
+                node: device.nodes.first().cloned().unwrap_or_default(),
+            });
+        }
+        Ok(seen)
+    }
+
+    /// What the guest finds in one slot, where something must be.
+    fn look_at(&self, slot: u8, driver: &str) -> Result<agent::DeviceNode> {
+        let seen = self.look(&[slot])?.pop();
+        let seen =
+            seen.with_context(|| format!("nothing in slot {slot}: {}", self.host.console()))?;
+        same(seen.driver.as_str(), driver).with_context(|| self.host.console())?;
+        Ok(seen.node)
+    }
+
+    /// Has the guest let go of a device.
+    fn let_go(&self, slot: u8) -> Result<()> {
+        let request = agent::RemoveDeviceRequest {
+            address: address(slot),
+            ..Default::default()
+        };
+        self.runtime
+            .block_on(self.agent.remove_device(request))
+            .map(drop)
+            .map_err(anyhow::Error::from)
+    }
+
+    fn take_out(&mut self, slot: u8) -> Result<()> {
+        self.let_go(slot)?;
+        self.vmm.unplug(slot)?;
+        same(self.look(&[slot])?.len(), 0)
+    }
+
+    /// Starts a script in the guest, which finds the disk at /dev/disk and may
+    /// mount.
+    fn start(&self, id: &str, disk: Option<&agent::DeviceNode>, script: &str) -> Result<()> {
+        let rootfs = self.host.dir.join("shared").join(id);
+        for dir in ["bin", "dev", "proc", "sys", "mnt"] {
+            fs::create_dir_all(rootfs.join(dir))?;
+        }
+        let busybox = which("busybox").context("busybox is missing (package busybox-static)")?;
+        fs::copy(busybox, rootfs.join("bin/busybox"))?;
+        let spec = specification(id, disk, script);
+        let create = agent::CreateContainerRequest {
+            container_id: id.into(),
+            spec: Some(spec).into(),
+            stdio: Some(agent::Stdio::default()).into(),
+            ..Default::default()
+        };
+        let start = agent::StartContainerRequest {
+            container_id: id.into(),
+            ..Default::default()
+        };
+        self.runtime.block_on(async {
+            self.agent.create_container(create).await?;
+            self.agent.start_container(start).await?;
+            Ok(())
+        })
+    }
+
+    /// Waits for its end, and removes it; its exit code.
+    fn end(&self, id: &str) -> Result<u32> {
+        let wait = agent::WaitProcessRequest {
+            container_id: id.into(),
+            ..Default::default()
+        };
+        let delete = agent::ContainerRequest {
+            container_id: id.into(),
+            ..Default::default()
+        };
+        self.runtime.block_on(async {
+            let ended = tokio::time::timeout(LIMIT, self.agent.wait_process(wait)).await;
+            let ended = ended.with_context(|| format!("{id} does not end"))??;
+            self.agent.delete_container(delete).await?;
+            Ok(ended.exit_status)
+        })
+    }
+
+    /// What a script has left in a file of its root directory.
+    fn left(&self, id: &str, name: &str) -> String {
+        fs::read_to_string(self.host.dir.join("shared").join(id).join(name)).unwrap_or_default()
+    }
+
+    /// Runs a script to its good end.
+    fn run(&self, id: &str, disk: Option<&agent::DeviceNode>, script: &str) -> Result<()> {
+        self.start(id, disk, &format!("set -e; exec 2>/errors; {script}"))?;
+        match self.end(id)? {
+            0 => Ok(()),
+            code => bail!("{script}: {code}: {}", self.left(id, "errors")),
+        }
+    }
+
+    /// Waits until a script has made a file in its root directory.
+    fn wait_for(&self, id: &str, name: &str) -> Result<()> {
+        crate::context::until(LIMIT, name, || {
+            Ok(self.host.dir.join("shared").join(id).join(name).exists())
+        })
+        .with_context(|| self.left(id, "errors"))
+    }
+
+    fn stop(mut self) -> Result<()> {
+        let limit = std::time::Duration::from_secs(10);
+        // The answer may be lost; what counts is the end.
+        drop(self.runtime.block_on(self.agent.shutdown(limit)));
+        let console = self.host.console();
+        same(self.vmm.event()?, Event::Ended(ExitReason::PowerOff)).context(console)
+    }
+}
+
+fn specification(id: &str, disk: Option<&agent::DeviceNode>, script: &str) -> oci::Spec {
+    let mount = |destination: &str, kind: &str| oci::Mount {
+        destination: destination.into(),
+        type_: kind.into(),
+        source: kind.into(),
+        ..Default::default()
+    };
+    let names = ["CAP_SYS_ADMIN", "CAP_DAC_OVERRIDE", "CAP_NET_ADMIN"];
+    let capabilities = names.map(String::from).to_vec();
+    let devices = disk.map(|node| oci::Device {
+        path: "/dev/disk".into(),
+        type_: "b".into(),
+        major: node.major.into(),
+        minor: node.minor.into(),
+        file_mode: Some(0o600),
+        ..Default::default()
+    });
+    let namespaces = ["pid", "mount"].map(|kind| oci::Namespace {
+        type_: kind.into(),
+        ..Default::default()
+    });
+    oci::Spec {
+        version: "1.2.0".into(),
+        process: Some(oci::Process {
+            args: ["busybox", "sh", "-c", script].map(String::from).to_vec(),
+            env: vec!["PATH=/bin".into()],
+            cwd: "/".into(),
+            capabilities: Some(oci::Capabilities {
+                bounding: capabilities.clone(),
+                effective: capabilities.clone(),
+                permitted: capabilities,
+                ..Default::default()
+            })
+            .into(),
+            ..Default::default()
+        })
+        .into(),
+        root: Some(oci::Root {
+            path: format!("{SHARED_MOUNT}/{id}"),
+            ..Default::default()
+        })
+        .into(),
+        mounts: vec![
+            mount("/proc", "proc"),
+            mount("/dev", "tmpfs"),
+            mount("/sys", "sysfs"),
+        ],
+        linux: Some(oci::Linux {
+            namespaces: namespaces.to_vec(),
+            devices: devices.into_iter().collect(),
+            ..Default::default()
+        })
+        .into(),
+        ..Default::default()
+    }
+}
+
+/// Content that tells its place.
+fn pattern(size: usize) -> Vec<u8> {
+    (0..size / 4)
+        .flat_map(|word| (word as u32).wrapping_mul(0x9e37_79b1).to_le_bytes())
+        .collect()
+}
+
+fn refused(result: Result<()>, words: &[&str]) -> Result<()> {
+    match result {
+        Err(error) => mentions(&format!("{error:#}"), words),
+        Ok(()) => bail!("not refused: {words:?}"),
+    }
+}
+
+fn disks_come_and_go_while_a_guest_runs(context: &Context) -> Result<()> {
+    let mut guest = Guest::boot(context, "hotplug-disks")?;
+    let file = guest.file("disk", 4 << 20)?;
+    file.write_all_at(&pattern(4 << 20), 0)?;
+    let slot = guest.plug_disk("volume", &file)?;
+    let node = guest.look_at(slot, "virtio_blk")?;
+    fs::create_dir_all(guest.host.dir.join("shared/io"))?;
+    guest.run(
+        "io",
+        Some(&node),
+        "busybox dd if=/dev/disk of=/copy bs=64k; \
+         busybox printf written | busybox dd of=/dev/disk bs=512 seek=3 conv=sync,fsync",
+    )?;
+    let copy = fs::read(guest.host.dir.join("shared/io/copy"))?;
+    if copy != pattern(4 << 20) {
+        bail!("the guest read something else");
+    }
+    let mut written = [0; 7];
+    file.read_exact_at(&mut written, 3 * 512)?;
+    same(&written, b"written")?;
+
+    // The guest first.
+    refused(guest.vmm.unplug(slot), &["volume", "the guest uses it"])?;
+    guest.look_at(slot, "virtio_blk")?;
+    guest.take_out(slot)?;
+    refused(guest.let_go(slot), &[&address(slot), "not found"])?;
+
+    // A file system on it is in use as long as it is mounted.
+    let file = guest.file("mounted", 16 << 20)?;
+    let made = Command::new("mkfs.ext4")
+        .args(["-q", "-F"])
+        .arg(guest.host.dir.join("mounted"))
+        .status()
+        .context("run mkfs.ext4 (package e2fsprogs)")?;
+    same(made.success(), true)?;
+    let again = guest.plug_disk("volume", &file)?;
+    same(again, slot)?;
+    let node = guest.look_at(slot, "virtio_blk")?;
+    guest.start(
+        "mounts",
+        Some(&node),
+        "set -e; exec 2>/errors; busybox mount -t ext4 /dev/disk /mnt; busybox touch /mounted; \
+         while ! busybox test -e /let-go; do busybox dd if=/dev/zero of=/mnt/file bs=64k count=16; done; \
+         busybox umount /mnt",
+    )?;
+    guest.wait_for("mounts", "mounted")?;
+    refused(guest.let_go(slot), &[&address(slot), "in use"])?;
+    refused(guest.vmm.unplug(slot), &["the guest uses it"])?;
+    fs::write(guest.host.dir.join("shared/mounts/let-go"), "")?;
+    same(guest.end("mounts")?, 0).with_context(|| guest.left("mounts", "errors"))?;
+    guest.take_out(slot)?;
+
+    // One that is worked with, by whom it is not promised to.
+    let file = guest.file("busy", 16 << 20)?;
+    let slot = guest.plug_disk("busy", &file)?;
+    let node = guest.look_at(slot, "virtio_blk")?;
+    guest.start(
+        "works",
+        Some(&node),
+        "exec 2>/errors; busybox touch /begun; \
+         while busybox dd if=/dev/zero of=/dev/disk bs=256k count=64 conv=fsync; do :; done; exit 7",
+    )?;
+    guest.wait_for("works", "begun")?;
+    guest.take_out(slot)?;
+    same(guest.end("works")?, 7)?;
+    guest.stop()
+}
+
+fn all_kinds_of_devices_come_and_go(context: &Context) -> Result<()> {
+    let mut guest = Guest::boot(context, "hotplug-kinds")?;
+    let file = guest.file("pmem", 16 << 20)?;
+    file.write_all_at(&pattern(4096), 0)?;
+    let shared = guest.host.dir.join("more");
+    fs::create_dir_all(&shared)?;
+    fs::write(shared.join("greeting"), "hello\n")?;
+    let (ours, theirs) = UnixDatagram::pair()?;
+    theirs.set_nonblocking(true)?;
+    ours.set_read_timeout(Some(LIMIT))?;
+    for round in 0..2 {
+        let pmem = PmemConfig {
+            id: "memory".into(),
+            file: 0,
+            read_only: false,
+        };
+        let pmem = guest
+            .vmm
+            .plug(PlugConfig::Pmem(pmem), file.try_clone()?.into())?;
+        let fs_config = FsConfig {
+            tag: "more".into(),
+            directory: 0,
+            cache: FsCache::Never,
+        };
+        let fs_slot = guest
+            .vmm
+            .plug(PlugConfig::Fs(fs_config), File::open(&shared)?.into())?;
+        let net = NetConfig {
+            id: "eth7".into(),
+            tap: 0,
+            mac: [2, 0, 0, 0, 0, 7],
+            mtu: Some(1400),
+        };
+        let net = guest
+            .vmm
+            .plug(PlugConfig::Net(net), theirs.try_clone()?.into())?;
+
+        let node = guest.look_at(pmem, "virtio_pmem")?;
+        guest.look_at(fs_slot, "virtiofs")?;
+        let interface = guest.look_at(net, "virtio_net")?;
+        same(interface.class.as_str(), "net")?;
+        let id = format!("kinds{round}");
+        let script = format!(
+            "busybox dd if=/dev/disk of=/copy bs=4096 count=1; \
+             busybox printf round{round} | busybox dd of=/dev/disk bs=4096 seek=1 conv=sync,fsync; \
+             busybox mount -t virtiofs more /mnt; busybox cp /mnt/greeting /greeting; \
+             busybox printf {round} > /mnt/answer; busybox umount /mnt; \
+             busybox cat /sys/class/net/{0}/mtu > /mtu; busybox ip link set {0} up",
+            interface.name
+        );
+        guest
+            .run(&id, Some(&node), &script)
+            .with_context(|| guest.host.console())?;
+        let copy = fs::read(guest.host.dir.join("shared").join(&id).join("copy"))?;
+        same(copy == pattern(4096), true)?;
+        let mut written = [0; 6];
+        file.read_exact_at(&mut written, 4096)?;
+        same(written.as_slice(), format!("round{round}").as_bytes())?;
+        same(guest.left(&id, "greeting").as_str(), "hello\n")?;
+        same(
+            fs::read_to_string(shared.join("answer"))?,
+            round.to_string(),
+        )?;
+        same(guest.left(&id, "mtu").as_str(), "1400\n")?;
+        // An interface that is up says so to its neighbours.
+        let mut packet = [0; 2048];
+        let length = ours
+            .recv(&mut packet)
+            .context("nothing from the interface")?;
+        // After the header of virtio: to, from.
+        same(&packet[..length][12 + 6..12 + 12], &[2, 0, 0, 0, 0, 7][..])?;
+
+        for slot in [net, fs_slot, pmem] {
+            guest.take_out(slot).with_context(|| guest.host.console())?;
+        }
+    }
+    guest.stop()
+}
+
+fn the_bus_is_filled_and_emptied(context: &Context) -> Result<()> {
+    let mut guest = Guest::boot(context, "hotplug-many")?;
+    let there = guest.vmm.status()?.devices.len();
+    let file = guest.file("disk", 1 << 20)?;
+    for _ in 0..2 {
+        let mut slots = Vec::new();
+        while there + slots.len() < 31 {
+            slots.push(guest.plug_disk(&format!("disk{}", slots.len()), &file)?);
+        }
+        refused(
+            guest.plug_disk("one more", &file).map(drop),
+            &["PCI bus is full", "31"],
+        )?;
+        // Twice at once; the kernel does one after the other.
+        let (first, second) = guest.runtime.block_on(async {
+            tokio::join!(
+                guest.agent.rescan_devices(agent::Empty::new()),
+                guest.agent.rescan_devices(agent::Empty::new())
+            )
+        });
+        same(first?.devices.len(), 32)?;
+        same(second?.devices.len(), 32)?;
+        let seen = guest.look(&slots)?;
+        same(seen.len(), slots.len())?;
+        let mut names = std::collections::BTreeSet::new();
+        for device in &seen {
+            same(device.driver.as_str(), "virtio_blk")
+                .with_context(|| format!("slot {}: {}", device.slot, guest.host.console()))?;
+            names.insert(device.node.name.clone());
+        }
+        same(names.len(), slots.len())?;
+        for slot in &slots {
+            guest.let_go(*slot)?;
+            guest.vmm.unplug(*slot)?;
+        }
+        same(guest.look(&slots)?.len(), 0)?;
+    }
+    same(guest.vmm.status()?.devices.len(), there)?;
+    guest.stop()
+}
+
+fn a_clone_has_what_was_plugged(context: &Context) -> Result<()> {
+    let mut guest = Guest::boot_with(context, "hotplug-template", "")?;
+    let file = guest.file("disk", 4 << 20)?;
+    // A gap before the one that stays.
+    let gap = guest.plug_disk("gap", &file)?;
+    let slot = guest.plug_disk("volume", &file)?;
+    guest.look_at(slot, "virtio_blk")?;
+    guest.take_out(gap)?;
+    let dir = guest.host.dir.clone();
+    guest
+        .vmm
+        .snapshot(&dir.join("state"), &dir.join("memory"))?;
+    drop(guest);
+
+    let host = Host::new(context, "hotplug-clone")?;
+    let own = File::options()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .open(host.dir.join("disk"))?;
+    own.set_len(8 << 20)?;
+    own.write_all_at(&pattern(4096), 0)?;
+    let mut vmm = Vmm::start(&context.products, LIMIT)?;
+    let passed: OwnedFd = own.try_clone()?.into();
+    vmm.clone_with(
+        &dir.join("state"),
+        &dir.join("memory"),
+        &context.products,
+        &host.dir,
+        |devices, fds| {
+            fds.push(passed);
+            devices.blk.push(BlkConfig {
+                id: "own".into(),
+                file: fds.len() as u32 - 1,
+                read_only: false,
+            });
+        },
+    )?;
+    vmm.wait_clone().with_context(|| host.console())?;
+    let runtime = runtime()?;
+    let (agent, _) = host.set_up(&runtime)?;
+    let mut clone = Guest {
+        host,
+        vmm,
+        runtime,
+        agent,
+    };
+    let node = clone.look_at(slot, "virtio_blk")?;
+    clone.run(
+        "io",
+        Some(&node),
+        "busybox dd if=/dev/disk of=/copy bs=4096 count=1 iflag=direct; \
+         busybox cat /sys/class/block/vd?/size > /size",
+    )?;
+    let copy = fs::read(clone.host.dir.join("shared/io/copy"))?;
+    same(copy == pattern(4096), true)?;
+    // The clone's disk is larger, and its guest knows.
+    same(clone.left("io", "size").as_str(), "16384\n")?;
+    clone.take_out(slot)?;
+    same(clone.plug_disk("new", &own)?, gap)?;
+    clone.look_at(gap, "virtio_blk")?;
+    clone.take_out(gap)?;
+    clone.stop()
+}
