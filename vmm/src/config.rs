@@ -18,6 +18,8 @@ use crate::arch::x86_64::layout;
 pub const MAX_VCPUS: u8 = 64;
 /// Least and most memory in MiB.
 pub const MEMORY_MIB: std::ops::RangeInclusive<u32> = 32..=1 << 20;
+/// Most queues of a disk.
+const MAX_BLK_QUEUES: u16 = 16;
 /// Longest virtio-fs tag (virtio 1.2 §5.11.4).
 const MAX_TAG: usize = 36;
 
@@ -290,6 +292,27 @@ impl Devices {
                     field,
                     format!("{size} bytes is not a multiple of 512"),
                 ));
+            }
+            if !(1..=MAX_BLK_QUEUES).contains(&device.queues.unwrap_or(1)) {
+                return Err(invalid(
+                    field,
+                    format!(
+                        "queues: {} is not 1 to {MAX_BLK_QUEUES}",
+                        device.queues.unwrap_or(0)
+                    ),
+                ));
+            }
+            for (name, rate) in device
+                .rate
+                .iter()
+                .flat_map(|rate| [("bytes", rate.bytes), ("operations", rate.operations)])
+            {
+                if rate.is_some_and(|rate| rate.per_second == 0 || rate.burst == 0) {
+                    return Err(invalid(
+                        field,
+                        format!("rate.{name}: per_second and burst are at least 1"),
+                    ));
+                }
             }
             blk.push((device, file));
         }

@@ -87,6 +87,7 @@ impl Guest {
             id: id.into(),
             file: 0,
             read_only: false,
+            ..BlkConfig::default()
         };
         let fd: OwnedFd = file.try_clone()?.into();
         self.vmm.plug(PlugConfig::Blk(config), fd)
@@ -511,6 +512,7 @@ fn a_clone_has_what_was_plugged(context: &Context) -> Result<()> {
                 id: "own".into(),
                 file: fds.len() as u32 - 1,
                 read_only: false,
+                ..BlkConfig::default()
             });
         },
     )?;

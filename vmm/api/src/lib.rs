@@ -329,8 +329,9 @@ pub struct NetConfig {
     pub mtu: Option<u16>,
 }
 
-/// virtio-blk (virtio 1.2 §5.2) on a raw file or block device.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// virtio-blk (virtio 1.2 §5.2) on a raw file or block device. What the guest
+/// discards is punched out of the file.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BlkConfig {
     /// Name in logs and status, and the serial number the guest reads (20
@@ -340,6 +341,35 @@ pub struct BlkConfig {
     pub file: FdIndex,
     /// The guest cannot write.
     pub read_only: bool,
+    /// Request queues, 1 to 16; none: 1. A restored VM has as many as it had.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub queues: Option<u16>,
+    /// How fast the guest may be; none: as fast as the host is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate: Option<RateLimits>,
+}
+
+/// Limits of a device. Requests beyond them wait.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RateLimits {
+    /// Bytes of data, both ways together.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bytes: Option<Rate>,
+    /// Requests.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub operations: Option<Rate>,
+}
+
+/// One limit: a bucket of tokens that fills steadily.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rate {
+    /// Tokens that come in a second, at least 1.
+    pub per_second: u64,
+    /// Tokens that it holds, at least 1: what may be used at once after a rest.
+    /// A request is let through whole while there is one left.
+    pub burst: u64,
 }
 
 /// virtio-balloon (virtio 1.2 §5.5).

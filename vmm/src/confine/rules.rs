@@ -246,7 +246,10 @@ const VCPU: &[Rule] = &[
         "the guest, its interrupts and notifications, what a tap may send it",
     ),
     any(libc::SYS_epoll_ctl, "a device that starts is watched"),
-    any(libc::SYS_timerfd_create, "a vsock device that starts"),
+    any(
+        libc::SYS_timerfd_create,
+        "a vsock device, or a disk with limits, that starts",
+    ),
 ];
 
 const DEVICES: &[Rule] = &[
@@ -256,7 +259,7 @@ const DEVICES: &[Rule] = &[
         "the event loop, with other C libraries",
     ),
     any(libc::SYS_epoll_ctl, "connections that come and go"),
-    any(libc::SYS_timerfd_settime, "vsock timeouts"),
+    any(libc::SYS_timerfd_settime, "vsock timeouts, disks' limits"),
     any(libc::SYS_poll, "vsock: whether a socket is hung up"),
     any(libc::SYS_accept4, "vsock: the host's clients"),
     tested(
@@ -282,6 +285,7 @@ const DEVICES: &[Rule] = &[
     any(libc::SYS_pread64, "blk: reading"),
     any(libc::SYS_pwrite64, "blk: writing"),
     any(libc::SYS_fdatasync, "blk and pmem: flushing"),
+    any(libc::SYS_fallocate, "blk: discarding and zeroing"),
 ];
 
 const FILES: &[Rule] = &[

@@ -137,6 +137,20 @@ impl Queues {
         limit: usize,
         mut work: impl FnMut(Chain<'_>) -> Result<u32, Broken>,
     ) {
+        self.drain_while(index, limit, &mut (), |()| true, |(), chain| work(chain));
+    }
+
+    /// As [`Self::drain`], as long as `more` says so, which is asked before each
+    /// chain. What is left then comes when this is called again; both get
+    /// `state`.
+    pub fn drain_while<S>(
+        &mut self,
+        index: usize,
+        limit: usize,
+        state: &mut S,
+        mut more: impl FnMut(&mut S) -> bool,
+        mut work: impl FnMut(&mut S, Chain<'_>) -> Result<u32, Broken>,
+    ) {
         let memory = self.memory.memory();
         let Some(queue) = self.queues.iter_mut().find(|queue| queue.index == index) else {
             return;
@@ -149,11 +163,14 @@ impl Queues {
                 break Ok(());
             }
             left -= 1;
+            if !more(state) {
+                break Ok(());
+            }
             match pop(&mut queue.queue, &memory) {
                 Err(broken) => break Err(broken),
                 Ok(Some(chain)) => {
                     let head = chain.head_index();
-                    let result = work(chain).and_then(|length| {
+                    let result = work(state, chain).and_then(|length| {
                         queue
                             .queue
                             .add_used(&*memory, head, length)

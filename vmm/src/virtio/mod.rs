@@ -8,6 +8,7 @@ pub mod device;
 pub mod fs;
 pub mod net;
 pub mod pmem;
+pub mod rate;
 pub mod rng;
 #[cfg(test)]
 mod testing;

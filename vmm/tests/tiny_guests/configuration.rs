@@ -60,6 +60,7 @@ fn a_bad_configuration_is_refused_by_its_fields_name() {
                 id: "disk".into(),
                 file,
                 read_only: true,
+                ..BlkConfig::default()
             });
         }),
         ("fs \"\": ", InvalidRequest, |s| {

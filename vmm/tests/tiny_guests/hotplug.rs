@@ -23,6 +23,7 @@ fn disk(id: &str) -> (PlugConfig, OwnedFd) {
         id: id.into(),
         file: 0,
         read_only: false,
+        ..BlkConfig::default()
     };
     (PlugConfig::Blk(config), zeros(1 << 20).into())
 }
@@ -254,6 +255,7 @@ fn what_was_plugged_is_saved_where_it_is() {
                     id: format!("other disk {number}"),
                     file: pass(zeros(512)),
                     read_only: false,
+                    ..BlkConfig::default()
                 });
             }
         });
@@ -314,6 +316,7 @@ fn a_device_that_a_driver_works_with_stays() {
         id: "busy".into(),
         file,
         read_only: true,
+        ..BlkConfig::default()
     });
     let mut vmm = Vmm::run(&setup);
     let mut serial = BufReader::new(serial);

@@ -160,6 +160,7 @@ fn devices_are_on_the_bus_in_their_order() {
         id: "disk".into(),
         file,
         read_only: false,
+        ..BlkConfig::default()
     });
     setup.config.devices.rng = true;
     let mut serial = setup.serial();

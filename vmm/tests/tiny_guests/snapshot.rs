@@ -219,6 +219,7 @@ fn devices_must_be_those_of_the_snapshot() {
                     id: "b".into(),
                     file: 2,
                     read_only: true,
+                    ..BlkConfig::default()
                 });
             } else {
                 config.devices.pmem.push(pmem(2));

@@ -4,49 +4,61 @@
 use std::{
     fs::File,
     io::{self, Seek, SeekFrom},
+    time::Instant,
 };
 
 use bulkhead_vmm_api::BlkConfig;
 use virtio_bindings::{
-    virtio_blk::{VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_ID_BYTES},
+    virtio_blk::{
+        VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
+        VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES,
+    },
     virtio_config::VIRTIO_F_VERSION_1,
     virtio_ids::VIRTIO_ID_BLOCK,
     virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC},
 };
+use vmm_sys_util::{epoll::EventSet, timerfd::TimerFd};
 
+use super::disk::{Disk, MAX_DISCARD, MAX_SEGMENTS, MAX_ZEROES, SECTOR};
 use crate::virtio::{
     chain::Queues,
     device::{read_bytes, Activation, DeviceError, StateError, VirtioDevice},
+    rate::Limiter,
 };
 
-/// Bytes per sector, whatever the file's own block size.
-pub(super) const SECTOR: u64 = 512;
-/// Size of the queue; a request may have all but two of its descriptors.
+/// Size of each queue; a request may have all but two of its descriptors.
 const QUEUE: u16 = 256;
+/// Bytes of `struct virtio_blk_config`.
+const CONFIG: usize = 60;
 
 /// A disk.
 pub struct Blk {
     name: String,
-    pub(super) config: [u8; 24],
+    pub(super) config: [u8; CONFIG],
     features: u64,
+    sizes: Vec<u16>,
     pub(super) disk: Disk,
+    pub(super) limiter: Option<Limiter>,
     /// The guest knows of another capacity.
     pub(super) resized: bool,
-    pub(super) active: Option<Queues>,
+    pub(super) active: Option<Active>,
 }
 
-/// The disk behind the device.
-pub(super) struct Disk {
-    pub file: File,
-    pub sectors: u64,
-    pub read_only: bool,
-    pub serial: [u8; VIRTIO_BLK_ID_BYTES as usize],
+/// What exists between DRIVER_OK and reset.
+pub(super) struct Active {
+    pub queues: Queues,
+    /// Fires when requests that must wait have waited; there where they must.
+    pub timer: Option<TimerFd>,
 }
 
 impl Blk {
     /// A disk on `file`.
+    ///
+    /// # Errors
+    /// Its size cannot be told.
     pub fn new(config: &BlkConfig, mut file: File) -> io::Result<Self> {
         let sectors = file.seek(SeekFrom::End(0))? / SECTOR;
+        let queues = config.queues.unwrap_or(1).max(1);
         let mut serial = [0; VIRTIO_BLK_ID_BYTES as usize];
         for (to, from) in serial.iter_mut().zip(config.id.bytes()) {
             *to = from;
@@ -56,28 +68,54 @@ impl Blk {
             | (1 << VIRTIO_RING_F_INDIRECT_DESC)
             | (1 << VIRTIO_BLK_F_FLUSH)
             | (1 << VIRTIO_BLK_F_SEG_MAX);
-        if config.read_only {
-            features |= 1 << VIRTIO_BLK_F_RO;
+        features |= if config.read_only {
+            1 << VIRTIO_BLK_F_RO
+        } else {
+            (1 << VIRTIO_BLK_F_DISCARD) | (1 << VIRTIO_BLK_F_WRITE_ZEROES)
+        };
+        if queues > 1 {
+            features |= 1 << VIRTIO_BLK_F_MQ;
         }
-        // capacity, size_max, seg_max, geometry.
-        let mut space = [0; 24];
-        space[..8].copy_from_slice(&sectors.to_le_bytes());
-        space[12..16].copy_from_slice(&u32::from(QUEUE - 2).to_le_bytes());
+        let mut space = [0; CONFIG];
+        let mut put = |at: usize, bytes: &[u8]| space[at..at + bytes.len()].copy_from_slice(bytes);
+        put(0, &sectors.to_le_bytes());
+        // seg_max, num_queues.
+        put(12, &u32::from(QUEUE - 2).to_le_bytes());
+        put(34, &queues.to_le_bytes());
+        // max_discard_sectors, max_discard_seg, discard_sector_alignment.
+        put(36, &MAX_DISCARD.to_le_bytes());
+        put(40, &MAX_SEGMENTS.to_le_bytes());
+        put(44, &DISCARD_ALIGNMENT.to_le_bytes());
+        // max_write_zeroes_sectors, max_write_zeroes_seg, and that they may
+        // take the space away.
+        put(48, &MAX_ZEROES.to_le_bytes());
+        put(52, &1_u32.to_le_bytes());
+        put(56, &[1]);
         Ok(Self {
             name: config.id.clone(),
             config: space,
             features,
+            sizes: vec![QUEUE; usize::from(queues)],
             disk: Disk {
                 file,
                 sectors,
                 read_only: config.read_only,
                 serial,
             },
+            limiter: config.rate.map(|rate| Limiter::new(rate, Instant::now())),
             resized: false,
             active: None,
         })
     }
+
+    /// Token of the timer on the event loop; the queues' are below.
+    pub(super) fn timer_token(&self) -> u32 {
+        self.sizes.len() as u32
+    }
 }
+
+/// Sectors of a page: what a hole is made of.
+const DISCARD_ALIGNMENT: u32 = 8;
 
 impl VirtioDevice for Blk {
     fn device_id(&self) -> u16 {
@@ -89,7 +127,7 @@ impl VirtioDevice for Blk {
     }
 
     fn queue_sizes(&self) -> &[u16] {
-        &[QUEUE]
+        &self.sizes
     }
 
     fn features(&self) -> u64 {
@@ -101,16 +139,37 @@ impl VirtioDevice for Blk {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
-        self.active = Some(Queues::new(activation, 1)?);
+        let failed = |action| move |source| DeviceError::System { action, source };
+        // A driver need not use all of them.
+        let queues = Queues::new(activation, 1)?;
+        let timer = match &self.limiter {
+            Some(_) => {
+                let timer = TimerFd::new()
+                    .map_err(io::Error::from)
+                    .map_err(failed("make a timer"))?;
+                let handler = queues.handler.clone();
+                queues
+                    .event_loop
+                    .register(&timer, EventSet::IN, handler, self.timer_token())
+                    .map_err(failed("watch a timer"))?;
+                Some(timer)
+            }
+            None => None,
+        };
+        self.active = Some(Active { queues, timer });
         Ok(())
     }
 
     fn reset(&mut self) {
-        self.active = None;
+        if let Some(active) = self.active.take() {
+            if let Some(timer) = &active.timer {
+                active.queues.event_loop.unregister(timer);
+            }
+        }
     }
 
     fn queues(&self) -> Option<&Queues> {
-        self.active.as_ref()
+        self.active.as_ref().map(|active| &active.queues)
     }
 
     fn save(&mut self) -> Result<Vec<u8>, StateError> {

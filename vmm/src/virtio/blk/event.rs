@@ -1,17 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Requests, one after another (virtio 1.2 §5.2.6).
 
-use std::os::fd::AsRawFd;
+use std::time::{Duration, Instant};
 
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_FLUSH,
-    VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD,
+    VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_T_WRITE_ZEROES,
 };
-use vm_memory::{Bytes, GuestAddressSpace, GuestMemory, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddressSpace, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 
 use super::{
-    device::{Disk, SECTOR},
+    disk::{transfer, Direction, Disk, Erase, MAX_SEGMENTS, RANGE},
     Blk,
 };
 use crate::{
@@ -26,19 +27,63 @@ const ROUND: usize = 32;
 
 impl EventHandler for Blk {
     fn handle(&mut self, token: u32, _events: EventSet) {
-        let Some(queues) = &mut self.active else {
+        let timer = self.timer_token();
+        let Some(active) = &mut self.active else {
             return;
         };
-        if queues.notified(token as usize) {
-            let memory = queues.memory.memory();
-            let disk = &self.disk;
-            queues.drain(0, ROUND, |chain| serve(&memory, disk, chain));
+        let queues = if token == timer {
+            if let Some(timer) = &mut active.timer {
+                // It is not ready any more. What it is ready for follows.
+                let _ = timer.clear();
+            }
+            if active.queues.is_broken() {
+                return;
+            }
+            0..timer as usize
+        } else {
+            let index = token as usize;
+            if !active.queues.notified(index) {
+                return;
+            }
+            index..index + 1
+        };
+        let memory = active.queues.memory.memory();
+        let disk = &self.disk;
+        let mut longest = Duration::ZERO;
+        for index in queues {
+            active.queues.drain_while(
+                index,
+                ROUND,
+                &mut self.limiter,
+                |limiter| {
+                    let wait = match limiter {
+                        Some(limiter) => limiter.wait(Instant::now()),
+                        None => Duration::ZERO,
+                    };
+                    longest = longest.max(wait);
+                    wait.is_zero()
+                },
+                |limiter, chain| {
+                    let (length, moved) = serve(&memory, disk, chain)?;
+                    if let Some(limiter) = limiter {
+                        limiter.take(moved);
+                    }
+                    Ok(length)
+                },
+            );
+        }
+        if let (false, Some(timer)) = (longest.is_zero(), &mut active.timer) {
+            if let Err(error) = timer.reset(longest, None) {
+                tracing::error!(%error, "a disk's timer cannot be set");
+                active.queues.break_device();
+            }
         }
     }
 }
 
-/// Serves one request; how many bytes were written to the guest.
-fn serve(memory: &GuestMemoryMmap, disk: &Disk, chain: Chain<'_>) -> Result<u32, Broken> {
+/// Serves one request; how many bytes were written to the guest, and how many
+/// were moved to or from the disk.
+fn serve(memory: &GuestMemoryMmap, disk: &Disk, chain: Chain<'_>) -> Result<(u32, u64), Broken> {
     let (readable, writable) = segments(chain);
     // The status byte is the last writable one.
     let (status, data_in) = writable.split_last().ok_or(Broken)?;
@@ -58,9 +103,14 @@ fn serve(memory: &GuestMemoryMmap, disk: &Disk, chain: Chain<'_>) -> Result<u32,
         )
         .map_err(|_| Broken)?;
     let sector = u64::from_le(sector);
+    let mut moved = 0;
     let (answer, written) = match u32::from_le(kind) {
         VIRTIO_BLK_T_IN => match disk.offset(sector, data_in) {
-            Some(offset) => transfer(memory, disk, offset, data_in, Direction::In)?,
+            Some(offset) => {
+                let (status, read) = transfer(memory, disk, offset, data_in, Direction::In)?;
+                moved = read.into();
+                (status, read)
+            }
             None => (VIRTIO_BLK_S_IOERR, 0),
         },
         VIRTIO_BLK_T_OUT if disk.read_only => (VIRTIO_BLK_S_IOERR, 0),
@@ -68,7 +118,8 @@ fn serve(memory: &GuestMemoryMmap, disk: &Disk, chain: Chain<'_>) -> Result<u32,
             Some(offset) => {
                 // All of it or an error: the driver takes the status for the
                 // whole request.
-                let (status, _) = transfer(memory, disk, offset, data_out, Direction::Out)?;
+                let (status, written) = transfer(memory, disk, offset, data_out, Direction::Out)?;
+                moved = written.into();
                 (status, 0)
             }
             None => (VIRTIO_BLK_S_IOERR, 0),
@@ -87,75 +138,44 @@ fn serve(memory: &GuestMemoryMmap, disk: &Disk, chain: Chain<'_>) -> Result<u32,
             }
             None => (VIRTIO_BLK_S_IOERR, 0),
         },
+        kind @ (VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES) => {
+            let what = match kind {
+                VIRTIO_BLK_T_DISCARD => Erase::Discard,
+                _ => Erase::WriteZeroes,
+            };
+            match gather(memory, data_out, MAX_SEGMENTS as usize * RANGE)? {
+                Some(ranges) => (disk.erase(what, &ranges), 0),
+                None => (VIRTIO_BLK_S_IOERR, 0),
+            }
+        }
         _ => (VIRTIO_BLK_S_UNSUPP, 0),
     };
     memory
         .write_obj(answer as u8, status.address)
         .map_err(|_| Broken)?;
-    Ok(written + 1)
+    // At most what 256 descriptors hold was read; a status that overflows is
+    // nobody's concern but the guest's.
+    Ok((written.saturating_add(1), moved))
 }
 
-impl Disk {
-    /// Where a transfer starts in the file; none when it is not of whole
-    /// sectors or reaches beyond the disk's end.
-    fn offset(&self, sector: u64, segments: &[Segment]) -> Option<u64> {
-        let length: u64 = segments.iter().map(|s| u64::from(s.length)).sum();
-        let end = sector.checked_add(length / SECTOR)?;
-        (length % SECTOR == 0 && end <= self.sectors).then_some(sector * SECTOR)
-    }
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Direction {
-    In,
-    Out,
-}
-
-/// Moves data between file and guest memory without a copy in between.
-fn transfer(
+/// What the guest wrote, if it is at most so many bytes.
+fn gather(
     memory: &GuestMemoryMmap,
-    disk: &Disk,
-    mut offset: u64,
     segments: &[Segment],
-    direction: Direction,
-) -> Result<(u32, u32), Broken> {
-    let mut moved = 0_u32;
-    for segment in segments {
-        for slice in memory.get_slices(segment.address, segment.length as usize) {
-            let slice = slice.map_err(|_| Broken)?;
-            let guard = slice.ptr_guard_mut();
-            let mut done = 0;
-            while done < slice.len() {
-                // A disk's offsets fit: its size came from the kernel.
-                let at = offset as libc::off_t;
-                let (fd, left) = (disk.file.as_raw_fd(), slice.len() - done);
-                // SAFETY: the pointer and the rest of the length lie in one
-                // slice of guest memory, which `memory` keeps mapped; the
-                // guest may change it meanwhile, which the kernel tolerates.
-                let result = unsafe {
-                    let pointer = guard.as_ptr().add(done);
-                    match direction {
-                        Direction::In => libc::pread(fd, pointer.cast(), left, at),
-                        Direction::Out => libc::pwrite(fd, pointer.cast(), left, at),
-                    }
-                };
-                match usize::try_from(result) {
-                    // The file has become shorter than it was.
-                    Ok(0) => return Ok((VIRTIO_BLK_S_IOERR, moved)),
-                    Ok(count) => {
-                        done += count;
-                        offset += count as u64;
-                        moved = moved.saturating_add(count as u32);
-                    }
-                    Err(_) => {
-                        if std::io::Error::last_os_error().kind() != std::io::ErrorKind::Interrupted
-                        {
-                            return Ok((VIRTIO_BLK_S_IOERR, moved));
-                        }
-                    }
-                }
-            }
-        }
+    most: usize,
+) -> Result<Option<Vec<u8>>, Broken> {
+    let length: u64 = segments.iter().map(|s| u64::from(s.length)).sum();
+    if length > most as u64 {
+        return Ok(None);
     }
-    Ok((VIRTIO_BLK_S_OK, moved))
+    let mut bytes = vec![0; length as usize];
+    let mut rest = &mut bytes[..];
+    for segment in segments {
+        let (part, left) = rest.split_at_mut(segment.length as usize);
+        memory
+            .read_slice(part, segment.address)
+            .map_err(|_| Broken)?;
+        rest = left;
+    }
+    Ok(Some(bytes))
 }

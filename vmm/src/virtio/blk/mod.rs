@@ -2,6 +2,7 @@
 //! virtio-blk (virtio 1.2 §5.2) on a raw file.
 
 mod device;
+mod disk;
 mod event;
 mod state;
 #[cfg(test)]

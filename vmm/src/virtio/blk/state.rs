@@ -23,8 +23,8 @@ impl Blk {
 
     /// The driver reads the capacity again.
     pub(super) fn announce_capacity(&mut self) {
-        if let (Some(queues), true) = (&self.active, self.resized) {
-            queues.interrupt.signal_config();
+        if let (Some(active), true) = (&self.active, self.resized) {
+            active.queues.interrupt.signal_config();
         }
         self.resized = false;
     }
