@@ -25,6 +25,7 @@ mod sandbox;
 mod seccomp;
 mod service;
 mod stdio;
+mod steps;
 mod sys;
 mod test_mode;
 mod transport;

@@ -14,6 +14,7 @@ use crate::container::{Containers, Message};
 use crate::devices;
 use crate::error::AgentError;
 use crate::sandbox::{self, Times};
+use crate::steps::Steps;
 
 /// Answers the host.
 pub struct Service {
@@ -64,9 +65,10 @@ impl agent_ttrpc::Agent for Service {
         _: &TtrpcContext,
         request: agent::CreateContainerRequest,
     ) -> ttrpc::Result<agent::CreateContainerReply> {
-        let pid = self.containers.create(request).await?;
+        let made = self.containers.create(request, Steps::received()).await?;
         Ok(agent::CreateContainerReply {
-            pid,
+            pid: made.pid,
+            steps: made.steps.to_protocol(),
             ..Default::default()
         })
     }
@@ -85,12 +87,14 @@ impl agent_ttrpc::Agent for Service {
         request: agent::ExecProcessRequest,
     ) -> ttrpc::Result<agent::ExecProcessReply> {
         let id = request.container_id.clone();
-        let pid = self
+        let steps = Steps::received();
+        let made = self
             .containers
-            .ask(&id, |reply| Message::Exec(Box::new(request), reply))
+            .ask(&id, |reply| Message::Exec(Box::new(request), steps, reply))
             .await?;
         Ok(agent::ExecProcessReply {
-            pid,
+            pid: made.pid,
+            steps: made.steps.to_protocol(),
             ..Default::default()
         })
     }
@@ -223,6 +227,10 @@ impl agent_ttrpc::Agent for Service {
         request: agent::RemoveDeviceRequest,
     ) -> ttrpc::Result<agent::Empty> {
         devices::remove(&request, self.containers.shared().in_guest)?;
+        Ok(agent::Empty::new())
+    }
+
+    async fn check(&self, _: &TtrpcContext, _: agent::Empty) -> ttrpc::Result<agent::Empty> {
         Ok(agent::Empty::new())
     }
 

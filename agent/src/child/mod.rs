@@ -24,6 +24,7 @@ use crate::container::hooks::GuestHooks;
 use crate::container::namespaces::CLONE_NEWTIME;
 use crate::container::plan::{ContainerPlan, ProcessPlan};
 use crate::stdio::ChildEnds;
+use crate::steps::{Step, Steps};
 use crate::sys::process::{exit_now, new_session_keyring, prctl, reset_signals, setns};
 use crate::sys::{fd, host};
 use report::{At, Done, Failure};
@@ -49,7 +50,9 @@ fn standard(number: i32) -> BorrowedFd<'static> {
 
 /// Runs a container's first process.
 pub fn run_init(plan: &ContainerPlan, parts: &Parts<'_>) -> Infallible {
-    let result = begin(parts, &[]).and_then(|()| set_up_init(plan, parts));
+    let mut steps = Steps::default();
+    let result = begin(parts, &[]).and_then(|()| set_up_init(plan, parts, &mut steps));
+    let result = result.map(|program| (program, steps));
     end(result, &plan.process, Some(&plan.hooks), parts)
 }
 
@@ -60,7 +63,10 @@ pub fn run_exec(
     init: &OwnedFd,
     parts: &Parts<'_>,
 ) -> Infallible {
-    let result = begin(parts, &[init]).and_then(|()| set_up_exec(container, plan, init, parts));
+    let mut steps = Steps::default();
+    let result =
+        begin(parts, &[init]).and_then(|()| set_up_exec(container, plan, init, parts, &mut steps));
+    let result = result.map(|program| (program, steps));
     end(result, plan, None, parts)
 }
 
@@ -85,7 +91,12 @@ fn begin(parts: &Parts<'_>, others: &[&OwnedFd]) -> Done<()> {
 /// steps need: /proc of the guest until the pivot, privileges until the user.
 /// In a user namespace everything that takes the guest's root comes before its
 /// own root is become, who owns what is made then.
-fn set_up_init(plan: &ContainerPlan, parts: &Parts<'_>) -> Done<program::Program> {
+fn set_up_init(
+    plan: &ContainerPlan,
+    parts: &Parts<'_>,
+    steps: &mut Steps,
+) -> Done<program::Program> {
+    steps.done(Step::Born);
     let namespaces = &plan.namespaces;
     set_oom_score(plan.process.oom_score_adj)?;
     if namespaces.user.is_some() && !report::await_mapped(parts.channel.as_fd()).at("wait", "")? {
@@ -99,6 +110,7 @@ fn set_up_init(plan: &ContainerPlan, parts: &Parts<'_>) -> Done<program::Program
         set_time(offsets)?;
     }
     let mut roots = rootfs::prepare_root(plan)?;
+    steps.done(Step::Root);
     if namespaces.user.is_some() {
         program::become_its_root()?;
     }
@@ -114,18 +126,24 @@ fn set_up_init(plan: &ContainerPlan, parts: &Parts<'_>) -> Done<program::Program
     // Modes of what is made from here on are as asked for.
     nix::sys::stat::umask(nix::sys::stat::Mode::empty());
     rootfs::mount_all(plan, &mut roots)?;
+    steps.done(Step::Mounts);
     let root = roots.root;
     devices::make_all(plan, root.as_fd())?;
+    steps.done(Step::Devices);
     let state = plan.hooks.state("creating", std::process::id());
     hooks::run_all(&plan.hooks.create_container, &state, &[])?;
     rootfs::pivot(root.as_fd())?;
+    steps.done(Step::Pivot);
     make_cwd(&plan.process.cwd)?;
     terminal::set_up(&plan.process, parts.ends, parts.channel.as_fd(), true)?;
     rootfs::finish(plan)?;
     rootfs::protect(&plan.read_only_paths)?;
     rootfs::mask(&plan.masked_paths)?;
+    steps.done(Step::Masks);
     program::limit(&plan.process, namespaces.user.is_some())?;
-    program::become_user(&plan.process, plan.seccomp.as_deref())
+    let program = program::become_user(&plan.process, plan.seccomp.as_deref())?;
+    steps.done(Step::User);
+    Ok(program)
 }
 
 /// Makes a time namespace, which the program's execution enters.
@@ -148,7 +166,9 @@ fn set_up_exec(
     plan: &ProcessPlan,
     init: &OwnedFd,
     parts: &Parts<'_>,
+    steps: &mut Steps,
 ) -> Done<program::Program> {
+    steps.done(Step::Born);
     set_oom_score(plan.oom_score_adj)?;
     match setns(init.as_fd(), container.namespaces.to_join()) {
         Err(Errno::ESRCH) => {
@@ -163,24 +183,26 @@ fn set_up_exec(
     nix::sys::stat::umask(nix::sys::stat::Mode::empty());
     terminal::set_up(plan, parts.ends, parts.channel.as_fd(), false)?;
     program::limit(plan, own_user_namespace)?;
-    program::become_user(plan, container.seccomp.as_deref())
+    let program = program::become_user(plan, container.seccomp.as_deref())?;
+    steps.done(Step::User);
+    Ok(program)
 }
 
 /// Reports, waits for the start and runs the program, after the hooks of a
 /// container's start.
 fn end(
-    result: Done<program::Program>,
+    result: Done<(program::Program, Steps)>,
     plan: &ProcessPlan,
     hooks: Option<&GuestHooks>,
     parts: &Parts<'_>,
 ) -> Infallible {
     let channel = parts.channel.as_fd();
     let failure = match result {
-        Ok(program) => {
+        Ok((program, steps)) => {
             if parts.die_with_agent {
                 let _ = prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL as libc::c_ulong);
             }
-            let told = report::send_ready(channel).and_then(|()| report::await_go(channel));
+            let told = report::send_ready(channel, &steps).and_then(|()| report::await_go(channel));
             match told {
                 Ok(true) => match hooks.map_or(Ok(()), |hooks| start(hooks, &program)) {
                     Ok(()) => program.execute(plan),

@@ -14,6 +14,7 @@ use std::path::Path;
 use nix::errno::Errno;
 
 use crate::error::AgentError;
+use crate::steps::Steps;
 use crate::sys::fd;
 
 /// Longest message; texts are cut to fit.
@@ -111,7 +112,7 @@ impl<T> At<T> for std::io::Result<T> {
 #[derive(Debug)]
 pub enum Report {
     /// Everything is set up; waiting for "go".
-    Ready,
+    Ready(Steps),
     /// The master of the process's terminal.
     Terminal(OwnedFd),
     /// It is over.
@@ -131,8 +132,10 @@ fn say(socket: BorrowedFd<'_>, message: &[u8]) -> nix::Result<()> {
 }
 
 /// Sends [`Report::Ready`].
-pub fn send_ready(socket: BorrowedFd<'_>) -> nix::Result<()> {
-    say(socket, &[READY])
+pub fn send_ready(socket: BorrowedFd<'_>, steps: &Steps) -> nix::Result<()> {
+    let mut message = vec![READY];
+    message.extend(steps.encode());
+    say(socket, &message)
 }
 
 /// Sends [`Report::Terminal`].
@@ -186,7 +189,9 @@ pub fn receive(socket: BorrowedFd<'_>) -> nix::Result<Option<Report>> {
         return Ok(None);
     };
     match (*letter, passed) {
-        (READY, None) => Ok(Some(Report::Ready)),
+        (READY, None) => Steps::decode(rest)
+            .map(|steps| Some(Report::Ready(steps)))
+            .ok_or(Errno::EPROTO),
         (TERMINAL, Some(master)) => Ok(Some(Report::Terminal(master))),
         (FAILED, None) => decode(rest)
             .map(|f| Some(Report::Failed(f)))

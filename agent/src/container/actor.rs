@@ -13,10 +13,11 @@ use super::namespaces::PidNamespace;
 use super::plan::{self, ContainerPlan};
 use super::process::{self, ExitWatch, Gate, Process};
 use super::state::{next, Event, State};
-use super::{check_name, Containers, Message, Reply};
+use super::{check_name, Containers, Made, Message, Reply};
 use crate::cgroup::{resources, stats, Cgroup};
 use crate::error::{AgentError, Result};
 use crate::stdio;
+use crate::steps::{Step, Steps};
 
 /// How long a killed process may take to be gone.
 const DEATH: Duration = Duration::from_secs(5);
@@ -27,13 +28,13 @@ pub enum Own {
     /// The first process exists and can be signalled.
     Born(Process),
     /// The first process is ready, or failed to be.
-    Ready(Result<(Process, Gate)>),
+    Ready(Result<(Process, Gate, Steps)>),
     /// The program was executed, or could not be.
     Started(Result<()>, Reply<()>),
     /// The first process has ended.
     Exited,
     /// A further process runs, or could not be made.
-    Exec(String, Result<Process>, Reply<u32>),
+    Exec(String, Result<(Process, Steps)>, Reply<Made>),
 }
 
 /// A further process.
@@ -54,7 +55,7 @@ struct Actor {
     init: Option<Process>,
     gate: Option<Gate>,
     execs: HashMap<String, Exec>,
-    created: Option<Reply<u32>>,
+    created: Option<Reply<Made>>,
 }
 
 /// Makes a container's cgroup and starts its actor, which answers `created`
@@ -68,7 +69,7 @@ pub fn start(
     plan: ContainerPlan,
     neighbour: Option<Process>,
     stdio: Option<agent::Stdio>,
-    created: Reply<u32>,
+    (mut steps, created): (Steps, Reply<Made>),
 ) -> Result<mpsc::UnboundedSender<Message>> {
     let cgroup = Arc::new(containers.shared().hierarchy.container(&id)?);
     if let Err(error) = resources::apply(&cgroup, &plan.resources, true) {
@@ -76,6 +77,7 @@ pub fn start(
         let _ = std::fs::remove_dir(cgroup.path());
         return Err(error);
     }
+    steps.done(Step::Group);
     let (mailbox, messages) = mpsc::unbounded_channel();
     let actor = Actor {
         id,
@@ -89,14 +91,14 @@ pub fn start(
         execs: HashMap::new(),
         created: Some(created),
     };
-    actor.launch(neighbour, stdio);
+    actor.launch(neighbour, stdio, steps);
     tokio::spawn(actor.run(messages));
     Ok(mailbox)
 }
 
 impl Actor {
     /// Makes the first process, on a task of its own.
-    fn launch(&self, neighbour: Option<Process>, stdio: Option<agent::Stdio>) {
+    fn launch(&self, neighbour: Option<Process>, stdio: Option<agent::Stdio>, mut steps: Steps) {
         let shared = self.containers.clone();
         let (plan, cgroup, mailbox) =
             (self.plan.clone(), self.cgroup.clone(), self.mailbox.clone());
@@ -108,11 +110,12 @@ impl Actor {
             let launch = async {
                 let shared = shared.shared();
                 let streams = process::open_streams(shared, stdio.as_ref(), &plan.process).await?;
+                steps.done(Step::Streams);
                 let child =
                     process::spawn_init(shared, &plan, neighbour.as_ref(), &cgroup, streams)?;
                 tell(&mailbox, Own::Born(child.process.clone()));
                 let ended = mailbox.clone();
-                child.ready(move || tell(&ended, Own::Exited)).await
+                child.ready(steps, move || tell(&ended, Own::Exited)).await
             };
             let result = launch.await;
             tell(&mailbox, Own::Ready(result));
@@ -131,10 +134,10 @@ impl Actor {
     async fn handle(&mut self, message: Message) -> bool {
         match message {
             Message::Start(reply) => self.start(reply),
-            Message::Exec(request, reply) => {
+            Message::Exec(request, steps, reply) => {
                 let id = request.exec_id.clone();
                 match self.exec(*request) {
-                    Ok(job) => self.run_exec(id, job, reply),
+                    Ok(job) => self.run_exec(id, job, steps, reply),
                     Err(error) => answer(reply, Err(error)),
                 }
             }
@@ -174,14 +177,14 @@ impl Actor {
     async fn own(&mut self, own: Own) -> bool {
         match own {
             Own::Born(process) => self.init = Some(process),
-            Own::Ready(Ok((process, gate))) => {
+            Own::Ready(Ok((process, gate, steps))) => {
                 let pid = process.pid as u32;
                 self.init = Some(process);
                 self.gate = Some(gate);
                 // It may have been killed already; then that stands.
                 self.state = next(self.state, Event::Ready).unwrap_or(self.state);
                 if let Some(created) = self.created.take() {
-                    answer(created, Ok(pid));
+                    answer(created, Ok(Made { pid, steps }));
                 }
             }
             Own::Ready(Err(error)) => {
@@ -208,10 +211,10 @@ impl Actor {
                 }
             }
             Own::Exec(id, result, reply) => match result {
-                Ok(process) => {
+                Ok((process, steps)) => {
                     let pid = process.pid as u32;
                     self.execs.insert(id, Exec::Made(process));
-                    answer(reply, Ok(pid));
+                    answer(reply, Ok(Made { pid, steps }));
                 }
                 Err(error) => {
                     self.execs.remove(&id);
@@ -278,7 +281,7 @@ impl Actor {
         })
     }
 
-    fn run_exec(&self, id: String, job: ExecJob, reply: Reply<u32>) {
+    fn run_exec(&self, id: String, job: ExecJob, mut steps: Steps, reply: Reply<Made>) {
         let containers = self.containers.clone();
         let (plan, cgroup, mailbox) =
             (self.plan.clone(), self.cgroup.clone(), self.mailbox.clone());
@@ -286,11 +289,12 @@ impl Actor {
             let launch = async {
                 let shared = containers.shared();
                 let streams = process::open_streams(shared, job.stdio.as_ref(), &job.plan).await?;
+                steps.done(Step::Streams);
                 let child =
                     process::spawn_exec(shared, &plan, &job.plan, &job.init, &cgroup, streams)?;
-                let (process, gate) = child.ready(|| {}).await?;
+                let (process, gate, steps) = child.ready(steps, || {}).await?;
                 gate.open().await?;
-                Ok(process)
+                Ok((process, steps))
             };
             let result = launch.await;
             let _ = mailbox.send(Message::Own(Own::Exec(id, result, reply)));

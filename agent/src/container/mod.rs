@@ -22,19 +22,29 @@ use bulkhead_agent_protocol::{agent, oci};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::error::{AgentError, Result};
+use crate::steps::Steps;
 use namespaces::PidNamespace;
 use process::{ExitWatch, Process, Shared};
 
 /// Where the answer to a message goes.
 type Reply<T> = oneshot::Sender<Result<T>>;
 
+/// A process that was made.
+#[derive(Debug)]
+pub struct Made {
+    /// Its id in the guest's root pid namespace.
+    pub pid: u32,
+    /// What was done for it.
+    pub steps: Steps,
+}
+
 /// What can be asked of a container.
 #[derive(Debug)]
 pub enum Message {
     /// StartContainer.
     Start(Reply<()>),
-    /// ExecProcess; gives the pid.
-    Exec(Box<agent::ExecProcessRequest>, Reply<u32>),
+    /// ExecProcess, with what has been done of it.
+    Exec(Box<agent::ExecProcessRequest>, Steps, Reply<Made>),
     /// SignalProcess.
     Signal(agent::SignalProcessRequest, Reply<()>),
     /// WaitProcess for the named process (empty: the first one).
@@ -86,13 +96,17 @@ impl Containers {
         self.actors.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes a container up to where its process waits to be started. Gives
-    /// the pid.
+    /// Makes a container up to where its process waits to be started. `steps`:
+    /// what was done for it already.
     ///
     /// # Errors
     /// [`AgentError::Invalid`] for a wrong request, [`AgentError::AlreadyExists`],
     /// or the step that failed; nothing is left then.
-    pub async fn create(&self, request: agent::CreateContainerRequest) -> Result<u32> {
+    pub async fn create(
+        &self,
+        request: agent::CreateContainerRequest,
+        steps: Steps,
+    ) -> Result<Made> {
         let id = request.container_id.clone();
         check_name(&id, "container_id")?;
         let spec = request
@@ -116,7 +130,7 @@ impl Containers {
                 plan,
                 neighbour,
                 request.stdio.into_option(),
-                reply,
+                (steps, reply),
             )?;
             actors.insert(id, mailbox);
         }

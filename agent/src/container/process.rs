@@ -22,6 +22,7 @@ use crate::error::{AgentError, Context, Result};
 use crate::reaper::{Reaped, Reaper};
 use crate::stdio::dial::Dialer;
 use crate::stdio::{self, AgentEnds, Io, Streams};
+use crate::steps::{Step, Steps};
 use crate::sys::{fd, process};
 
 /// What everything in the agent shares.
@@ -285,13 +286,18 @@ fn spawn(
 }
 
 impl Child {
-    /// Waits until the child is ready to run its program. From then on its
+    /// Waits until the child is ready to run its program, and adds what was done
+    /// to `steps`. From then on its
     /// input and output flow and its end is watched; `ended` is called after
     /// the end was told to those who wait.
     ///
     /// # Errors
     /// Why the child gave up. It is gone then.
-    pub async fn ready(self, ended: impl FnOnce() + Send + 'static) -> Result<(Process, Gate)> {
+    pub async fn ready(
+        self,
+        mut steps: Steps,
+        ended: impl FnOnce() + Send + 'static,
+    ) -> Result<(Process, Gate, Steps)> {
         let Self {
             mut process,
             channel,
@@ -308,7 +314,10 @@ impl Child {
             None => Ok(()),
         };
         let io = match await_ready(&channel).await {
-            Ok(master) => set_limits().and_then(|()| Io::start(ends, master)),
+            Ok((master, told)) => {
+                steps.extend(told);
+                set_limits().and_then(|()| Io::start(ends, master))
+            }
             Err(error) => Err(error),
         };
         let io = match io {
@@ -337,16 +346,18 @@ impl Child {
             }));
             ended();
         });
-        Ok((process, Gate(channel)))
+        steps.done(Step::Ready);
+        Ok((process, Gate(channel), steps))
     }
 }
 
-/// The child's messages up to "ready"; gives the terminal if one came.
-async fn await_ready(channel: &AsyncFd<OwnedFd>) -> Result<Option<OwnedFd>> {
+/// The child's messages up to "ready"; gives the terminal if one came, and what
+/// the child has done.
+async fn await_ready(channel: &AsyncFd<OwnedFd>) -> Result<(Option<OwnedFd>, Steps)> {
     let mut master = None;
     loop {
         match next_report(channel).await? {
-            Some(Report::Ready) => return Ok(master),
+            Some(Report::Ready(steps)) => return Ok((master, steps)),
             Some(Report::Terminal(terminal)) => master = Some(terminal),
             Some(Report::Failed(failure)) => return Err(failure.into()),
             None => {

@@ -93,6 +93,8 @@ calls! {
     update_container(UpdateContainerRequest) -> Empty, "update container", short;
     /// Removes a container.
     delete_container(ContainerRequest) -> Empty, "delete container", long;
+    /// Does nothing, to see whether it answers.
+    check(Empty) -> Empty, "check", short;
     /// Forgets a further process.
     delete_process(ProcessRequest) -> Empty, "delete process", short;
     /// Looks for devices that were plugged.
