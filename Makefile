@@ -30,10 +30,10 @@ PACKAGES := ca-certificates build-essential bc bison flex libelf-dev libssl-dev 
 RUST_PACKAGES := rustc-web cargo-web
 RUST_OLDEST := 1.86.0
 
-.PHONY: help deps build binaries guest kernel run test critest box bench fuzz install uninstall
+.PHONY: help deps build binaries guest kernel run test test-agent test-agent-load critest box bench fuzz install uninstall
 
 help: ## What can be made
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
 
 deps: ## Installs the packages that building and testing need (root)
 	@missing=""; \
@@ -75,6 +75,12 @@ test: build ## Runs every test: unit tests, tiny guests, end to end
 critest: build ## Runs the tests of cri-tools (FOCUS: only those cases); needs Go
 	@tests/cri-tools/build crictl critest
 	@$(RELEASE)/bulkhead-critest $(if $(FOCUS),'$(FOCUS)')
+
+test-agent: ## Runs the agent's own tests, without a virtual machine (root)
+	@cargo test -p bulkhead-agent
+
+test-agent-load: ## The same of many containers and processes, in full numbers
+	@BULKHEAD_AGENT_LOAD=full cargo test -p bulkhead-agent --test robust -- --test-threads 1 --nocapture
 
 box: build ## A shell in the KVM host in a box
 	@$(RELEASE)/bulkhead-box shell

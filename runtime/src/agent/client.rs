@@ -11,10 +11,7 @@ use ttrpc::{
 };
 
 use super::error::AgentError;
-use crate::{
-    config,
-    error::{Error, ErrorKind},
-};
+use crate::{config, error::Error};
 
 /// The connection's own deadline is the call's; this catches what it does not
 /// cover, a guest that stops reading.
@@ -121,24 +118,6 @@ impl Agent {
 
     fn long(&self) -> Duration {
         self.timeout.saturating_mul(self.long)
-    }
-
-    /// Whether the agent answers. Any answer will do, and none of it is looked
-    /// at: it is asked about a container that cannot exist.
-    ///
-    /// # Errors
-    /// There was no answer in time, or there is no connection.
-    pub async fn check(&self) -> Result<(), Error> {
-        let answer = self
-            .list_processes(agent::ContainerRequest::default())
-            .await;
-        match answer {
-            Err(Error::Agent {
-                source: AgentError::Refused { kind, .. },
-                ..
-            }) if kind != ErrorKind::DeadlineExceeded => Ok(()),
-            other => other.map(drop),
-        }
     }
 
     /// Waits for the end of a process, however long it takes.

@@ -121,22 +121,24 @@ async fn events<P: Observed>(mut client: UnixStream, pod: Arc<P>, follow: bool) 
     for happened in &past {
         write(&mut client, &line(happened)?).await?;
     }
+    if !follow {
+        return Ok(());
+    }
     let mut rest = [0; 16];
-    while follow {
+    loop {
         tokio::select! {
             happened = live.recv() => match happened {
                 Ok(happened) => write(&mut client, &line(&happened)?).await?,
                 // It was too slow, and goes on with what there is.
                 Err(RecvError::Lagged(_)) => {}
-                Err(RecvError::Closed) => break,
+                Err(RecvError::Closed) => return Ok(()),
             },
             // A client has no more to say, but it may go.
             said = client.read(&mut rest) => if said? == 0 {
-                break;
+                return Ok(());
             }
         }
     }
-    Ok(())
 }
 
 fn line(happened: &Happened) -> io::Result<Vec<u8>> {

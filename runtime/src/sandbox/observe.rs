@@ -4,7 +4,7 @@
 use std::{fs, sync::Arc, sync::Weak, time::Duration};
 
 use async_trait::async_trait;
-use bulkhead_agent_protocol::agent::{ContainerRequest, NetworkStat, StatsReply};
+use bulkhead_agent_protocol::agent::{ContainerRequest, Empty, NetworkStat, StatsReply};
 use tokio::time::{sleep, timeout};
 
 use super::{
@@ -47,7 +47,7 @@ impl Observed for Inner {
         let figures = async {
             let mut network = None;
             if answered && state.containers.is_empty() {
-                answered = self.agent.check().await.is_ok();
+                answered = self.agent.check(Empty::new()).await.is_ok();
             }
             for container in state.containers.iter().filter(|c| c.status != "creating") {
                 if !answered {
@@ -63,7 +63,7 @@ impl Observed for Inner {
                         network.get_or_insert(stats.network);
                     }
                     // It may just have been deleted; what counts is an answer.
-                    Err(_) => answered = self.agent.check().await.is_ok(),
+                    Err(_) => answered = self.agent.check(Empty::new()).await.is_ok(),
                 }
             }
             of_network(&mut metrics, &network.unwrap_or_default());
@@ -265,8 +265,8 @@ pub async fn watch_health(weak: Weak<Inner>, interval: Duration, failures: u32) 
         if inner.pod().accepts().is_err() {
             return;
         }
-        match inner.agent.check().await {
-            Ok(()) => in_a_row = 0,
+        match inner.agent.check(Empty::new()).await {
+            Ok(_) => in_a_row = 0,
             Err(error) => {
                 in_a_row += 1;
                 inner.count_unanswered();

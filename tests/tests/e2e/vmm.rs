@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{bail, Context as _, Result};
 use bulkhead_agent_protocol::{agent::SetupSandboxRequest, SHARED_TAG};
 use bulkhead_runtime::agent::Agent;
+use bulkhead_runtime::config;
 use bulkhead_tests::vmm::{agent_socket, Vmm};
 use bulkhead_vmm_api::{BalloonStatus, BalloonTarget, Call, Event, ExitReason};
 
@@ -63,7 +64,11 @@ impl Host {
             let (stream, _) = tokio::time::timeout(LIMIT, listener.accept())
                 .await
                 .with_context(|| format!("the agent does not call: {}", self.console()))??;
-            let agent = Agent::new(stream, LIMIT);
+            let patient = config::Agent {
+                rpc_timeout_ms: u64::try_from(LIMIT.as_millis())?,
+                ..config::Agent::default()
+            };
+            let agent = Agent::new(stream, &patient);
             let reply = agent.setup_sandbox(request).await;
             let reply = reply.with_context(|| self.console())?;
             Ok((agent, reply.kernel_release))
