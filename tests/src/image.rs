@@ -278,7 +278,7 @@ mod tests {
         assert!(names.contains(&"index.json".to_owned()));
         assert!(names.contains(&"oci-layout".to_owned()));
         // One layer, and a configuration and a manifest for each image.
-        assert_eq!(names.len(), 2 + 7);
+        assert_eq!(names.len(), 2 + 1 + 2 * 5);
     }
 
     #[test]
