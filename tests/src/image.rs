@@ -25,7 +25,7 @@ pub const PAUSE_IMAGE: &str = "localhost/bulkhead/pause:latest";
 pub const WEB_IMAGE: &str = "localhost/bulkhead/web:latest";
 /// What critest calls a web server in some cases, wherever it gets others
 /// from: [`WEB_IMAGE`] again. It looks for a process `nginx` with its id in
-/// `/var/run/nginx.pid`.
+/// `/var/run/nginx.pid` and `master process` on its command line.
 pub const CRITEST_WEB_IMAGE: &str = "registry.k8s.io/e2e-test-images/nginx:1.14-2";
 /// User of [`APP_IMAGE`].
 pub const APP_UID: u32 = 1000;
@@ -70,7 +70,7 @@ pub fn cached() -> Result<PathBuf> {
     let meta = fs::metadata(&busybox).with_context(|| format!("read {}", busybox.display()))?;
     let recipe = format!("{PASSWD}{GROUP}{}", env!("CARGO_PKG_VERSION"));
     let key = format!(
-        "4 {} {}.{:09} {recipe}",
+        "5 {} {}.{:09} {recipe}",
         meta.size(),
         meta.mtime(),
         meta.mtime_nsec()
@@ -196,7 +196,7 @@ fn archive<W: std::io::Write>(mut tar: Builder<W>, layer: &[u8]) -> Result<()> {
         "Env": [path],
         "WorkingDir": "/",
     });
-    let web = json!({ "Cmd": ["nginx"], "Env": [path], "WorkingDir": "/" });
+    let web = json!({ "Cmd": ["nginx", "master process"], "Env": [path], "WorkingDir": "/" });
     let mut manifests = Vec::new();
     for (name, config) in [
         (ROOT_IMAGE, root),
