@@ -9,7 +9,7 @@ use std::{
 };
 
 use bulkhead_vmm_api::{
-    Call, Channel, ChannelError, Event, ExitReason, Failure, FailureKind, FromVmm, Outcome,
+    Call, Channel, ChannelError, Event, ExitReason, Exits, Failure, FailureKind, FromVmm, Outcome,
     PlugConfig, PluggedDevice, Reply, Request, RestoreConfig, SnapshotFiles, Status, VmState,
 };
 use nix::{
@@ -183,22 +183,7 @@ impl Server {
                     wrong_state("boot", state)
                 }
             },
-            Call::Status => Outcome::Status(Box::new(Status {
-                state: self.stage.state(),
-                timeline: self.stamps.read(),
-                exits: match &self.stage {
-                    Stage::Running(machine) => machine.exits(),
-                    _ => Default::default(),
-                },
-                balloon: match &self.stage {
-                    Stage::Running(machine) => machine.balloon(),
-                    _ => None,
-                },
-                devices: match &self.stage {
-                    Stage::Running(machine) => machine.devices(),
-                    _ => Vec::new(),
-                },
-            })),
+            Call::Status => Outcome::Status(Box::new(self.status())),
             Call::Balloon(target) => match self.machine("balloon") {
                 Ok(machine) => match machine.set_balloon(target.mib) {
                     Ok(()) => Outcome::Done,
@@ -219,6 +204,27 @@ impl Server {
                 Err(outcome) => outcome,
             },
             Call::Shutdown => Outcome::Done,
+        }
+    }
+
+    fn status(&self) -> Status {
+        let machine = match &self.stage {
+            Stage::Running(machine) => Some(machine),
+            Stage::Unconfigured | Stage::Configured(_) => None,
+        };
+        let vcpus = machine.map(|machine| machine.exits()).unwrap_or_default();
+        let total = |kind: fn(&Exits) -> u64| vcpus.iter().map(kind).sum();
+        Status {
+            state: self.stage.state(),
+            timeline: self.stamps.read(),
+            exits: Exits {
+                pio: total(|exits| exits.pio),
+                mmio: total(|exits| exits.mmio),
+                other: total(|exits| exits.other),
+            },
+            vcpus,
+            balloon: machine.and_then(|machine| machine.balloon()),
+            devices: machine.map(|machine| machine.devices()).unwrap_or_default(),
         }
     }
 

@@ -437,6 +437,30 @@ pub struct DeviceStatus {
     pub kind: DeviceKind,
     /// Its name or tag; empty where its kind has none.
     pub id: String,
+    /// What it has done since it was plugged.
+    #[serde(default)]
+    pub metrics: DeviceMetrics,
+}
+
+/// What a device has done. A request is a chain of buffers or a packet, whatever
+/// the device's queues carry.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeviceMetrics {
+    /// Requests and packets, both ways.
+    pub requests: u64,
+    /// Bytes written to a disk, sent as packets or as file requests.
+    pub bytes_from_guest: u64,
+    /// Bytes read, received or answered.
+    pub bytes_to_guest: u64,
+    /// Requests that failed, and packets that were lost.
+    pub errors: u64,
+    /// How often a request had to wait for the device's limits.
+    pub throttled: u64,
+    /// How often the guest told of something.
+    pub notifications: u64,
+    /// How often it was told.
+    pub interrupts: u64,
 }
 
 /// Kinds of devices.
@@ -557,6 +581,9 @@ pub struct Status {
     pub timeline: Timeline,
     /// vCPU exits handled in user space, all vCPUs together.
     pub exits: Exits,
+    /// The same of each vCPU.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub vcpus: Vec<Exits>,
     /// The balloon, where there is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub balloon: Option<BalloonStatus>,

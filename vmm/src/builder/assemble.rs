@@ -90,6 +90,7 @@ impl Parts {
         let size = SLOTS as u64 * BAR_SIZE;
         buses.mmio.insert(layout::BAR_WINDOW, size, registers)?;
         buses.mmio.insert(layout::ECAM, layout::ECAM_SIZE, root)?;
+        let exits = self.vcpus.iter().map(|_| ExitCounters::default()).collect();
         let vcpus = self.vcpus.into_iter();
         Ok(Machine {
             threads: Vec::new(),
@@ -97,7 +98,7 @@ impl Parts {
             loops,
             shared: Arc::new(Shared {
                 buses,
-                exits: ExitCounters::default(),
+                exits,
                 on_end: callbacks.on_end.clone(),
                 rest: Rest::default(),
                 stop: AtomicBool::new(false),

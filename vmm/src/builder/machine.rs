@@ -24,7 +24,7 @@ use crate::{
     event::EventLoop,
     kvm::{
         state::{msrs_to_save, xsave_size, VcpuState, VmState},
-        vcpu::{Shared, VcpuThread},
+        vcpu::{ExitCounters, Shared, VcpuThread},
         vm::Vm,
     },
     memory,
@@ -253,9 +253,10 @@ impl Machine {
             })
     }
 
-    /// Exits counted so far.
-    pub fn exits(&self) -> Exits {
-        self.shared.exits.read()
+    /// Exits counted so far, of each vCPU.
+    pub fn exits(&self) -> Vec<Exits> {
+        let vcpus = self.shared.exits.iter();
+        vcpus.map(ExitCounters::read).collect()
     }
 
     /// Asks the guest for `mib` MiB of its memory.

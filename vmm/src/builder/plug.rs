@@ -332,6 +332,7 @@ impl Board {
                 slot: *slot,
                 kind: plugged.kind,
                 id: plugged.id.clone(),
+                metrics: plugged.function.metrics(),
             })
             .collect()
     }

@@ -58,8 +58,8 @@ impl ExitCounters {
 pub struct Shared {
     /// Address spaces.
     pub buses: Buses,
-    /// Exit counters.
-    pub exits: ExitCounters,
+    /// Exit counters, of each vCPU.
+    pub exits: Vec<ExitCounters>,
     /// Called when the guest, or KVM, ends the machine.
     pub on_end: OnEnd,
     /// Where the threads rest while the machine is paused.
@@ -172,7 +172,7 @@ impl VcpuThread {
             .spawn(move || {
                 confine::enter(Worker::Vcpu);
                 inner.rest.here();
-                run(&vcpu, &inner);
+                run(&vcpu, &inner, &inner.exits[usize::from(index)]);
             })?;
         Ok(Self {
             shared,
@@ -229,7 +229,7 @@ fn finish_exit(vcpu: &mut VcpuFd) {
     vcpu.set_kvm_immediate_exit(0);
 }
 
-fn run(shared_vcpu: &Mutex<VcpuFd>, shared: &Shared) {
+fn run(shared_vcpu: &Mutex<VcpuFd>, shared: &Shared, exits: &ExitCounters) {
     let mut vcpu = lock(shared_vcpu);
     let count = |counter: &AtomicU64| {
         counter.fetch_add(1, Ordering::Relaxed);
@@ -250,19 +250,19 @@ fn run(shared_vcpu: &Mutex<VcpuFd>, shared: &Shared) {
         }
         match vcpu.run() {
             Ok(VcpuExit::IoIn(port, data)) => {
-                count(&shared.exits.pio);
+                count(&exits.pio);
                 shared.buses.pio.read(u64::from(port), data);
             }
             Ok(VcpuExit::IoOut(port, data)) => {
-                count(&shared.exits.pio);
+                count(&exits.pio);
                 shared.buses.pio.write(u64::from(port), data);
             }
             Ok(VcpuExit::MmioRead(address, data)) => {
-                count(&shared.exits.mmio);
+                count(&exits.mmio);
                 shared.buses.mmio.read(address, data);
             }
             Ok(VcpuExit::MmioWrite(address, data)) => {
-                count(&shared.exits.mmio);
+                count(&exits.mmio);
                 shared.buses.mmio.write(address, data);
             }
             Ok(VcpuExit::Shutdown) => break ExitReason::TripleFault,
@@ -273,14 +273,14 @@ fn run(shared_vcpu: &Mutex<VcpuFd>, shared: &Shared) {
                 _ => break ExitReason::KvmError,
             },
             Ok(VcpuExit::Intr | VcpuExit::Hlt | VcpuExit::IrqWindowOpen) => {
-                count(&shared.exits.other);
+                count(&exits.other);
             }
             Ok(exit) => {
                 tracing::error!(exit = ?exit, "vCPU cannot go on");
                 break ExitReason::KvmError;
             }
             Err(error) => match error.errno() {
-                libc::EINTR | libc::EAGAIN => count(&shared.exits.other),
+                libc::EINTR | libc::EAGAIN => count(&exits.other),
                 _ => {
                     tracing::error!(%error, "KVM_RUN failed");
                     break ExitReason::KvmError;

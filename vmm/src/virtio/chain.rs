@@ -11,6 +11,7 @@ use virtio_queue::{DescriptorChain, Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryMmap};
 use vmm_sys_util::{epoll::EventSet, eventfd::EventFd};
 
+use super::counters::Counters;
 use super::device::{Activation, ActiveQueue, DeviceError, GuestRam, Interrupt};
 use crate::event::{HandlerRef, LoopHandle};
 
@@ -35,6 +36,8 @@ pub struct Queues {
     pub event_loop: LoopHandle,
     /// The device, as the loop holds it.
     pub handler: HandlerRef,
+    /// What the device has done.
+    pub counters: Arc<Counters>,
     broken: bool,
 }
 
@@ -54,6 +57,7 @@ impl Queues {
             features: activation.features,
             event_loop: activation.event_loop,
             handler: activation.handler,
+            counters: activation.counters,
             broken: false,
         };
         for queue in &this.queues {
@@ -82,7 +86,9 @@ impl Queues {
     /// Empties a queue's notification; whether the queue may be worked.
     pub fn notified(&mut self, index: usize) -> bool {
         if let Some(queue) = self.queues.iter().find(|queue| queue.index == index) {
-            let _ = queue.kick.read();
+            if queue.kick.read().is_ok() {
+                self.counters.notification();
+            }
         }
         !self.broken
     }
@@ -170,6 +176,7 @@ impl Queues {
                 Err(broken) => break Err(broken),
                 Ok(Some(chain)) => {
                     let head = chain.head_index();
+                    self.counters.requests(1);
                     let result = work(state, chain).and_then(|length| {
                         queue
                             .queue

@@ -12,7 +12,7 @@ use virtio_queue::Queue;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::chain::Queues;
+use super::{chain::Queues, counters::Counters};
 use crate::event::{EventHandler, HandlerRef, LoopHandle};
 
 /// Guest memory as devices hold it: replaced as a whole on hotplug.
@@ -54,6 +54,8 @@ pub struct Activation {
     pub event_loop: LoopHandle,
     /// The device itself, as the loop holds it.
     pub handler: HandlerRef,
+    /// Where it counts what it does.
+    pub counters: Arc<Counters>,
 }
 
 /// Why a device could not start or go on.

@@ -7,10 +7,12 @@ use std::sync::{
     Arc, Mutex, MutexGuard,
 };
 
+use bulkhead_vmm_api::DeviceMetrics;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::{epoll::EventSet, eventfd::EventFd};
 
+use super::counters::Counters;
 use super::device::{Activation, ActiveQueue, Interrupt, VirtioDevice};
 use crate::{
     confine::seccomp::Worker,
@@ -58,6 +60,7 @@ pub struct Driver<D: VirtioDevice + 'static> {
     device: Arc<Mutex<D>>,
     memory: GuestMemoryMmap,
     recorder: Arc<Recorder>,
+    counters: Arc<Counters>,
     rings: Vec<Ring>,
     next_buffer: u64,
     event_loop: EventLoop,
@@ -85,6 +88,7 @@ impl<D: VirtioDevice + 'static> Driver<D> {
             device,
             memory,
             recorder,
+            counters: Arc::default(),
             rings: Vec::new(),
             next_buffer: BUFFERS,
             event_loop,
@@ -139,6 +143,7 @@ impl<D: VirtioDevice + 'static> Driver<D> {
             features: device.features(),
             event_loop: self.event_loop.handle(),
             handler: Arc::downgrade(&handler),
+            counters: Arc::clone(&self.counters),
         };
         device.activate(activation).unwrap();
     }
@@ -216,6 +221,11 @@ impl<D: VirtioDevice + 'static> Driver<D> {
             ring.seen = ring.seen.wrapping_add(1);
         }
         lengths
+    }
+
+    /// What it has counted.
+    pub fn metrics(&self) -> DeviceMetrics {
+        self.counters.read()
     }
 
     /// Interrupts of a queue so far.

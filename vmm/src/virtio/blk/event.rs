@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Requests, one after another (virtio 1.2 §5.2.6).
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD,
@@ -49,6 +52,7 @@ impl EventHandler for Blk {
         };
         let memory = active.queues.memory.memory();
         let disk = &self.disk;
+        let counters = Arc::clone(&active.queues.counters);
         let mut longest = Duration::ZERO;
         for index in queues {
             active.queues.drain_while(
@@ -61,14 +65,22 @@ impl EventHandler for Blk {
                         None => Duration::ZERO,
                     };
                     longest = longest.max(wait);
+                    if !wait.is_zero() {
+                        counters.throttled();
+                    }
                     wait.is_zero()
                 },
                 |limiter, chain| {
-                    let (length, moved) = serve(&memory, disk, chain)?;
-                    if let Some(limiter) = limiter {
-                        limiter.take(moved);
+                    let done = serve(&memory, disk, chain)?;
+                    counters.from_guest(done.written);
+                    counters.to_guest(done.read);
+                    if done.failed {
+                        counters.error();
                     }
-                    Ok(length)
+                    if let Some(limiter) = limiter {
+                        limiter.take(done.read + done.written);
+                    }
+                    Ok(done.used)
                 },
             );
         }
@@ -81,9 +93,18 @@ impl EventHandler for Blk {
     }
 }
 
-/// Serves one request; how many bytes were written to the guest, and how many
-/// were moved to or from the disk.
-fn serve(memory: &GuestMemoryMmap, disk: &Disk, chain: Chain<'_>) -> Result<(u32, u64), Broken> {
+/// What a request came to.
+struct Done {
+    /// Bytes written to the guest, the status included.
+    used: u32,
+    /// Bytes from the disk, and to it.
+    read: u64,
+    written: u64,
+    failed: bool,
+}
+
+/// Serves one request.
+fn serve(memory: &GuestMemoryMmap, disk: &Disk, chain: Chain<'_>) -> Result<Done, Broken> {
     let (readable, writable) = segments(chain);
     // The status byte is the last writable one.
     let (status, data_in) = writable.split_last().ok_or(Broken)?;
@@ -103,13 +124,13 @@ fn serve(memory: &GuestMemoryMmap, disk: &Disk, chain: Chain<'_>) -> Result<(u32
         )
         .map_err(|_| Broken)?;
     let sector = u64::from_le(sector);
-    let mut moved = 0;
+    let (mut read, mut stored) = (0, 0);
     let (answer, written) = match u32::from_le(kind) {
         VIRTIO_BLK_T_IN => match disk.offset(sector, data_in) {
             Some(offset) => {
-                let (status, read) = transfer(memory, disk, offset, data_in, Direction::In)?;
-                moved = read.into();
-                (status, read)
+                let (status, moved) = transfer(memory, disk, offset, data_in, Direction::In)?;
+                read = moved.into();
+                (status, moved)
             }
             None => (VIRTIO_BLK_S_IOERR, 0),
         },
@@ -119,7 +140,7 @@ fn serve(memory: &GuestMemoryMmap, disk: &Disk, chain: Chain<'_>) -> Result<(u32
                 // All of it or an error: the driver takes the status for the
                 // whole request.
                 let (status, written) = transfer(memory, disk, offset, data_out, Direction::Out)?;
-                moved = written.into();
+                stored = written.into();
                 (status, 0)
             }
             None => (VIRTIO_BLK_S_IOERR, 0),
@@ -155,7 +176,12 @@ fn serve(memory: &GuestMemoryMmap, disk: &Disk, chain: Chain<'_>) -> Result<(u32
         .map_err(|_| Broken)?;
     // At most what 256 descriptors hold was read; a status that overflows is
     // nobody's concern but the guest's.
-    Ok((written.saturating_add(1), moved))
+    Ok(Done {
+        used: written.saturating_add(1),
+        read,
+        written: stored,
+        failed: answer != VIRTIO_BLK_S_OK,
+    })
 }
 
 /// What the guest wrote, if it is at most so many bytes.

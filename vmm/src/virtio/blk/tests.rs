@@ -74,6 +74,9 @@ fn what_is_out_of_range_or_unknown_is_refused() {
         );
     }
     assert_eq!(request(&mut driver, 77, 0, (data, 512, READ_WRITE)).0, 2);
+    let metrics = driver.metrics();
+    assert_eq!((metrics.requests, metrics.errors), (5, 5));
+    assert_eq!((metrics.bytes_to_guest, metrics.bytes_from_guest), (0, 0));
     let mut first = [9; 512];
     file.read_exact_at(&mut first, 0).unwrap();
     assert_eq!(first, [0; 512]);
@@ -259,6 +262,10 @@ fn requests_beyond_the_limit_wait_and_are_served() {
         std::thread::sleep(Duration::from_millis(1));
         done += driver.used(0).len();
     }
+    let metrics = driver.metrics();
+    assert_eq!((metrics.requests, metrics.errors), (12, 0));
+    assert_eq!(metrics.bytes_to_guest, 12 * 512);
+    assert!(metrics.throttled >= 5, "{metrics:?}");
     // Two at once, and ten at 50 a second.
     assert!(begin.elapsed() >= Duration::from_millis(199));
 }

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Requests, one after another.
 
+use std::sync::Arc;
+
 use fuse_backend_rs::{
     abi::fuse_abi::{InHeader, OutHeader},
     transport::{Reader, VirtioFsWriter, Writer},
@@ -11,7 +13,10 @@ use vmm_sys_util::epoll::EventSet;
 use super::{device::Backend, Fs};
 use crate::{
     event::EventHandler,
-    virtio::chain::{Broken, Chain},
+    virtio::{
+        chain::{Broken, Chain},
+        counters::Counters,
+    },
 };
 
 /// Most requests per wake-up of a queue.
@@ -33,21 +38,33 @@ impl EventHandler for Fs {
             let Some(backend) = &active.backend else {
                 return;
             };
-            active
-                .queues
-                .drain(index, ROUND, |chain| serve(&memory, backend, chain));
+            let counters = Arc::clone(&active.queues.counters);
+            active.queues.drain(index, ROUND, |chain| {
+                let served = serve(&memory, backend, &counters, chain);
+                if let Ok(length) = served {
+                    counters.to_guest(length.into());
+                }
+                served
+            });
         }
     }
 }
 
 /// Serves one request; how many bytes were written to the guest.
-fn serve(memory: &GuestMemoryMmap, backend: &Backend, chain: Chain<'_>) -> Result<u32, Broken> {
+fn serve(
+    memory: &GuestMemoryMmap,
+    backend: &Backend,
+    counters: &Counters,
+    chain: Chain<'_>,
+) -> Result<u32, Broken> {
     let reader = Reader::from_descriptor_chain(memory, chain.clone()).map_err(|_| Broken)?;
     let writer = VirtioFsWriter::new(memory, chain.clone()).map_err(|_| Broken)?;
+    counters.from_guest(reader.available_bytes() as u64);
     match backend.handle_message(reader, Writer::VirtioFs(writer), None, None) {
         // A reply is shorter than what the queue's descriptors hold.
         Ok(length) => u32::try_from(length).map_err(|_| Broken),
         Err(error) => {
+            counters.error();
             tracing::debug!(%error, "virtio-fs request not understood");
             refuse(memory, chain)
         }

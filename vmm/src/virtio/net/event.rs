@@ -45,9 +45,13 @@ impl EventHandler for Net {
         if token as usize == TRANSMIT {
             let memory = queues.memory.memory();
             let tap = &self.tap;
+            let counters = Arc::clone(&queues.counters);
             queues.drain(TRANSMIT, ROUND, |chain| {
                 let (readable, _) = segments(chain);
-                transmit(&memory, tap, &readable)?;
+                match transmit(&memory, tap, &readable)? {
+                    Some(sent) => counters.from_guest(sent as u64),
+                    None => counters.error(),
+                }
                 Ok(0)
             });
             return;
@@ -92,18 +96,22 @@ fn pieces(memory: &GuestMemoryMmap, segments: &[Segment]) -> Result<Vec<libc::io
     Ok(pieces)
 }
 
-/// Sends one packet. What the tap refuses is dropped, as on a wire.
-fn transmit(memory: &GuestMemoryMmap, tap: &File, readable: &[Segment]) -> Result<(), Broken> {
+/// Sends one packet; its bytes. What the tap refuses is dropped, as on a wire.
+fn transmit(
+    memory: &GuestMemoryMmap,
+    tap: &File,
+    readable: &[Segment],
+) -> Result<Option<usize>, Broken> {
     let pieces = pieces(memory, readable)?;
     // SAFETY: every piece lies in guest memory that `memory` keeps mapped.
-    unsafe {
+    let sent = unsafe {
         libc::writev(
             tap.as_raw_fd(),
             pieces.as_ptr(),
             pieces.len() as libc::c_int,
         )
     };
-    Ok(())
+    Ok(usize::try_from(sent).ok())
 }
 
 /// A receive buffer of the guest.
@@ -117,6 +125,7 @@ struct Buffer {
 fn receive(queues: &mut Queues, tap: &File) -> Result<bool, Broken> {
     let memory = queues.memory.memory();
     let mergeable = queues.has_feature(VIRTIO_NET_F_MRG_RXBUF);
+    let counters = Arc::clone(&queues.counters);
     let before = queues.get(RECEIVE).ok_or(Broken)?.next_used();
     let mut more = true;
     for _ in 0..ROUND {
@@ -149,6 +158,8 @@ fn receive(queues: &mut Queues, tap: &File) -> Result<bool, Broken> {
             }
             break;
         };
+        counters.requests(1);
+        counters.to_guest(got as u64);
         let mut left = got;
         let mut filled = Vec::with_capacity(buffers.len());
         for buffer in &buffers {

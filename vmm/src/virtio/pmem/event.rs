@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Flush requests.
 
-use std::fs::File;
+use std::{fs::File, sync::Arc};
 
 use vm_memory::{Bytes, GuestAddressSpace, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
@@ -9,7 +9,10 @@ use vmm_sys_util::epoll::EventSet;
 use super::Pmem;
 use crate::{
     event::EventHandler,
-    virtio::chain::{segments, Broken, Chain},
+    virtio::{
+        chain::{segments, Broken, Chain},
+        counters::Counters,
+    },
 };
 
 /// VIRTIO_PMEM_REQ_TYPE_FLUSH.
@@ -28,12 +31,18 @@ impl EventHandler for Pmem {
         if queues.notified(token as usize) {
             let memory = queues.memory.memory();
             let file = self.flush.as_ref();
-            queues.drain(0, ROUND, |chain| flush(&memory, file, chain));
+            let counters = Arc::clone(&queues.counters);
+            queues.drain(0, ROUND, |chain| flush(&memory, file, &counters, chain));
         }
     }
 }
 
-fn flush(memory: &GuestMemoryMmap, file: Option<&File>, chain: Chain<'_>) -> Result<u32, Broken> {
+fn flush(
+    memory: &GuestMemoryMmap,
+    file: Option<&File>,
+    counters: &Counters,
+    chain: Chain<'_>,
+) -> Result<u32, Broken> {
     let (readable, writable) = segments(chain);
     let (Some(request), Some(response)) = (readable.first(), writable.first()) else {
         return Err(Broken);
@@ -48,6 +57,9 @@ fn flush(memory: &GuestMemoryMmap, file: Option<&File>, chain: Chain<'_>) -> Res
         (FLUSH, None) => true,
         _ => false,
     };
+    if !done {
+        counters.error();
+    }
     let answer = if done { OK } else { IO_ERROR };
     memory
         .write_obj(answer.to_le(), response.address)

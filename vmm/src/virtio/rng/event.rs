@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Filling the driver's buffers.
 
+use std::sync::Arc;
+
 use vm_memory::{Bytes, GuestAddressSpace, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 
@@ -23,7 +25,12 @@ impl EventHandler for Rng {
         };
         if queues.notified(token as usize) {
             let memory = queues.memory.memory();
-            queues.drain(0, ROUND, |chain| fill(&memory, chain));
+            let counters = Arc::clone(&queues.counters);
+            queues.drain(0, ROUND, |chain| {
+                let filled = fill(&memory, chain)?;
+                counters.to_guest(filled.into());
+                Ok(filled)
+            });
         }
     }
 }

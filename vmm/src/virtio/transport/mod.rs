@@ -14,12 +14,14 @@ use std::{
     },
 };
 
+use bulkhead_vmm_api::DeviceMetrics;
 use vmm_sys_util::eventfd::EventFd;
 
 use self::common::Registers;
 pub use self::state::FunctionState;
 use vm_memory::GuestAddressSpace;
 
+use super::counters::Counters;
 use super::device::{Activation, ActiveQueue, DeviceRef, GuestRam, Interrupt};
 use crate::{
     event::{HandlerRef, LoopHandle},
@@ -96,11 +98,13 @@ struct Lines {
     vectors: Vec<AtomicU16>,
     generation: AtomicU8,
     broken: AtomicBool,
+    counters: Arc<Counters>,
 }
 
 impl Interrupt for Lines {
     fn signal_queue(&self, index: usize) {
         if let Some(vector) = self.vectors[..self.vectors.len() - 1].get(index) {
+            self.counters.interrupt();
             self.msix.signal(vector.load(Ordering::Relaxed));
         }
     }
@@ -190,6 +194,7 @@ impl VirtioPci {
                 vectors,
                 generation: AtomicU8::new(0),
                 broken: AtomicBool::new(false),
+                counters: Arc::default(),
             }),
             config: Mutex::new(config),
             bar,
@@ -222,6 +227,11 @@ impl VirtioPci {
 
     fn is_gone(&self) -> bool {
         self.gone.load(Ordering::SeqCst)
+    }
+
+    /// What the device has done.
+    pub fn metrics(&self) -> DeviceMetrics {
+        self.lines.counters.read()
     }
 
     /// Virtio device id (virtio 1.2 §5).
@@ -312,6 +322,7 @@ impl VirtioPci {
             features: registers.driver_features,
             event_loop: self.event_loop.clone(),
             handler: self.handler.clone(),
+            counters: Arc::clone(&self.lines.counters),
         };
         let mut device = self
             .device

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Working the queues.
 
+use std::sync::Arc;
+
 use virtio_queue::QueueT;
 use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
@@ -8,7 +10,7 @@ use vmm_sys_util::epoll::EventSet;
 use super::{
     device::{queue, Active},
     muxer::{token, Round},
-    packet,
+    packet::{self, Sent},
     rx::Receive,
     Vsock,
 };
@@ -77,6 +79,7 @@ impl Active {
     fn take(&mut self, memory: &GuestMemoryMmap) -> Result<(), Broken> {
         let mut used = false;
         let mut left = PACKETS;
+        let counters = Arc::clone(&self.queues.counters);
         let Some(send) = self.queues.get(queue::SEND) else {
             return Ok(());
         };
@@ -93,7 +96,13 @@ impl Active {
             };
             left -= 1;
             let head = chain.head_index();
-            self.muxer.on_sent(packet::from_tx(memory, chain)?);
+            let packet = packet::from_tx(memory, chain)?;
+            counters.requests(1);
+            match &packet {
+                Sent::Packet(header, _) => counters.from_guest(header.len.into()),
+                Sent::Short | Sent::Truncated(_) => counters.error(),
+            }
+            self.muxer.on_sent(packet);
             send.add_used(memory, head, 0).map_err(|_| Broken)?;
             used = true;
         }
@@ -104,10 +113,11 @@ impl Active {
     }
 
     fn send(&mut self, memory: &GuestMemoryMmap) -> Result<(), Broken> {
+        let counters = Arc::clone(&self.queues.counters);
         let Some(queue) = self.queues.get(queue::RECEIVE) else {
             return Ok(());
         };
-        let mut receive = Receive::new(queue, memory);
+        let mut receive = Receive::new(queue, memory, counters);
         let more = loop {
             match self.muxer.send(&mut receive)? {
                 Round::Idle => break false,

@@ -1,11 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The driver's receive buffers.
 
+use std::sync::Arc;
+
 use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestMemoryMmap;
 
 use super::packet::{self, Header, Span};
-use crate::virtio::chain::{pop, Broken};
+use crate::virtio::{
+    chain::{pop, Broken},
+    counters::Counters,
+};
 
 /// A buffer for one packet.
 pub struct Buffer<'m> {
@@ -20,15 +25,18 @@ pub struct Receive<'m> {
     queue: &'m mut Queue,
     memory: &'m GuestMemoryMmap,
     used: bool,
+    /// Of the device.
+    counters: Arc<Counters>,
 }
 
 impl<'m> Receive<'m> {
     /// Works `queue`.
-    pub fn new(queue: &'m mut Queue, memory: &'m GuestMemoryMmap) -> Self {
+    pub fn new(queue: &'m mut Queue, memory: &'m GuestMemoryMmap, counters: Arc<Counters>) -> Self {
         Self {
             queue,
             memory,
             used: false,
+            counters,
         }
     }
 
@@ -56,6 +64,8 @@ impl<'m> Receive<'m> {
             .add_used(self.memory, buffer.head, length)
             .map_err(|_| Broken)?;
         self.used = true;
+        self.counters.requests(1);
+        self.counters.to_guest(header.len.into());
         Ok(())
     }
 
