@@ -6,7 +6,7 @@ use std::fs::{self, File};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixDatagram;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use anyhow::{bail, Context as _, Result};
 use bulkhead_agent_protocol::{agent, oci, SHARED_MOUNT};
@@ -267,6 +267,15 @@ fn specification(id: &str, disk: Option<&agent::DeviceNode>, script: &str) -> oc
         linux: Some(oci::Linux {
             namespaces: namespaces.to_vec(),
             devices: devices.into_iter().collect(),
+            resources: Some(oci::Resources {
+                devices: vec![oci::DeviceRule {
+                    allow: true,
+                    access: "rwm".into(),
+                    ..Default::default()
+                }],
+                ..Default::default()
+            })
+            .into(),
             ..Default::default()
         })
         .into(),
@@ -309,6 +318,13 @@ fn disks_come_and_go_while_a_guest_runs(context: &Context) -> Result<()> {
     file.read_exact_at(&mut written, 3 * 512)?;
     same(&written, b"written")?;
 
+    let metrics = guest.vmm.status()?.devices;
+    let disk = metrics.iter().find(|device| device.slot == slot);
+    let metrics = disk.context("no figures")?.metrics;
+    if metrics.bytes_to_guest < 4 << 20 || metrics.bytes_from_guest < 512 || metrics.requests < 2 {
+        bail!("{metrics:?}");
+    }
+
     // The guest first.
     refused(guest.vmm.unplug(slot), &["volume", "the guest uses it"])?;
     guest.look_at(slot, "virtio_blk")?;
@@ -317,11 +333,11 @@ fn disks_come_and_go_while_a_guest_runs(context: &Context) -> Result<()> {
 
     // A file system on it is in use as long as it is mounted.
     let file = guest.file("mounted", 16 << 20)?;
-    let made = Command::new("mkfs.ext4")
-        .args(["-q", "-F"])
+    let made = Command::new(which("busybox").context("busybox is missing")?)
+        .args(["mke2fs", "-F"])
         .arg(guest.host.dir.join("mounted"))
-        .status()
-        .context("run mkfs.ext4 (package e2fsprogs)")?;
+        .stdout(Stdio::null())
+        .status()?;
     same(made.success(), true)?;
     let again = guest.plug_disk("volume", &file)?;
     same(again, slot)?;
@@ -329,7 +345,7 @@ fn disks_come_and_go_while_a_guest_runs(context: &Context) -> Result<()> {
     guest.start(
         "mounts",
         Some(&node),
-        "set -e; exec 2>/errors; busybox mount -t ext4 /dev/disk /mnt; busybox touch /mounted; \
+        "set -e; exec 2>/errors; busybox mount -t ext2 /dev/disk /mnt; busybox touch /mounted; \
          while ! busybox test -e /let-go; do busybox dd if=/dev/zero of=/mnt/file bs=64k count=16; done; \
          busybox umount /mnt",
     )?;
@@ -403,7 +419,8 @@ fn all_kinds_of_devices_come_and_go(context: &Context) -> Result<()> {
              busybox printf round{round} | busybox dd of=/dev/disk bs=4096 seek=1 conv=sync,fsync; \
              busybox mount -t virtiofs more /mnt; busybox cp /mnt/greeting /greeting; \
              busybox printf {round} > /mnt/answer; busybox umount /mnt; \
-             busybox cat /sys/class/net/{0}/mtu > /mtu; busybox ip link set {0} up",
+             busybox cat /sys/class/net/{0}/mtu > /mtu; busybox ip link set {0} up; \
+             busybox ip addr add 10.9.9.1/24 dev {0}; busybox wget -T 1 http://10.9.9.2/ || :",
             interface.name
         );
         guest
@@ -529,7 +546,7 @@ fn a_clone_has_what_was_plugged(context: &Context) -> Result<()> {
     clone.run(
         "io",
         Some(&node),
-        "busybox dd if=/dev/disk of=/copy bs=4096 count=1 iflag=direct; \
+        "busybox dd if=/dev/disk of=/copy bs=4096 count=1; \
          busybox cat /sys/class/block/vd?/size > /size",
     )?;
     let copy = fs::read(clone.host.dir.join("shared/io/copy"))?;
