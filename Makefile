@@ -98,7 +98,7 @@ FUZZ_SECONDS ?= 60
 
 fuzz: deps ## Runs each fuzz target of the VMM for a minute (FUZZ_SECONDS)
 	@cd vmm/fuzz && RUSTFLAGS="$(FUZZ_FLAGS)" cargo build --release --target $(FUZZ_TARGET)
-	@cd vmm/fuzz && for target in snapshot control pci; do \
+	@cd vmm/fuzz && for target in snapshot control pci blk vsock kernel; do \
 		echo "fuzz: $$target"; \
 		mkdir -p corpus/$$target artifacts; \
 		target/$(FUZZ_TARGET)/release/$$target corpus/$$target seeds/$$target -artifact_prefix=artifacts/$$target- \

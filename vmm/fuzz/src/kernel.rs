@@ -1,0 +1,22 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Kernel images: any bytes in place of an ELF file.
+#![no_main]
+
+use std::io::{Seek, Write};
+
+use bulkhead_vmm::{arch::x86_64::boot, memory};
+use libfuzzer_sys::fuzz_target;
+use vmm_sys_util::tempfile::TempFile;
+
+const MEMORY: u64 = 32 << 20;
+
+fuzz_target!(|data: &[u8]| {
+    let mut file = TempFile::new().expect("a file").into_file();
+    file.write_all(data).expect("room");
+    file.rewind().expect("a file");
+    let _ = boot::extent(&mut file);
+    let memory = memory::allocate(MEMORY).expect("memory");
+    if let Ok(entry) = boot::load(&memory, MEMORY, &mut file, "quiet", None) {
+        assert!(entry.0 <= u64::from(u32::MAX), "entered in 32-bit mode");
+    }
+});
