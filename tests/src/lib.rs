@@ -7,6 +7,8 @@
 //! * [`containerd`], [`image`], [`install`]: a private containerd, an image
 //!   made without a registry, and where the build products are.
 //! * [`cri`]: a containerd for pods, with crictl.
+//! * [`guest`]: a guest and its agent without the runtime; [`stamp`]: a program
+//!   for it that tells when it began.
 //! * [`timeline`]: the start timeline that the shim logs.
 //! * [`init`]: PID 1 of the box.
 
@@ -16,6 +18,7 @@ pub mod bench;
 pub mod boxed;
 pub mod containerd;
 pub mod cri;
+pub mod guest;
 pub mod host;
 pub mod image;
 pub mod init;
@@ -23,6 +26,7 @@ pub mod inside;
 pub mod install;
 pub mod listing;
 pub mod proc;
+pub mod stamp;
 mod sys;
 pub mod timeline;
 pub mod vmm;

@@ -8,7 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{bail, Context, Result};
-use bulkhead_agent_protocol::{AGENT_PORT, SHARED_TAG};
+use bulkhead_agent_protocol::{AGENT_PORT, SHARED_TAG, STREAM_PORT};
 use bulkhead_runtime::hypervisor::cmdline;
 use bulkhead_vmm_api::{
     BalloonConfig, Call, Channel, DeviceConfigs, Event, FromVmm, FsCache, FsConfig, KernelConfig,
@@ -150,6 +150,14 @@ impl Vmm {
         self.boot_as(products, dir, None)
     }
 
+    /// As [`Self::boot`], with so many MiB of memory.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn boot_sized(&mut self, products: &Products, dir: &Path, memory_mib: u32) -> Result<()> {
+        self.boot_with(products, dir, memory_mib, None)
+    }
+
     /// As [`Self::boot`], with mergeable memory when there is something to hold
     /// meanwhile.
     ///
@@ -159,6 +167,16 @@ impl Vmm {
         &mut self,
         products: &Products,
         dir: &Path,
+        merge_group: Option<OwnedFd>,
+    ) -> Result<()> {
+        self.boot_with(products, dir, 256, merge_group)
+    }
+
+    fn boot_with(
+        &mut self,
+        products: &Products,
+        dir: &Path,
+        memory_mib: u32,
         merge_group: Option<OwnedFd>,
     ) -> Result<()> {
         let devices = Devices::new(products, dir)?;
@@ -171,7 +189,7 @@ impl Vmm {
         });
         let config = VmConfig {
             vcpus: 1,
-            memory_mib: 256,
+            memory_mib,
             huge_pages: false,
             merge_group,
             kernel: KernelConfig {
@@ -316,6 +334,11 @@ impl Devices {
 
 fn vsock_path(dir: &Path) -> String {
     dir.join("vsock").to_string_lossy().into_owned()
+}
+
+/// Where that machine's agent opens streams.
+pub fn stream_socket(dir: &Path) -> String {
+    format!("{}_{STREAM_PORT}", vsock_path(dir))
 }
 
 /// Where the agent of the machine with that directory calls.

@@ -3,6 +3,7 @@
 //! are measured in the same run. All of them are taken in one box in virtual
 //! time, where they do not depend on what else this machine does.
 
+pub mod agent;
 pub mod boot;
 pub mod clone;
 pub mod density;
@@ -196,6 +197,7 @@ const GROUPS: &[(&str, Take)] = &[
     ("snapshot-create, vmm-restore", clone::figures),
     ("ctr-run, boot, boot-kernel", start::ctr_run),
     ("run", start::run),
+    ("agent-create, agent-exec, agent-rpc", agent::figures),
     ("host-private, guest-private", memory::figures),
 ];
 

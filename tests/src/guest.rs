@@ -1,0 +1,280 @@
+// SPDX-License-Identifier: Apache-2.0
+//! A guest without the runtime: the VMM, and the agent at the other end of its
+//! connection.
+
+use std::fs;
+use std::future::Future;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{bail, Context, Result};
+use bulkhead_agent_protocol::agent::{
+    ContainerRequest, CreateContainerReply, CreateContainerRequest, ExecProcessReply,
+    ExecProcessRequest, SetupSandboxRequest, StartContainerRequest, Stdio, WaitProcessRequest,
+};
+use bulkhead_agent_protocol::{oci, SHARED_MOUNT, SHARED_TAG};
+use bulkhead_runtime::agent::{Agent, Streams};
+use bulkhead_runtime::oci::{container, parse};
+use tokio::io::AsyncReadExt;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::runtime::Runtime;
+use tokio::time::timeout;
+
+use crate::install::Products;
+use crate::vmm::{agent_socket, stream_socket, Vmm};
+
+/// A booted guest with its shared directory mounted.
+pub struct Guest {
+    runtime: Runtime,
+    // Ends before what it is connected to.
+    agent: Agent,
+    streams: Streams,
+    _vmm: Vmm,
+    dir: PathBuf,
+    limit: Duration,
+}
+
+/// What a process did.
+#[derive(Debug)]
+pub struct Outcome {
+    /// Its exit status.
+    pub status: u32,
+    /// Its standard output.
+    pub stdout: Vec<u8>,
+    /// Its standard error.
+    pub stderr: String,
+}
+
+impl Outcome {
+    /// Its standard output, when it has succeeded.
+    ///
+    /// # Errors
+    /// When it has not.
+    pub fn ok(self) -> Result<Vec<u8>> {
+        if self.status != 0 {
+            bail!("exit status {}: {}", self.status, self.stderr.trim_end());
+        }
+        Ok(self.stdout)
+    }
+}
+
+impl Guest {
+    /// Boots one with `memory_mib` MiB; `dir` is its directory. No step may
+    /// take longer than `limit`.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn boot(products: &Products, dir: &Path, memory_mib: u32, limit: Duration) -> Result<Self> {
+        fs::create_dir_all(dir).with_context(|| format!("make {}", dir.display()))?;
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
+        let (calls, dials) = {
+            let _guard = runtime.enter();
+            (
+                UnixListener::bind(agent_socket(dir))?,
+                UnixListener::bind(stream_socket(dir))?,
+            )
+        };
+        let mut vmm = Vmm::start(products, limit)?;
+        vmm.boot_sized(products, dir, memory_mib)?;
+        vmm.wait_ready()?;
+        let (agent, streams) = runtime.block_on(async {
+            let (stream, _) = timeout(limit, calls.accept()).await??;
+            anyhow::Ok((Agent::new(stream, limit), Streams::new(dials)))
+        })?;
+        let guest = Self {
+            runtime,
+            agent,
+            streams,
+            _vmm: vmm,
+            dir: dir.to_owned(),
+            limit,
+        };
+        let request = SetupSandboxRequest {
+            shared_tag: SHARED_TAG.into(),
+            ..Default::default()
+        };
+        guest.wait_for(guest.agent.setup_sandbox(request))?;
+        Ok(guest)
+    }
+
+    /// Its agent.
+    pub fn agent(&self) -> &Agent {
+        &self.agent
+    }
+
+    /// The shared directory on the host.
+    pub fn shared(&self) -> PathBuf {
+        self.dir.join("shared")
+    }
+
+    /// What the guest's kernel and agent have written.
+    pub fn console(&self) -> String {
+        fs::read_to_string(self.dir.join("console")).unwrap_or_default()
+    }
+
+    /// Waits for a call.
+    ///
+    /// # Errors
+    /// The call's.
+    pub fn wait_for<T>(
+        &self,
+        call: impl Future<Output = Result<T, bulkhead_runtime::error::Error>>,
+    ) -> Result<T> {
+        let done = self.runtime.block_on(call);
+        done.map_err(|error| anyhow::Error::new(error).context("in the guest"))
+    }
+
+    /// Waits for anything else of the guest.
+    pub fn block_on<T>(&self, work: impl Future<Output = T>) -> T {
+        self.runtime.block_on(work)
+    }
+
+    /// Creates a container whose output nobody wants.
+    ///
+    /// # Errors
+    /// The agent's.
+    pub fn create(&self, id: &str, spec: oci::Spec) -> Result<CreateContainerReply> {
+        self.wait_for(self.agent.create_container(creation(id, spec, None)))
+    }
+
+    /// Starts a container.
+    ///
+    /// # Errors
+    /// The agent's.
+    pub fn start(&self, id: &str) -> Result<()> {
+        let request = StartContainerRequest {
+            container_id: id.into(),
+            ..Default::default()
+        };
+        self.wait_for(self.agent.start_container(request)).map(drop)
+    }
+
+    /// Removes a container; kills it when it runs.
+    ///
+    /// # Errors
+    /// The agent's.
+    pub fn delete(&self, id: &str) -> Result<()> {
+        let request = ContainerRequest {
+            container_id: id.into(),
+            ..Default::default()
+        };
+        self.wait_for(self.agent.delete_container(request))
+            .map(drop)
+    }
+
+    /// Runs a container to its end.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn run(&self, id: &str, spec: oci::Spec) -> Result<(CreateContainerReply, Outcome)> {
+        self.block_on(async {
+            let outputs = [self.streams.expect(), self.streams.expect()];
+            let stdio = stdio(&outputs);
+            let created = self.agent.create_container(creation(id, spec, Some(stdio)));
+            let reply = created.await?;
+            let request = StartContainerRequest {
+                container_id: id.into(),
+                ..Default::default()
+            };
+            self.agent.start_container(request).await?;
+            Ok((reply, self.outcome(id, "", outputs).await?))
+        })
+    }
+
+    /// Runs a further process in a container to its end.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn exec(
+        &self,
+        id: &str,
+        exec_id: &str,
+        process: oci::Process,
+    ) -> Result<(ExecProcessReply, Outcome)> {
+        self.block_on(self.exec_async(id, exec_id, process))
+    }
+
+    /// As [`Self::exec`], beside others.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub async fn exec_async(
+        &self,
+        id: &str,
+        exec_id: &str,
+        process: oci::Process,
+    ) -> Result<(ExecProcessReply, Outcome)> {
+        let outputs = [self.streams.expect(), self.streams.expect()];
+        let request = ExecProcessRequest {
+            container_id: id.into(),
+            exec_id: exec_id.into(),
+            process: Some(process).into(),
+            stdio: Some(stdio(&outputs)).into(),
+            ..Default::default()
+        };
+        let reply = self.agent.exec_process(request).await?;
+        Ok((reply, self.outcome(id, exec_id, outputs).await?))
+    }
+
+    async fn outcome(
+        &self,
+        id: &str,
+        exec_id: &str,
+        outputs: [bulkhead_runtime::agent::Expected; 2],
+    ) -> Result<Outcome> {
+        let mut read = Vec::new();
+        for output in outputs {
+            let stream = output.arrival(self.limit).await.context("a stream")?;
+            let mut stream = UnixStream::from_std(stream.into())?;
+            let mut bytes = Vec::new();
+            timeout(self.limit, stream.read_to_end(&mut bytes))
+                .await
+                .context("the end of a stream")??;
+            read.push(bytes);
+        }
+        let request = WaitProcessRequest {
+            container_id: id.into(),
+            exec_id: exec_id.into(),
+            ..Default::default()
+        };
+        let exit = timeout(self.limit, self.agent.wait_process(request));
+        let exit = exit.await.context("the end of a process")??;
+        let stderr = read.pop().unwrap_or_default();
+        Ok(Outcome {
+            status: exit.exit_status,
+            stdout: read.pop().unwrap_or_default(),
+            stderr: String::from_utf8_lossy(&stderr).into_owned(),
+        })
+    }
+}
+
+fn creation(id: &str, spec: oci::Spec, stdio: Option<Stdio>) -> CreateContainerRequest {
+    CreateContainerRequest {
+        container_id: id.into(),
+        spec: Some(spec).into(),
+        stdio: stdio.into(),
+        ..Default::default()
+    }
+}
+
+fn stdio(outputs: &[bulkhead_runtime::agent::Expected; 2]) -> Stdio {
+    Stdio {
+        stdout_stream: outputs[0].id(),
+        stderr_stream: outputs[1].id(),
+        ..Default::default()
+    }
+}
+
+/// A bundle's configuration as the runtime translates it, with the directory
+/// `root` of the shared one as its root.
+///
+/// # Errors
+/// What the runtime says.
+pub fn specification(config: &serde_json::Value, id: &str, root: &str) -> Result<oci::Spec> {
+    let spec = parse(config.to_string().as_bytes()).context("parse the configuration")?;
+    let mut spec = container(&spec, id, None)?.spec;
+    spec.root.mut_or_insert_default().path = format!("{SHARED_MOUNT}/{root}");
+    Ok(spec)
+}
