@@ -20,6 +20,19 @@ use crate::error::{AgentError, Context, Result};
 /// How long a group may take to freeze or to become empty after a kill.
 const SETTLE: Duration = Duration::from_secs(5);
 
+/// What the agent keeps of memory when there is none: several times what it
+/// uses with many containers.
+const AGENT_MEMORY: &str = "16M";
+/// The agent's share of the processors beside the pod's, which is 100.
+const AGENT_WEIGHT: &str = "1000";
+/// Processes that the pod leaves to the guest's kernel and the agent.
+const RESERVED_PIDS: u64 = 256;
+
+/// How many of `most` processes the pod may have.
+fn pods_share(most: u64) -> u64 {
+    most.saturating_sub(RESERVED_PIDS).max(most / 2)
+}
+
 /// Where containers' groups are made.
 #[derive(Clone, Debug)]
 pub struct Hierarchy {
@@ -39,7 +52,27 @@ impl Hierarchy {
     pub fn in_guest(root: &Path) -> Result<Self> {
         let agent = make_group(&root.join("agent"))?;
         write(&agent, "cgroup.procs", "0")?;
-        Self::below(root, false)
+        let hierarchy = Self::below(root, false)?;
+        hierarchy.protect(&agent)?;
+        Ok(hierarchy)
+    }
+
+    /// Whatever containers do, the agent has memory, processor time and
+    /// process ids left.
+    fn protect(&self, agent: &Path) -> Result<()> {
+        if self.controllers.contains("memory") {
+            write(agent, "memory.min", AGENT_MEMORY)?;
+        }
+        if self.controllers.contains("cpu") {
+            write(agent, "cpu.weight", AGENT_WEIGHT)?;
+        }
+        if self.controllers.contains("pids") {
+            let limit = |name: &str| read(Path::new("/proc/sys/kernel"), name);
+            let number = |text: String| text.trim().parse::<u64>().unwrap_or(u64::MAX);
+            let most = number(limit("threads-max")?).min(number(limit("pid_max")?));
+            write(&self.pod, "pids.max", &pods_share(most).to_string())?;
+        }
+        Ok(())
     }
 
     /// A hierarchy for tests, at a group of its own on the host.
@@ -277,6 +310,13 @@ pub fn flat_value(text: &str, key: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_pod_leaves_processes() {
+        assert_eq!(pods_share(1900), 1644);
+        assert_eq!(pods_share(300), 150);
+        assert_eq!(pods_share(u64::MAX), u64::MAX - RESERVED_PIDS);
+    }
 
     #[test]
     fn flat_files_are_read_by_whole_keys() {
