@@ -53,6 +53,7 @@ fn main() -> ExitCode {
         start_ns: host::monotonic_ns(),
         ready_ns: AtomicU64::new(0),
     });
+    sys::process::ignore_no_signals();
     let result = if std::process::id() == 1 {
         guest(times)
     } else {

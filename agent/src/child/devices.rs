@@ -2,7 +2,8 @@
 //! The container's /dev (runtime-spec config-linux.md "Devices", "Default
 //! Devices", and runtime-linux.md "Dev symbolic links").
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::ffi::OsString;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -44,9 +45,10 @@ pub fn make_all(plan: &ContainerPlan, root: BorrowedFd<'_>) -> Done<()> {
     if from_outside {
         return Ok(());
     }
+    let mut places = Places { root, last: None };
     for (path, major, minor) in DEFAULTS {
         make(
-            root,
+            &mut places,
             &DevicePlan {
                 path: PathBuf::from(path),
                 kind: libc::S_IFCHR,
@@ -62,19 +64,19 @@ pub fn make_all(plan: &ContainerPlan, root: BorrowedFd<'_>) -> Done<()> {
         if device.path == Path::new("/dev/ptmx") || device.path == Path::new("/") {
             continue;
         }
-        make(root, device)?;
+        make(&mut places, device)?;
     }
     for (target, path) in LINKS {
         let path = Path::new(path);
-        let (directory, name) = parent(root, path)?;
-        match symlinkat(Path::new(target), &directory, name.as_os_str()) {
+        let (directory, name) = places.parent(path)?;
+        match symlinkat(Path::new(target), directory, name.as_os_str()) {
             Ok(()) => {}
             // Images bring some of these; ptmx must be the container's own.
             Err(Errno::EEXIST) if !path.ends_with("ptmx") => {}
             Err(Errno::EEXIST) => {
-                unlinkat(&directory, name.as_os_str(), UnlinkatFlags::NoRemoveDir)
+                unlinkat(directory, name.as_os_str(), UnlinkatFlags::NoRemoveDir)
                     .at("replace", path)?;
-                symlinkat(Path::new(target), &directory, name.as_os_str()).at("link", path)?;
+                symlinkat(Path::new(target), directory, name.as_os_str()).at("link", path)?;
             }
             Err(errno) => return Err(errno).at("link", path),
         }
@@ -82,22 +84,42 @@ pub fn make_all(plan: &ContainerPlan, root: BorrowedFd<'_>) -> Done<()> {
     Ok(())
 }
 
-fn make(root: BorrowedFd<'_>, device: &DevicePlan) -> Done<()> {
+/// Finds the directories that nodes are in. Nearly all are in one.
+struct Places<'a> {
+    root: BorrowedFd<'a>,
+    last: Option<(PathBuf, OwnedFd)>,
+}
+
+impl Places<'_> {
+    /// As [`parent`].
+    fn parent(&mut self, path: &Path) -> Done<(&OwnedFd, OsString)> {
+        let above = path.parent().unwrap_or(Path::new("/"));
+        let last = match self.last.take() {
+            Some(last) if last.0 == above => last,
+            _ => (above.to_owned(), parent(self.root, path)?.0),
+        };
+        let name = path.file_name().unwrap_or_default().to_owned();
+        Ok((&self.last.insert(last).1, name))
+    }
+}
+
+fn make(places: &mut Places<'_>, device: &DevicePlan) -> Done<()> {
     let path = &device.path;
-    let (directory, name) = parent(root, path)?;
+    let root = places.root;
+    let (directory, name) = places.parent(path)?;
     let name = name.as_os_str();
     let kind = SFlag::from_bits_retain(device.kind);
     let mode = Mode::from_bits_retain(device.mode);
-    match mknodat(&directory, name, kind, mode, device.number) {
+    match mknodat(directory, name, kind, mode, device.number) {
         Err(Errno::EEXIST) => {
-            let there = fstatat(&directory, name, AtFlags::AT_SYMLINK_NOFOLLOW);
+            let there = fstatat(directory, name, AtFlags::AT_SYMLINK_NOFOLLOW);
             let there = there.at("inspect", path)?;
             let same =
                 there.st_mode & libc::S_IFMT == device.kind && there.st_rdev == device.number;
             if !same {
                 // The image's, a link to a file of the guest perhaps.
-                unlinkat(&directory, name, UnlinkatFlags::NoRemoveDir).at("replace", path)?;
-                mknodat(&directory, name, kind, mode, device.number).at("create device", path)?;
+                unlinkat(directory, name, UnlinkatFlags::NoRemoveDir).at("replace", path)?;
+                mknodat(directory, name, kind, mode, device.number).at("create device", path)?;
             }
         }
         Ok(()) => {}
@@ -105,9 +127,9 @@ fn make(root: BorrowedFd<'_>, device: &DevicePlan) -> Done<()> {
         Err(errno) => return Err(errno).at("create device", path),
     }
     // The mask of the agent took part in the mode.
-    fchmodat(&directory, name, mode, FchmodatFlags::FollowSymlink).at("set mode of", path)?;
+    fchmodat(directory, name, mode, FchmodatFlags::FollowSymlink).at("set mode of", path)?;
     fchownat(
-        &directory,
+        directory,
         name,
         Some(Uid::from_raw(device.uid)),
         Some(Gid::from_raw(device.gid)),

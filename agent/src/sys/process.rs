@@ -16,8 +16,11 @@ const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 /// What a child that lost its way exits with.
 const EXIT_LOST: c_int = 70;
 
+/// clone3: signals that are handled have their default action in the child.
+const CLONE_CLEAR_SIGHAND: u64 = 0x1_0000_0000;
+
 /// Starts a child with `flags` (CLONE_NEW*) in `cgroup` that runs `body`, which
-/// does not return. Gives the child's pid and pidfd.
+/// does not return. No signal is handled in it; those that are ignored stay so. Gives the child's pid and pidfd.
 ///
 /// The agent has one thread and never starts another (no `spawn_blocking`, no
 /// `std::thread`), so the child finds the heap and all locks in order and may
@@ -33,7 +36,7 @@ pub fn spawn(
     let mut pidfd: RawFd = -1;
     // SAFETY: clone_args is plain integers; zero is valid for each.
     let mut args: libc::clone_args = unsafe { zeroed() };
-    args.flags = flags as u64 | libc::CLONE_PIDFD as u64;
+    args.flags = flags as u64 | libc::CLONE_PIDFD as u64 | CLONE_CLEAR_SIGHAND;
     args.exit_signal = libc::SIGCHLD as u64;
     args.pidfd = ptr::addr_of_mut!(pidfd) as u64;
     if let Some(fd) = cgroup {
@@ -226,21 +229,34 @@ pub fn new_session_keyring() -> nix::Result<()> {
     .map(drop)
 }
 
-/// Puts every signal but those the kernel keeps back to its default action
-/// and unblocks all of them.
-pub fn reset_signals() {
-    // SAFETY: SIG_DFL is valid for every signal; the kernel refuses the rest,
-    // which is what we want. The set is initialised before use.
+/// Puts every signal but SIGPIPE, which Rust ignores, and those the kernel keeps
+/// back to its default action, whatever this process was started with.
+pub fn ignore_no_signals() {
+    (1..=64)
+        .filter(|signal| *signal != libc::SIGPIPE)
+        .for_each(set_default_action);
+}
+
+fn set_default_action(signal: c_int) {
+    // SAFETY: SIG_DFL is valid for every signal; the kernel refuses those it
+    // keeps for itself.
     unsafe {
-        for signal in 1..=64 {
-            libc::syscall(
-                libc::SYS_rt_sigaction,
-                signal as c_long,
-                &KernelSigaction::default(),
-                ptr::null::<KernelSigaction>(),
-                8 as c_long,
-            );
-        }
+        libc::syscall(
+            libc::SYS_rt_sigaction,
+            signal as c_long,
+            &KernelSigaction::default(),
+            ptr::null::<KernelSigaction>(),
+            8 as c_long,
+        );
+    }
+}
+
+/// Puts every signal back to its default action in a child of [`spawn`] after
+/// [`ignore_no_signals`], and unblocks all of them.
+pub fn reset_signals() {
+    set_default_action(libc::SIGPIPE);
+    // SAFETY: the set is initialised before use.
+    unsafe {
         let mut set = MaybeUninit::<libc::sigset_t>::uninit();
         libc::sigemptyset(set.as_mut_ptr());
         libc::sigprocmask(libc::SIG_SETMASK, set.as_ptr(), ptr::null_mut());
