@@ -12,6 +12,7 @@
 //! bulkhead-agent --test-socket RPC-SOCKET --test-streams STREAM-SOCKET --test-cgroup DIRECTORY
 //! ```
 
+mod allowed;
 mod boot;
 mod cgroup;
 mod child;
@@ -35,6 +36,7 @@ use std::process::ExitCode;
 use std::sync::atomic::AtomicU64;
 use std::sync::Arc;
 
+use bulkhead_agent_protocol::agent_ttrpc;
 use nix::sys::reboot::{reboot, RebootMode};
 use tokio::sync::mpsc;
 
@@ -76,8 +78,11 @@ fn guest(times: Arc<Times>) -> Result<()> {
         let (shutdown, mut requests) = mpsc::unbounded_channel();
         let service = service(Dialer::Vsock, hierarchy, true, times.clone(), shutdown)?;
         let hierarchy = service.1;
+        let cmdline = std::fs::read_to_string("/proc/cmdline").step(|| "read /proc/cmdline")?;
+        let services = agent_ttrpc::create_agent(Arc::new(service.0));
+        let services = allowed::only(services, allowed::in_cmdline(&cmdline))?;
         tokio::select! {
-            result = transport::serve_host(service.0, &times) => result,
+            result = transport::serve_host(services, &times) => result,
             _ = requests.recv() => power_off(&hierarchy).await,
         }
     })

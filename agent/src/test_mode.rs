@@ -16,14 +16,14 @@ use crate::stdio::dial::Dialer;
 use crate::sys::process::prctl;
 
 const USAGE: &str = "bulkhead-agent is PID 1 of a guest; elsewhere it needs \
-    --test-socket PATH --test-streams PATH --test-cgroup PATH";
+    --test-socket PATH --test-streams PATH --test-cgroup PATH [--test-rpcs LIST]";
 
 /// Runs until Shutdown is called.
 ///
 /// # Errors
 /// Wrong arguments, or a step that failed.
 pub fn run(times: Arc<Times>) -> Result<()> {
-    let (socket, streams, group) = arguments()?;
+    let (socket, streams, group, calls) = arguments()?;
     // As PID 1 would: orphans come here.
     prctl(libc::PR_SET_CHILD_SUBREAPER, 1).step(|| "become reaper")?;
     crate::runtime()?.block_on(async {
@@ -32,10 +32,12 @@ pub fn run(times: Arc<Times>) -> Result<()> {
         let (service, hierarchy) =
             crate::service(Dialer::Unix(streams), hierarchy, false, times, shutdown)?;
         let failed = |error: ttrpc::Error| AgentError::Internal(format!("serve: {error}"));
+        let services = agent_ttrpc::create_agent(Arc::new(service));
+        let services = crate::allowed::only(services, calls.as_deref())?;
         let mut server = Server::new()
             .bind(&format!("unix://{}", socket.display()))
             .map_err(failed)?
-            .register_service(agent_ttrpc::create_agent(Arc::new(service)));
+            .register_service(services);
         server.start().await.map_err(failed)?;
         requests.recv().await;
         // Let the reply out.
@@ -46,21 +48,26 @@ pub fn run(times: Arc<Times>) -> Result<()> {
     })
 }
 
-fn arguments() -> Result<(PathBuf, PathBuf, PathBuf)> {
+fn arguments() -> Result<(PathBuf, PathBuf, PathBuf, Option<String>)> {
     let usage = || AgentError::Invalid(USAGE.into());
     let mut given = std::env::args_os().skip(1);
-    let (mut socket, mut streams, mut group) = (None, None, None);
+    let (mut socket, mut streams, mut group, mut calls) = (None, None, None, None);
     while let Some(name) = given.next() {
         let place = match name.to_str() {
             Some("--test-socket") => &mut socket,
             Some("--test-streams") => &mut streams,
             Some("--test-cgroup") => &mut group,
+            Some("--test-rpcs") => {
+                let list = given.next().and_then(|list| list.into_string().ok());
+                calls = Some(list.ok_or_else(usage)?);
+                continue;
+            }
             _ => return Err(usage()),
         };
         *place = Some(PathBuf::from(given.next().ok_or_else(usage)?));
     }
     match (socket, streams, group) {
-        (Some(socket), Some(streams), Some(group)) => Ok((socket, streams, group)),
+        (Some(socket), Some(streams), Some(group)) => Ok((socket, streams, group, calls)),
         _ => Err(usage()),
     }
 }

@@ -3,6 +3,7 @@
 //! it dialled; when the connection ends (the virtual machine was cloned, or
 //! the host's side restarted) it dials again.
 
+use std::collections::HashMap;
 use std::future::Future;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -12,7 +13,7 @@ use std::sync::Arc;
 use std::task::{ready, Context, Poll};
 use std::time::{Duration, Instant};
 
-use bulkhead_agent_protocol::{agent_ttrpc, AGENT_PORT};
+use bulkhead_agent_protocol::AGENT_PORT;
 use futures_core::Stream;
 use nix::errno::Errno;
 use tokio::io::unix::AsyncFd;
@@ -20,26 +21,25 @@ use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::sleep;
 use ttrpc::r#async::transport::Listener;
-use ttrpc::r#async::Server;
+use ttrpc::r#async::{Server, Service};
 
 use crate::error::{AgentError, Result};
 use crate::sandbox::Times;
-use crate::service::Service;
 use crate::stdio::dial;
 use crate::sys::{fd, host};
 
 const FIRST_PAUSE: Duration = Duration::from_millis(2);
 const LONGEST_PAUSE: Duration = Duration::from_millis(500);
 
-/// Serves the host for ever.
+/// Serves the host for ever with `services`.
 ///
 /// # Errors
 /// When the server cannot be started.
-pub async fn serve_host(service: Service, times: &Times) -> Result<()> {
+pub async fn serve_host(services: HashMap<String, Service>, times: &Times) -> Result<()> {
     let (connections, incoming) = mpsc::unbounded_channel();
     let mut server = Server::new()
         .add_listener(Listener::new(Incoming(incoming)))
-        .register_service(agent_ttrpc::create_agent(Arc::new(service)));
+        .register_service(services);
     server
         .start()
         .await

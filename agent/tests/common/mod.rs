@@ -26,7 +26,7 @@ use ttrpc::context::{self, Context};
 const CGROUP_ROOT: &str = "/sys/fs/cgroup/unified";
 const CGROUP_ROOT_PURE: &str = "/sys/fs/cgroup";
 /// No single step of a test takes longer, on the slowest machine.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+pub const PATIENCE: Duration = Duration::from_secs(90);
 
 type Waiting = Arc<Mutex<HashMap<u64, oneshot::Sender<UnixStream>>>>;
 
@@ -62,6 +62,11 @@ pub fn cgroup_root() -> PathBuf {
 impl Rig {
     /// Starts an agent.
     pub async fn start() -> Self {
+        Self::start_with(&[]).await
+    }
+
+    /// Starts an agent with further arguments.
+    pub async fn start_with(arguments: &[&str]) -> Self {
         static NUMBER: AtomicU64 = AtomicU64::new(0);
         let directory = tempfile::tempdir().unwrap();
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
@@ -76,7 +81,8 @@ impl Rig {
             .arg("--test-streams")
             .arg(&streams)
             .arg("--test-cgroup")
-            .arg(&cgroup);
+            .arg(&cgroup)
+            .args(arguments);
         // SAFETY: prctl(2) is safe between fork and exec.
         unsafe {
             command.pre_exec(|| {
