@@ -47,6 +47,8 @@ const RTAX_MTU: u16 = 2;
 const RT_TABLE_MAIN: u32 = 254;
 const RTPROT_STATIC: u8 = 4;
 const RTN_UNICAST: u8 = 1;
+/// MAX_ADDR_LEN of the kernel.
+const LONGEST_HARDWARE_ADDRESS: usize = 32;
 const NDA_DST: u16 = 1;
 const NDA_LLADDR: u16 = 2;
 const IFF_UP: u32 = 1;
@@ -192,25 +194,7 @@ impl Netlink {
     }
 
     fn add_address(&mut self, index: u32, address: &agent::IpAddress, name: &str) -> Result<()> {
-        let family = family_of(&address.address, "interfaces.addresses")?;
-        let prefix = prefix_of(address, "interfaces.addresses")?;
-        let mut fixed = vec![family, prefix, 0, 0];
-        fixed.extend(index.to_ne_bytes());
-        let mut message = Builder::new(RTM_NEWADDR, REQUEST | ACK | CREATE | REPLACE, &fixed);
-        message
-            .attribute(IFA_LOCAL, &address.address)
-            .attribute(IFA_ADDRESS, &address.address);
-        if let Ok(octets) = <[u8; 4]>::try_from(address.address.as_slice()) {
-            if prefix < 31 {
-                let broadcast = u32::from_be_bytes(octets) | u32::MAX >> prefix;
-                message.attribute(IFA_BROADCAST, &broadcast.to_be_bytes());
-            }
-        } else {
-            // The host's network has the address for the pod alone; nobody
-            // should wait for the detection of duplicates.
-            let flags = IFA_F_NODAD | IFA_F_PERMANENT;
-            message.attribute(IFA_FLAGS, &flags.to_ne_bytes());
-        }
+        let message = address_message(index, address)?;
         self.request(message)
             .step(|| format!("add address to {name}"))
     }
@@ -220,67 +204,17 @@ impl Netlink {
     /// # Errors
     /// As for [`Self::set_interface`].
     pub fn add_route(&mut self, route: &agent::Route) -> Result<()> {
-        let destination = route.destination.clone().unwrap_or_default();
-        let family = if route.ipv6 { IPV6 } else { IPV4 };
-        let check = |address: &[u8], field: &str| match family_of(address, field)? {
-            found if found == family => Ok(()),
-            _ => Err(AgentError::Invalid(format!(
-                "{field}: not of the route's family"
-            ))),
+        let index = match route.device.as_str() {
+            "" => None,
+            device => Some(self.index_of(device)?),
         };
-        let default = destination.address.is_empty();
-        let prefix = if default {
-            0
-        } else {
-            check(&destination.address, "routes.destination")?;
-            prefix_of(&destination, "routes.destination")?
-        };
-        let table = if route.table == 0 {
-            RT_TABLE_MAIN
-        } else {
-            route.table
-        };
-        let scope = u8::try_from(route.scope)
-            .map_err(|_| AgentError::Invalid(format!("routes.scope: {}", route.scope)))?;
-        let mut fixed = vec![
-            family,
-            prefix,
-            0,
-            0,
-            // Tables beyond the byte go by the attribute alone.
-            u8::try_from(table).unwrap_or(0),
-            RTPROT_STATIC,
-            scope,
-            RTN_UNICAST,
-        ];
-        fixed.extend(route.flags.to_ne_bytes());
-        let mut message = Builder::new(RTM_NEWROUTE, REQUEST | ACK | CREATE | REPLACE, &fixed);
-        message.attribute(RTA_TABLE, &table.to_ne_bytes());
-        if !default {
-            message.attribute(RTA_DST, &destination.address);
-        }
-        if !route.gateway.is_empty() {
-            check(&route.gateway, "routes.gateway")?;
-            message.attribute(RTA_GATEWAY, &route.gateway);
-        }
-        if !route.source.is_empty() {
-            check(&route.source, "routes.source")?;
-            message.attribute(RTA_PREFSRC, &route.source);
-        }
-        if !route.device.is_empty() {
-            let index = self.index_of(&route.device)?;
-            message.attribute(RTA_OIF, &index.to_ne_bytes());
-        }
-        if route.metric != 0 {
-            message.attribute(RTA_PRIORITY, &route.metric.to_ne_bytes());
-        }
-        if route.mtu != 0 {
-            message.nested(RTA_METRICS, |inner| {
-                inner.attribute(RTAX_MTU, &route.mtu.to_ne_bytes());
-            });
-        }
-        self.request(message)
-            .step(|| format!("add route to {:?}/{prefix}", destination.address))
+        let message = route_message(route, index)?;
+        self.request(message).step(|| {
+            let destination = route.destination.as_ref();
+            let address = destination.map_or(&[][..], |to| &to.address);
+            let prefix = destination.map_or(0, |to| to.prefix_len);
+            format!("add route to {address:?}/{prefix}")
+        })
     }
 
     /// Adds or replaces a neighbour.
@@ -288,24 +222,123 @@ impl Netlink {
     /// # Errors
     /// As for [`Self::set_interface`].
     pub fn add_neighbour(&mut self, neighbour: &agent::Neighbour) -> Result<()> {
-        let family = family_of(&neighbour.address, "neighbours.address")?;
         let index = self.index_of(&neighbour.device)?;
-        let narrow =
-            |value: u32, field: &str| AgentError::Invalid(format!("neighbours.{field}: {value}"));
-        let state = u16::try_from(neighbour.state).map_err(|_| narrow(neighbour.state, "state"))?;
-        let flags = u8::try_from(neighbour.flags).map_err(|_| narrow(neighbour.flags, "flags"))?;
-        let mut fixed = vec![family, 0, 0, 0];
-        fixed.extend(index.to_ne_bytes());
-        fixed.extend(state.to_ne_bytes());
-        fixed.extend([flags, 0]);
-        let mut message = Builder::new(RTM_NEWNEIGH, REQUEST | ACK | CREATE | REPLACE, &fixed);
-        message.attribute(NDA_DST, &neighbour.address);
-        if !neighbour.mac.is_empty() {
-            message.attribute(NDA_LLADDR, &neighbour.mac);
-        }
+        let message = neighbour_message(neighbour, index)?;
         self.request(message)
             .step(|| format!("add neighbour on {}", neighbour.device))
     }
+}
+
+/// The request for an address of the interface `index`.
+fn address_message(index: u32, address: &agent::IpAddress) -> Result<Builder> {
+    let family = family_of(&address.address, "interfaces.addresses")?;
+    let prefix = prefix_of(address, "interfaces.addresses")?;
+    let mut fixed = vec![family, prefix, 0, 0];
+    fixed.extend(index.to_ne_bytes());
+    let mut message = Builder::new(RTM_NEWADDR, REQUEST | ACK | CREATE | REPLACE, &fixed);
+    message
+        .attribute(IFA_LOCAL, &address.address)
+        .attribute(IFA_ADDRESS, &address.address);
+    if let Ok(octets) = <[u8; 4]>::try_from(address.address.as_slice()) {
+        if prefix < 31 {
+            let broadcast = u32::from_be_bytes(octets) | u32::MAX >> prefix;
+            message.attribute(IFA_BROADCAST, &broadcast.to_be_bytes());
+        }
+    } else {
+        // The host's network has the address for the pod alone; nobody
+        // should wait for the detection of duplicates.
+        let flags = IFA_F_NODAD | IFA_F_PERMANENT;
+        message.attribute(IFA_FLAGS, &flags.to_ne_bytes());
+    }
+    Ok(message)
+}
+
+/// The request for a route by the interface `index`.
+fn route_message(route: &agent::Route, index: Option<u32>) -> Result<Builder> {
+    let destination = route.destination.clone().unwrap_or_default();
+    let family = if route.ipv6 { IPV6 } else { IPV4 };
+    let check = |address: &[u8], field: &str| match family_of(address, field)? {
+        found if found == family => Ok(()),
+        _ => Err(AgentError::Invalid(format!(
+            "{field}: not of the route's family"
+        ))),
+    };
+    let default = destination.address.is_empty();
+    let prefix = if default {
+        0
+    } else {
+        check(&destination.address, "routes.destination")?;
+        prefix_of(&destination, "routes.destination")?
+    };
+    let table = if route.table == 0 {
+        RT_TABLE_MAIN
+    } else {
+        route.table
+    };
+    let scope = u8::try_from(route.scope)
+        .map_err(|_| AgentError::Invalid(format!("routes.scope: {}", route.scope)))?;
+    let mut fixed = vec![
+        family,
+        prefix,
+        0,
+        0,
+        // Tables beyond the byte go by the attribute alone.
+        u8::try_from(table).unwrap_or(0),
+        RTPROT_STATIC,
+        scope,
+        RTN_UNICAST,
+    ];
+    fixed.extend(route.flags.to_ne_bytes());
+    let mut message = Builder::new(RTM_NEWROUTE, REQUEST | ACK | CREATE | REPLACE, &fixed);
+    message.attribute(RTA_TABLE, &table.to_ne_bytes());
+    if !default {
+        message.attribute(RTA_DST, &destination.address);
+    }
+    if !route.gateway.is_empty() {
+        check(&route.gateway, "routes.gateway")?;
+        message.attribute(RTA_GATEWAY, &route.gateway);
+    }
+    if !route.source.is_empty() {
+        check(&route.source, "routes.source")?;
+        message.attribute(RTA_PREFSRC, &route.source);
+    }
+    if let Some(index) = index {
+        message.attribute(RTA_OIF, &index.to_ne_bytes());
+    }
+    if route.metric != 0 {
+        message.attribute(RTA_PRIORITY, &route.metric.to_ne_bytes());
+    }
+    if route.mtu != 0 {
+        message.nested(RTA_METRICS, |inner| {
+            inner.attribute(RTAX_MTU, &route.mtu.to_ne_bytes());
+        });
+    }
+    Ok(message)
+}
+
+/// The request for a neighbour at the interface `index`.
+fn neighbour_message(neighbour: &agent::Neighbour, index: u32) -> Result<Builder> {
+    let family = family_of(&neighbour.address, "neighbours.address")?;
+    let narrow =
+        |value: u32, field: &str| AgentError::Invalid(format!("neighbours.{field}: {value}"));
+    let state = u16::try_from(neighbour.state).map_err(|_| narrow(neighbour.state, "state"))?;
+    let flags = u8::try_from(neighbour.flags).map_err(|_| narrow(neighbour.flags, "flags"))?;
+    let mut fixed = vec![family, 0, 0, 0];
+    fixed.extend(index.to_ne_bytes());
+    fixed.extend(state.to_ne_bytes());
+    fixed.extend([flags, 0]);
+    let mut message = Builder::new(RTM_NEWNEIGH, REQUEST | ACK | CREATE | REPLACE, &fixed);
+    message.attribute(NDA_DST, &neighbour.address);
+    if neighbour.mac.len() > LONGEST_HARDWARE_ADDRESS {
+        return Err(AgentError::Invalid(format!(
+            "neighbours.mac: {} bytes are no address",
+            neighbour.mac.len()
+        )));
+    }
+    if !neighbour.mac.is_empty() {
+        message.attribute(NDA_LLADDR, &neighbour.mac);
+    }
+    Ok(message)
 }
 
 /// `struct ifinfomsg`: family, type, index, flags, which flags to change.
