@@ -12,7 +12,10 @@ use std::{
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{UnixListener, UnixStream},
-    sync::{broadcast::error::RecvError, Semaphore},
+    sync::{
+        broadcast::{error::RecvError, Receiver},
+        Semaphore,
+    },
     time::{sleep, timeout},
 };
 
@@ -121,14 +124,19 @@ async fn events<P: Observed>(mut client: UnixStream, pod: Arc<P>, follow: bool) 
     for happened in &past {
         write(&mut client, &line(happened)?).await?;
     }
-    if !follow {
-        return Ok(());
+    match follow {
+        true => go_on(&mut client, &mut live).await,
+        false => Ok(()),
     }
+}
+
+/// Tells what happens until either side has gone.
+async fn go_on(client: &mut UnixStream, live: &mut Receiver<Happened>) -> io::Result<()> {
     let mut rest = [0; 16];
     loop {
         tokio::select! {
             happened = live.recv() => match happened {
-                Ok(happened) => write(&mut client, &line(&happened)?).await?,
+                Ok(happened) => write(client, &line(&happened)?).await?,
                 // It was too slow, and goes on with what there is.
                 Err(RecvError::Lagged(_)) => {}
                 Err(RecvError::Closed) => return Ok(()),

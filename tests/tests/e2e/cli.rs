@@ -251,7 +251,10 @@ fn cli_tells_the_configuration(context: &Context) -> Result<()> {
     mentions(line("hypervisor.max_vcpus")?, &["# default"])?;
     let done = bulkhead(context, &["check", "--config"])?.ok()?;
     mentions(&done.out(), &["ok    configuration: "])?;
-    let broken = format!("{}\n[agent]\nready_timeout = 5\n", context.config.toml());
+    let broken = context
+        .config
+        .toml()
+        .replacen("[agent]\n", "[agent]\nready_timeout = 5\n", 1);
     let done = with_config(context, &broken, || {
         bulkhead(context, &["check", "--config"])
     })?;
@@ -285,12 +288,25 @@ fn cli_tells_the_configuration(context: &Context) -> Result<()> {
     Ok(())
 }
 
+/// Tells the guest's memory.
+const MEMORY: &[&str] = &["grep", "MemTotal", "/proc/meminfo"];
+
+/// Fails unless that is this many MiB, less what the guest's kernel keeps.
+fn has_about(mib: u64, told: &str) -> Result<()> {
+    let kib = told.split_whitespace().nth(1).context("MemTotal")?;
+    let found = kib.parse::<u64>()? / 1024;
+    if found > mib || found + 40 < mib {
+        bail!("{found} MiB of {mib}: {told}");
+    }
+    Ok(())
+}
+
 fn annotations_are_allowed_by_name(context: &Context) -> Result<()> {
     context.only_bulkhead()?;
-    let vcpus = "io.bulkhead.hypervisor.vcpus";
-    let sized = format!("{vcpus}=2");
-    let done = context.run(&["--annotation", &sized], &["nproc"])?.ok()?;
-    same(done.out().as_str(), "2")?;
+    let memory = "io.bulkhead.hypervisor.memory_mib";
+    let sized = format!("{memory}=384");
+    let done = context.run(&["--annotation", &sized], MEMORY)?.ok()?;
+    has_about(384, &done.out())?;
     let refused = |annotation: &str, words: &str| -> Result<()> {
         let done = context.run(&["--annotation", annotation], &["true"])?;
         if done.code == 0 {
@@ -299,8 +315,8 @@ fn annotations_are_allowed_by_name(context: &Context) -> Result<()> {
         let name = annotation.split('=').next().unwrap_or_default();
         mentions(&done.err(), &[&format!("annotations: {name}: {words}")])
     };
-    refused(&format!("{vcpus}=many"), "\"many\" is not a whole number")?;
-    refused(&format!("{vcpus}=0"), "0 is not within 1 to 64")?;
+    refused(&format!("{memory}=much"), "\"much\" is not a whole number")?;
+    refused(&format!("{memory}=1"), "1 is not within 48 to 1048576")?;
     refused(
         "io.bulkhead.hypervisor.vcpu=2",
         "there is no such annotation",
@@ -325,24 +341,21 @@ fn runtime_options_name_a_configuration(context: &Context) -> Result<()> {
     let file = context.dir.join("other.toml");
     let name = file.to_string_lossy().into_owned();
     let base = context.config.toml();
-    let with = |vcpus: &str| {
-        base.replacen(
-            "[hypervisor]\n",
-            &format!("[hypervisor]\nvcpus = {vcpus}\n"),
-            1,
-        )
+    let with = |memory: &str| {
+        let section = format!("[hypervisor]\nmemory_mib = {memory}\n");
+        base.replacen("[hypervisor]\n", &section, 1)
     };
-    fs::write(&file, with("3"))?;
+    fs::write(&file, with("320"))?;
     let flags = ["--runtime-config-path", name.as_str()];
-    let done = context.run(&flags, &["nproc"])?.ok()?;
-    same(done.out().as_str(), "3")?;
-    fs::write(&file, with("99"))?;
-    let done = context.run(&flags, &["nproc"])?;
+    let done = context.run(&flags, MEMORY)?.ok()?;
+    has_about(320, &done.out())?;
+    fs::write(&file, with("7"))?;
+    let done = context.run(&flags, MEMORY)?;
     mentions(
         &done.err(),
-        &["other.toml: hypervisor.vcpus: 99 is not within 1 to 64"],
+        &["other.toml: hypervisor.memory_mib: 7 is not within 48 to 1048576"],
     )?;
     fs::remove_file(&file)?;
-    let done = context.run(&flags, &["nproc"])?;
+    let done = context.run(&flags, MEMORY)?;
     mentions(&done.err(), &["other.toml cannot be read"])
 }

@@ -66,9 +66,10 @@ fn a_guest_that_does_not_answer_is_ended(context: &Context) -> Result<()> {
     context.only_bulkhead()?;
     let before = context.listing()?;
     // Slow machines are slow for real while the guest starts.
-    let text = format!(
-        "{}\n[agent]\nrpc_timeout_ms = 5000\nhealth_interval_ms = 500\nhealth_failures = 2\n",
-        context.config.toml()
+    let text = context.config.toml().replacen(
+        "[agent]\n",
+        "[agent]\nrpc_timeout_ms = 5000\nhealth_interval_ms = 500\nhealth_failures = 2\n",
+        1,
     );
     let mut run = with_config(context, &text, || {
         let mut run = context.attached(&[], &["sh", "-c", "echo up; sleep 1000"])?;

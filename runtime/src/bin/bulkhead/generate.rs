@@ -102,6 +102,17 @@ mod tests {
     }
 
     #[test]
+    fn a_configuration_may_go_without_a_name() {
+        use clap::Parser as _;
+        let config = |line: &[&str]| crate::Cli::try_parse_from(line).unwrap().config;
+        assert_eq!(config(&["bulkhead", "check"]), None);
+        assert_eq!(config(&["bulkhead", "check", "--config"]), Some(None));
+        let named = Some(Some(PathBuf::from("/x")));
+        assert_eq!(config(&["bulkhead", "check", "--config", "/x"]), named);
+        assert_eq!(config(&["bulkhead", "--config", "/x", "list"]), named);
+    }
+
+    #[test]
     fn every_command_has_a_page() {
         let dir = tempfile::tempdir().unwrap();
         let pages = Pages {

@@ -22,10 +22,7 @@ mod run;
 mod signals;
 mod terminal;
 
-use std::{
-    path::{Path, PathBuf},
-    process::ExitCode,
-};
+use std::{path::PathBuf, process::ExitCode};
 
 use bulkhead_runtime::{clock, config::Loaded, error::chain};
 use clap::{Parser, Subcommand};
@@ -47,8 +44,8 @@ const SECTIONS: &str = include_str!("../../../man/sections.roff");
 #[command(name = "bulkhead", version, after_long_help = EXIT_STATUS)]
 struct Cli {
     /// Configuration file [default: /etc/bulkhead/config.toml, if it is there]
-    #[arg(long, global = true, value_name = "FILE", num_args = 0..=1, default_missing_value = "")]
-    config: Option<PathBuf>,
+    #[arg(long, global = true, value_name = "FILE")]
+    config: Option<Option<PathBuf>>,
     #[command(subcommand)]
     command: Command,
 }
@@ -137,14 +134,13 @@ fn execute(cli: Cli, start_us: u64) -> Result<ExitCode, Failure> {
         _ => {}
     }
     // `--config` alone, which says something to `check` only.
-    let bare = cli.config.as_deref() == Some(Path::new(""));
-    if bare && !matches!(cli.command, Command::Check) {
+    if matches!(cli.config, Some(None)) && !matches!(cli.command, Command::Check) {
         return Err(Failure {
             code: USAGE,
             why: "--config: write the file's name".into(),
         });
     }
-    let named = cli.config.as_deref().filter(|_| !bare);
+    let named = cli.config.as_ref().and_then(Option::as_deref);
     let loaded = Loaded::load(named).map_err(|error| chain(&error));
     if matches!(cli.command, Command::Check) && cli.config.is_some() {
         return Ok(check::configuration(&loaded));
