@@ -36,6 +36,16 @@ pub struct Containerd {
     namespace: &'static str,
 }
 
+/// Environment variable with a directory that has another containerd and ctr
+/// than the host's.
+const OTHER: &str = "BULKHEAD_CONTAINERD";
+
+fn other() -> Option<PathBuf> {
+    env::var_os(OTHER)
+        .filter(|dir| !dir.is_empty())
+        .map(Into::into)
+}
+
 impl Containerd {
     /// Starts one below `dir`, which is made and belongs to it. Its shims find
     /// Bulkhead's programs in `bin_dir` and the configuration at
@@ -99,6 +109,7 @@ impl Containerd {
         let search = env::join_paths(
             [bin_dir.to_owned()]
                 .into_iter()
+                .chain(other())
                 .chain(env::split_paths(&system))
                 .chain(["/usr/sbin", "/usr/bin", "/sbin", "/bin"].map(PathBuf::from)),
         )
@@ -203,6 +214,7 @@ impl Containerd {
     /// `ctr` on this containerd, in the namespace of its containers.
     pub fn ctr(&self) -> Command {
         let mut command = Command::new("ctr");
+        command.env("PATH", &self.search);
         command.arg("-a").arg(self.socket());
         command.args(["-n", self.namespace]);
         command

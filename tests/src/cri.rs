@@ -164,11 +164,23 @@ fn plugin(dir: &Path, snapshotter: &str, handler: &str) -> String {
          {cri}.cni]\n  bin_dir = {CNI_PLUGINS:?}\n  conf_dir = {:?}\n\
          {cri}.containerd]\n  snapshotter = {snapshotter:?}\n  default_runtime_name = {handler:?}\n\
          {cri}.containerd.runtimes.bulkhead]\n  runtime_type = {BULKHEAD:?}\n  \
-         privileged_without_host_devices = true\n  pod_annotations = [\"io.bulkhead.*\"]\n\
+         privileged_without_host_devices = true\n  pod_annotations = [\"io.bulkhead.*\"]\n{}\
          {cri}.containerd.runtimes.runc]\n  runtime_type = {RUNC:?}\n",
         image::PAUSE_IMAGE,
         dir.join("cni").to_string_lossy(),
+        sandboxer(),
     )
+}
+
+/// Environment variable that has pods come by the sandbox API, which
+/// containerd 2 has, and not by a container that stands for them: `shim`.
+const SANDBOXER: &str = "BULKHEAD_SANDBOXER";
+
+fn sandboxer() -> String {
+    match std::env::var(SANDBOXER) {
+        Ok(name) if !name.is_empty() => format!("  sandboxer = {name:?}\n"),
+        _ => String::new(),
+    }
 }
 
 fn write_network(dir: &Path) -> Result<()> {

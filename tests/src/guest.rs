@@ -14,6 +14,7 @@ use bulkhead_agent_protocol::agent::{
 };
 use bulkhead_agent_protocol::{oci, SHARED_MOUNT, SHARED_TAG};
 use bulkhead_runtime::agent::{Agent, Streams};
+use bulkhead_runtime::config;
 use bulkhead_runtime::oci::{container, parse};
 use tokio::io::AsyncReadExt;
 use tokio::net::{UnixListener, UnixStream};
@@ -79,9 +80,13 @@ impl Guest {
         let mut vmm = Vmm::start(products, limit)?;
         vmm.boot_sized(products, dir, memory_mib)?;
         vmm.wait_ready()?;
+        let patient = config::Agent {
+            rpc_timeout_ms: u64::try_from(limit.as_millis())?,
+            ..config::Agent::default()
+        };
         let (agent, streams) = runtime.block_on(async {
             let (stream, _) = timeout(limit, calls.accept()).await??;
-            anyhow::Ok((Agent::new(stream, limit), Streams::new(dials)))
+            anyhow::Ok((Agent::new(stream, &patient), Streams::new(dials)))
         })?;
         let guest = Self {
             runtime,
