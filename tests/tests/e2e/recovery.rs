@@ -3,8 +3,6 @@
 //! not answer any more: nothing is left, and the pod can be made again under
 //! its name.
 
-use std::time::Duration;
-
 use anyhow::{bail, Context as _, Result};
 use bulkhead_runtime::fault::Step;
 use bulkhead_tests::listing::Listing;
@@ -22,9 +20,6 @@ pub const TESTS: &[Test] = tests![
     a_guest_that_does_not_answer_is_ended,
 ];
 
-/// How long what is left of a pod may take to be given back.
-const GONE: Duration = Duration::from_secs(30);
-
 /// A start that goes wrong.
 fn wrong(context: &Context, id: &str, key: &str, step: Step, before: &Listing) -> Result<()> {
     let text = format!("{}\n[debug]\n{key} = \"{step}\"\n", context.config.toml());
@@ -38,7 +33,7 @@ fn wrong(context: &Context, id: &str, key: &str, step: Step, before: &Listing) -
         mentions(&done.err(), &[&format!("step {step}: debug.fail_at")])?;
     }
     context.containerd.clean()?;
-    context.nothing_left(before, GONE)
+    context.nothing_left(before, LIMIT)
 }
 
 /// One after the other under one name, which in the end works.
@@ -51,7 +46,7 @@ fn each_step(context: &Context, key: &str) -> Result<()> {
     }
     let mut run = context.run_command(&["--rm"], &id, &["echo", "works"]);
     same(proc::run(&mut run, LIMIT)?.ok()?.out().as_str(), "works")?;
-    context.nothing_left(&before, GONE)
+    context.nothing_left(&before, LIMIT)
 }
 
 fn each_step_of_a_start_can_fail(context: &Context) -> Result<()> {
@@ -66,11 +61,15 @@ fn a_guest_that_does_not_answer_is_ended(context: &Context) -> Result<()> {
     context.only_bulkhead()?;
     let before = context.listing()?;
     // Slow machines are slow for real while the guest starts.
-    let text = context.config.toml().replacen(
-        "[agent]\n",
-        "[agent]\nrpc_timeout_ms = 5000\nhealth_interval_ms = 500\nhealth_failures = 2\n",
-        1,
-    );
+    let text: String = context
+        .config
+        .toml()
+        .lines()
+        .map(|line| match line.starts_with("rpc_timeout_ms") {
+            true => "rpc_timeout_ms = 5000\nhealth_interval_ms = 500\nhealth_failures = 2\n".into(),
+            false => format!("{line}\n"),
+        })
+        .collect();
     let mut run = with_config(context, &text, || {
         let mut run = context.attached(&[], &["sh", "-c", "echo up; sleep 1000"])?;
         run.wait_for("up")?;
@@ -86,5 +85,5 @@ fn a_guest_that_does_not_answer_is_ended(context: &Context) -> Result<()> {
         &["has not answered 2 times in a row"],
     )?;
     drop(run);
-    context.nothing_left(&before, GONE)
+    context.nothing_left(&before, LIMIT)
 }
