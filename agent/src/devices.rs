@@ -109,6 +109,7 @@ fn describe(device: &Path, address: String) -> agent::PciDevice {
     if let Some(virtio) = virtio {
         below(virtio, DEPTH, &mut found);
     }
+    found.retain(|(class, path)| class != "block" || is_there(path));
     let nodes = found.into_iter().map(|(class, path)| {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         let number = fs::read_to_string(path.join("dev")).unwrap_or_default();
@@ -127,6 +128,17 @@ fn describe(device: &Path, address: String) -> agent::PciDevice {
         nodes: nodes.collect(),
         ..Default::default()
     }
+}
+
+/// Whether a disk can be opened. The kernel shows one before that: of a
+/// persistent memory it is added by a thread of its own.
+fn is_there(path: &Path) -> bool {
+    let node = Path::new("/dev").join(path.file_name().unwrap_or_default());
+    let opened = File::options()
+        .read(true)
+        .custom_flags(libc::O_CLOEXEC)
+        .open(node);
+    !opened.is_err_and(|error| matches!(errno_of(&error), Errno::ENOENT | Errno::ENXIO))
 }
 
 /// Directories in a directory, without what links to elsewhere.

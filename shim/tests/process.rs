@@ -249,6 +249,13 @@ async fn a_container_that_cannot_be_created_tells_why_and_leaves_nothing() {
 
     let spec = r#"{"ociVersion":"1.0.2","process":{"args":["true"],"cwd":"/","user":{"uid":0,"gid":0}},"root":{"path":"rootfs"},"linux":{}}"#;
     fs::write(bundle.join("config.json"), spec).unwrap();
+    let (code, text) = status(client.create(limit(), &create(&bundle)).await);
+    assert_eq!(code, Code::INVALID_ARGUMENT, "{text}");
+    assert!(text.contains("hostNetwork"), "{text}");
+
+    let own = r#""linux":{"namespaces":[{"type":"network"}]}"#;
+    let spec = spec.replace(r#""linux":{}"#, own);
+    fs::write(bundle.join("config.json"), spec).unwrap();
     let (_, text) = status(client.create(limit(), &create(&bundle)).await);
     assert!(
         text.contains("no-kernel") && text.contains("hypervisor.kernel"),

@@ -83,8 +83,8 @@ pub fn role(spec: &Spec) -> Role {
 pub struct Pod<'a> {
     /// What stands for all of its processes on the host.
     pub pid: u32,
-    /// The container that stands for it.
-    pub sandbox: &'a str,
+    /// The container that stands for it; none does with the sandbox API.
+    pub sandbox: Option<&'a str>,
 }
 
 /// Translates the container `id`. `pod`: what there is already for it to join.

@@ -42,7 +42,11 @@ pub fn translate(
         // is meant cannot be told; the one that stands for the pod is.
         (LinuxNamespaceType::Pid, Some(path)) => match pod {
             Some(pod) if path == Path::new(&format!("/proc/{}/ns/pid", pod.pid)) => {
-                out.container_id = pod.sandbox.into();
+                match pod.sandbox {
+                    Some(sandbox) => out.container_id = sandbox.into(),
+                    // The guest's own, with the agent as its first process.
+                    None => return Ok(None),
+                }
             }
             _ => return refused("only that of the same pod can be joined"),
         },
@@ -91,7 +95,7 @@ mod tests {
         let linux = r#"{"namespaces":[{"type":"pid","path":"/proc/77/ns/pid"}]}"#;
         let pod = |pid| Pod {
             pid,
-            sandbox: "pause",
+            sandbox: Some("pause"),
         };
         let out = translated(linux, Some(pod(77))).unwrap();
         assert_eq!(out.namespaces[0].container_id, "pause");
@@ -100,6 +104,15 @@ mod tests {
             let text = translated(linux, other).unwrap_err().to_string();
             assert!(text.starts_with("linux.namespaces: pid"), "{text}");
         }
+        // Nobody stands for the pod: its processes are the guest's.
+        let alone = Pod {
+            pid: 77,
+            sandbox: None,
+        };
+        assert!(translated(linux, Some(alone))
+            .unwrap()
+            .namespaces
+            .is_empty());
     }
 
     #[test]

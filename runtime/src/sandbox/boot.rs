@@ -88,13 +88,13 @@ pub async fn start(
         Some(pod) => {
             let linux = pod.spec.linux().as_ref();
             let sysctls = linux.and_then(|linux| linux.sysctl().clone());
-            (pod.spec, sysctls.unwrap_or_default(), pod.files)
+            (pod.spec, sysctls.unwrap_or_default(), Some(pod.files))
         }
         None => {
             let spec = oci::load(&request.bundle)?;
             oci::check_network(&spec)?;
             let sysctls = oci::container(&spec, &request.id, None)?.pod_sysctls;
-            (spec, sysctls, Vec::new())
+            (spec, sysctls, None)
         }
     };
     let config = oci::configured(&spec, &config)?;
@@ -159,7 +159,8 @@ struct Plan {
     size: Size,
     merge_group: Option<Name>,
     pod_sysctls: HashMap<String, String>,
-    files: Vec<(PathBuf, String)>,
+    /// None: a container stands for the pod.
+    files: Option<Vec<(PathBuf, String)>>,
     /// The network is for the first container's hooks to set up.
     hooks_network: bool,
     kernel: OwnedFd,
@@ -179,7 +180,8 @@ async fn boot(
     let fault = config.debug.fault();
     share(&directory, &journal)?;
     fault.after(fault::Step::Share)?;
-    let files = PodFiles::write(&directory, plan.files)?;
+    let files = plan.files.map(|files| PodFiles::write(&directory, files));
+    let files = files.transpose()?;
     let vm = BulkheadVmm::spawn(&config.hypervisor.path, plan.hooks_network)?;
     fault.after(fault::Step::Spawn)?;
     adopt(&vm, &plan.spec, &journal)?;

@@ -108,10 +108,12 @@ async fn make(
     directory: &Path,
 ) -> Result<(Copies, Arc<Lifecycle>), Error> {
     let mut spec = oci::load(&request.bundle)?;
-    inner.files.mount(&mut spec);
+    if let Some(files) = &inner.files {
+        files.mount(&mut spec);
+    }
     let pod = oci::Pod {
         pid: pid(inner),
-        sandbox: &inner.id,
+        sandbox: inner.files.is_none().then_some(&inner.id),
     };
     let prepared = oci::container(&spec, &request.id, Some(pod))?;
     let hooks = Lifecycle::new(&spec, &request.id, &request.bundle)?;

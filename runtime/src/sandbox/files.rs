@@ -38,9 +38,6 @@ impl PodFiles {
 
     /// Adds them to a container's mounts where it has none of its own.
     pub fn mount(&self, spec: &mut Spec) {
-        if self.0.is_empty() {
-            return;
-        }
         let mut mounts = spec.mounts().clone().unwrap_or_default();
         for (source, destination) in &self.0 {
             let taken = |mount: &Mount| mount.destination() == destination;

@@ -75,8 +75,8 @@ struct Inner {
     agent: Agent,
     streams: Streams,
     timeline: Timeline,
-    /// Those of a pod that no container stands for.
-    files: PodFiles,
+    /// Those of a pod that no container stands for; none: one does.
+    files: Option<PodFiles>,
     console: Arc<Console>,
     history: Arc<History>,
     /// Why the machine is being ended, where that is our decision.

@@ -18,7 +18,7 @@ use bulkhead_vmm_api::{
 };
 use tokio::runtime::Runtime;
 
-use crate::context::{mentions, same, Context, LIMIT};
+use crate::context::{mentions, same, until, Context, LIMIT};
 use crate::runner::{tests, Test};
 use crate::vmm::{runtime, Host};
 
@@ -116,11 +116,19 @@ impl Guest {
 
     /// What the guest finds in one slot, where something must be.
     fn look_at(&self, slot: u8, driver: &str) -> Result<agent::DeviceNode> {
-        let seen = self.look(&[slot])?.pop();
-        let seen =
-            seen.with_context(|| format!("nothing in slot {slot}: {}", self.host.console()))?;
-        same(seen.driver.as_str(), driver).with_context(|| self.host.console())?;
-        Ok(seen.node)
+        let mut found = None;
+        // What the device is for may come a little later than its driver: the
+        // kernel adds persistent memory in a thread of its own.
+        until(LIMIT, "the guest's driver", || {
+            let seen = self.look(&[slot])?.pop();
+            let seen =
+                seen.with_context(|| format!("nothing in slot {slot}: {}", self.host.console()))?;
+            same(seen.driver.as_str(), driver).with_context(|| self.host.console())?;
+            let complete = driver == "virtiofs" || !seen.node.name.is_empty();
+            found = complete.then_some(seen.node);
+            Ok(complete)
+        })?;
+        found.context("a device")
     }
 
     /// Has the guest let go of a device.
