@@ -92,11 +92,11 @@ pub async fn start(
         }
         None => {
             let spec = oci::load(&request.bundle)?;
-            oci::check_network(&spec)?;
             let sysctls = oci::container(&spec, &request.id, None)?.pod_sysctls;
             (spec, sysctls, None)
         }
     };
+    oci::check_network(&spec)?;
     let config = oci::configured(&spec, &config)?;
     let fault = config.debug.fault();
     let size = Size::of(&spec, &config.hypervisor)?;

@@ -50,28 +50,10 @@ pub fn pod_spec(request: &CreateSandboxRequest) -> Result<PodSpec, CallError> {
         _ => PodSandboxConfig::new(),
     };
     let linux = config.linux.clone().unwrap_or_default();
-    check_namespaces(&linux)?;
     Ok(PodSpec {
         spec: spec(request, &config, &linux)?,
         files: files(&config),
     })
-}
-
-fn check_namespaces(linux: &LinuxPodSandboxConfig) -> Result<(), CallError> {
-    let wanted = linux.security_context.namespace_options.clone();
-    for (name, mode) in [
-        ("network", wanted.network),
-        ("pid", wanted.pid),
-        ("ipc", wanted.ipc),
-    ] {
-        if mode.enum_value() == Ok(NamespaceMode::NODE) {
-            return Err(CallError::Invalid(format!(
-                "linux.security_context.namespace_options.{name}: the host's cannot be had in a virtual machine; \
-                 use a runtime class without one for such pods"
-            )));
-        }
-    }
-    Ok(())
 }
 
 fn spec(
@@ -91,9 +73,13 @@ fn spec(
             annotations.insert(key.into(), value.to_string());
         }
     }
+    let options = linux.security_context.namespace_options.clone();
+    // The host's processes and IPC objects are the guest's in a virtual
+    // machine; its network is refused, as that of any pod without its own.
+    let of_host = options.network.enum_value() == Ok(NamespaceMode::NODE);
     let network = match request.netns_path.as_str() {
-        "" => json!([]),
-        path => json!([{"type": "network", "path": path}]),
+        path if !path.is_empty() && !of_host => json!([{"type": "network", "path": path}]),
+        _ => json!([]),
     };
     let mut described = json!({"namespaces": network, "sysctl": linux.sysctls});
     if let Some(path) = cgroups_path(&linux.cgroup_parent, &request.sandbox_id) {
@@ -227,22 +213,28 @@ mod tests {
     }
 
     #[test]
-    fn the_host_s_namespaces_are_refused_by_name() {
+    fn a_pod_on_the_host_s_network_has_none_of_its_own() {
+        let options = NamespaceOption {
+            network: NamespaceMode::NODE.into(),
+            ..Default::default()
+        };
         let config = PodSandboxConfig {
             linux: MessageField::some(LinuxPodSandboxConfig {
                 security_context: MessageField::some(LinuxSandboxSecurityContext {
-                    namespace_options: MessageField::some(NamespaceOption {
-                        network: NamespaceMode::NODE.into(),
-                        ..Default::default()
-                    }),
+                    namespace_options: MessageField::some(options),
                     ..Default::default()
                 }),
                 ..Default::default()
             }),
             ..Default::default()
         };
-        let error = pod_spec(&request(&config)).unwrap_err().to_string();
-        assert!(error.contains("namespace_options.network"), "{error}");
+        let pod = pod_spec(&request(&config)).unwrap();
+        let linux = pod.spec.linux().clone().unwrap();
+        assert_eq!(linux.namespaces().clone().unwrap_or_default(), []);
+    }
+
+    #[test]
+    fn other_options_are_refused_by_name() {
         let mut other = request(&PodSandboxConfig::new());
         other.options.mut_or_insert_default().type_url = "x.Y".into();
         let error = pod_spec(&other).unwrap_err().to_string();
