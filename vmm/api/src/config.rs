@@ -1,0 +1,281 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What a machine and its devices are to be.
+
+use serde::{Deserialize, Serialize};
+
+use crate::FdIndex;
+
+/// The whole VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmConfig {
+    /// Virtual CPUs, 1 to 64.
+    pub vcpus: u8,
+    /// Guest memory in MiB, 32 to 1,048,576.
+    pub memory_mib: u32,
+    /// Whether the host may back all of the guest's memory by huge pages
+    /// (transparent ones): a little faster, and a page the guest touches costs
+    /// 2 MiB. The kernel's image, which is used as a whole, may be in any case.
+    #[serde(default)]
+    pub huge_pages: bool,
+    /// Marks guest memory as mergeable (KSM). The descriptor is whatever makes
+    /// sure that nobody else's memory is merged with it, a lock say: it stays
+    /// open for as long as the memory is there. Then no part is in huge pages
+    /// unless `huge_pages` says so. None: not mergeable.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub merge_group: Option<FdIndex>,
+    /// What to boot.
+    pub kernel: KernelConfig,
+    /// Where the first serial port writes; none: nowhere. Never blocks the
+    /// guest: what cannot be written at once is dropped and counted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial: Option<FdIndex>,
+    /// What is on the PCI bus.
+    #[serde(default)]
+    pub devices: DeviceConfigs,
+}
+
+/// The devices on the PCI bus, in this order.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeviceConfigs {
+    /// Persistent memory devices, in PCI order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub pmem: Vec<PmemConfig>,
+    /// Shared directories.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub fs: Vec<FsConfig>,
+    /// The vsock device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<VsockConfig>,
+    /// Network interfaces.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub net: Vec<NetConfig>,
+    /// Block devices.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub blk: Vec<BlkConfig>,
+    /// Whether the guest gets an entropy device.
+    #[serde(default = "yes")]
+    pub rng: bool,
+    /// The memory balloon.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<BalloonConfig>,
+}
+
+impl Default for DeviceConfigs {
+    /// An entropy device, as where nothing is said.
+    fn default() -> Self {
+        Self {
+            pmem: Vec::new(),
+            fs: Vec::new(),
+            vsock: None,
+            net: Vec::new(),
+            blk: Vec::new(),
+            rng: yes(),
+            balloon: None,
+        }
+    }
+}
+
+fn yes() -> bool {
+    true
+}
+
+/// Where a snapshot lies.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotFiles {
+    /// vCPUs, interrupt controllers, clocks and devices. Emptied before it is
+    /// written.
+    pub state: FdIndex,
+    /// Guest memory, one file of its size with holes where pages were never
+    /// touched or are zero. Emptied before it is written. A restored VM maps
+    /// it privately: it must not change as long as one runs.
+    pub memory: FdIndex,
+}
+
+/// What a restored VM gets in place of what the snapshot's VM had. Devices
+/// must be as many of each kind, those plugged later included, and those of a
+/// kind in the order of their slots; names, paths, taps, files and directories
+/// may be others.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RestoreConfig {
+    /// The snapshot; both files are only read.
+    pub snapshot: SnapshotFiles,
+    /// As [`VmConfig::serial`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial: Option<FdIndex>,
+    /// Each pmem file must have the size it had. The guest's vsock connections
+    /// are reset, and its context id may be another. It keeps the hardware
+    /// address and MTU of its net devices. It is told when a disk has another
+    /// size.
+    #[serde(default)]
+    pub devices: DeviceConfigs,
+}
+
+/// What to boot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KernelConfig {
+    /// An uncompressed ELF kernel with a PVH note.
+    pub image: FdIndex,
+    /// Command line, at most 2,047 bytes, no NUL and no newline.
+    pub cmdline: String,
+    /// An initial ramdisk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub initrd: Option<FdIndex>,
+}
+
+/// virtio-pmem (virtio 1.2 §5.19): the file is the device's memory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PmemConfig {
+    /// Name in logs and status.
+    pub id: String,
+    /// The file; its size must be a multiple of 2 MiB.
+    pub file: FdIndex,
+    /// Guest writes never reach the file.
+    pub read_only: bool,
+}
+
+/// virtio-fs (virtio 1.2 §5.11), served inside the VMM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FsConfig {
+    /// Mount tag, 1 to 36 bytes.
+    pub tag: String,
+    /// The directory (an `O_PATH` or `O_DIRECTORY` descriptor).
+    pub directory: FdIndex,
+    /// Attribute and page cache policy.
+    #[serde(default)]
+    pub cache: FsCache,
+}
+
+/// virtio-fs cache policy.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FsCache {
+    /// Nothing cached: the host's changes show at once.
+    Never,
+    /// Metadata for a second, data until the file is opened again.
+    #[default]
+    Auto,
+    /// Only the guest changes the directory.
+    Always,
+}
+
+/// virtio-vsock (virtio 1.2 §5.10) behind Unix stream sockets.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VsockConfig {
+    /// The guest's context id, 3 or higher.
+    pub cid: u32,
+    /// Listening Unix stream socket for connections to the guest; the client
+    /// writes `CONNECT <port>\n` and reads `OK <host port>\n`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub listener: Option<FdIndex>,
+    /// Connections of the guest to host port P go to the Unix socket at
+    /// `<uds_path>_<P>`; refused where there is none.
+    pub uds_path: String,
+    /// The guest's first connection to this host port is reported as
+    /// [`Event::GuestReady`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ready_port: Option<u32>,
+}
+
+/// virtio-net (virtio 1.2 §5.1) on a tap.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetConfig {
+    /// Name in logs and status.
+    pub id: String,
+    /// Tap opened with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`.
+    pub tap: FdIndex,
+    /// The guest's hardware address.
+    pub mac: [u8; 6],
+    /// MTU told to the guest; none: not told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<u16>,
+}
+
+/// virtio-blk (virtio 1.2 §5.2) on a raw file or block device. What the guest
+/// discards is punched out of the file.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BlkConfig {
+    /// Name in logs and status, and the serial number the guest reads (20
+    /// bytes at most).
+    pub id: String,
+    /// The file; its size must be a multiple of 512.
+    pub file: FdIndex,
+    /// The guest cannot write.
+    pub read_only: bool,
+    /// Request queues, 1 to 16; none: 1. A restored VM has as many as it had.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub queues: Option<u16>,
+    /// How fast the guest may be; none: as fast as the host is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate: Option<RateLimits>,
+}
+
+/// Limits of a device. Requests beyond them wait.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RateLimits {
+    /// Bytes of data, both ways together.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bytes: Option<Rate>,
+    /// Requests.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub operations: Option<Rate>,
+}
+
+/// One limit: a bucket of tokens that fills steadily.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rate {
+    /// Tokens that come in a second, at least 1.
+    pub per_second: u64,
+    /// Tokens that it holds, at least 1: what may be used at once after a rest.
+    /// A request is let through whole while there is one left.
+    pub burst: u64,
+}
+
+/// virtio-balloon (virtio 1.2 §5.5).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonConfig {
+    /// The guest takes pages of the balloon rather than kill a process.
+    #[serde(default = "yes")]
+    pub deflate_on_oom: bool,
+    /// The guest reports free memory by itself, and the host has it back.
+    #[serde(default = "yes")]
+    pub free_page_reporting: bool,
+}
+
+impl Default for BalloonConfig {
+    fn default() -> Self {
+        Self {
+            deflate_on_oom: yes(),
+            free_page_reporting: yes(),
+        }
+    }
+}
+
+/// A device to plug, with the descriptors of its configuration.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum PlugConfig {
+    /// Persistent memory.
+    Pmem(PmemConfig),
+    /// A shared directory. Only for a VM that was started with one, whose
+    /// thread serves the others, too. The directory is used as it is passed:
+    /// its mount should be a copy that is attached nowhere (`open_tree` with
+    /// `OPEN_TREE_CLONE`), so that nothing above it can be reached by it.
+    Fs(FsConfig),
+    /// A network interface.
+    Net(NetConfig),
+    /// A disk.
+    Blk(BlkConfig),
+}

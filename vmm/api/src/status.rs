@@ -1,0 +1,231 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What a machine and its devices are and do.
+
+use serde::{Deserialize, Serialize};
+
+/// Where a device was plugged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PluggedDevice {
+    /// Its number on the bus, 1 to 31: the guest's PCI address is
+    /// `0000:00:<number, two hexadecimal digits>.0`.
+    pub slot: u8,
+}
+
+/// What to unplug.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct UnplugTarget {
+    /// Its number on the bus.
+    pub slot: u8,
+}
+
+/// A device on the PCI bus.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeviceStatus {
+    /// Its number on the bus.
+    pub slot: u8,
+    /// What it is.
+    pub kind: DeviceKind,
+    /// Its name or tag; empty where its kind has none.
+    pub id: String,
+    /// What it has done since it was plugged.
+    #[serde(default)]
+    pub metrics: DeviceMetrics,
+}
+
+/// What a device has done. A request is a chain of buffers or a packet, whatever
+/// the device's queues carry.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeviceMetrics {
+    /// Requests and packets, both ways.
+    pub requests: u64,
+    /// Bytes written to a disk, sent as packets or as file requests.
+    pub bytes_from_guest: u64,
+    /// Bytes read, received or answered.
+    pub bytes_to_guest: u64,
+    /// Requests that failed, and packets that were lost.
+    pub errors: u64,
+    /// How often a request had to wait for the device's limits.
+    pub throttled: u64,
+    /// How often the guest told of something.
+    pub notifications: u64,
+    /// How often it was told.
+    pub interrupts: u64,
+}
+
+/// Kinds of devices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DeviceKind {
+    /// Persistent memory.
+    Pmem,
+    /// A shared directory.
+    Fs,
+    /// vsock.
+    Vsock,
+    /// A network interface.
+    Net,
+    /// A disk.
+    Blk,
+    /// Entropy.
+    Rng,
+    /// The balloon.
+    Balloon,
+}
+
+impl DeviceKind {
+    /// All of them.
+    pub const ALL: [Self; 7] = [
+        Self::Pmem,
+        Self::Fs,
+        Self::Vsock,
+        Self::Net,
+        Self::Blk,
+        Self::Rng,
+        Self::Balloon,
+    ];
+
+    /// Its field in a configuration.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Pmem => "pmem",
+            Self::Fs => "fs",
+            Self::Vsock => "vsock",
+            Self::Net => "net",
+            Self::Blk => "blk",
+            Self::Rng => "rng",
+            Self::Balloon => "balloon",
+        }
+    }
+
+    /// Device id (virtio 1.2 §5).
+    pub const fn virtio_id(self) -> u16 {
+        match self {
+            Self::Net => 1,
+            Self::Blk => 2,
+            Self::Rng => 4,
+            Self::Balloon => 5,
+            Self::Vsock => 19,
+            Self::Fs => 26,
+            Self::Pmem => 27,
+        }
+    }
+}
+
+/// How large the balloon is to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonTarget {
+    /// MiB that the guest gives, less than it has.
+    pub mib: u32,
+}
+
+/// How the balloon stands.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonStatus {
+    /// MiB that the guest was asked for.
+    pub target_mib: u32,
+    /// MiB that the guest says it gave.
+    pub actual_mib: u32,
+    /// Bytes given back to the host so far, by both ways; what the guest took
+    /// again is not taken off.
+    pub returned: u64,
+    /// What the guest last told; each answer asks it for new ones.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub statistics: Option<BalloonStatistics>,
+}
+
+/// A guest's memory as its kernel counts it, in bytes where nothing else is
+/// said; none: it does not tell. Told by the guest, and only as true as it is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonStatistics {
+    /// Swapped in since boot.
+    pub swapped_in: Option<u64>,
+    /// Swapped out since boot.
+    pub swapped_out: Option<u64>,
+    /// Page faults with disk I/O since boot, in number.
+    pub major_faults: Option<u64>,
+    /// Page faults without, in number.
+    pub minor_faults: Option<u64>,
+    /// Not used for anything.
+    pub free: Option<u64>,
+    /// All that it has.
+    pub total: Option<u64>,
+    /// What programs could have without swapping.
+    pub available: Option<u64>,
+    /// Caches that can be dropped.
+    pub caches: Option<u64>,
+    /// Processes killed for want of memory, in number.
+    pub oom_kills: Option<u64>,
+}
+
+/// Answer to `status`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Status {
+    /// Where the VM is in its life.
+    pub state: VmState,
+    /// When things happened.
+    pub timeline: Timeline,
+    /// vCPU exits handled in user space, all vCPUs together.
+    pub exits: Exits,
+    /// The same of each vCPU.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub vcpus: Vec<Exits>,
+    /// The balloon, where there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<BalloonStatus>,
+    /// What is on the PCI bus, of a VM that has been built.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub devices: Vec<DeviceStatus>,
+}
+
+/// States of the VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum VmState {
+    /// Nothing known yet.
+    Unconfigured,
+    /// Configured, not running.
+    Configured,
+    /// Running.
+    Running,
+    /// Paused, or restored and not yet resumed.
+    Paused,
+    /// Ended; the process is about to exit.
+    Ended,
+}
+
+/// Stamps of CLOCK_MONOTONIC in microseconds; none: has not happened.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Timeline {
+    /// `main` was entered.
+    pub vmm_start: Option<u64>,
+    /// The configuration was accepted.
+    pub configured: Option<u64>,
+    /// Just before the first KVM_RUN: the kernel's entry.
+    pub kernel_entry: Option<u64>,
+    /// First connection to the ready port.
+    pub guest_ready: Option<u64>,
+    /// The guest's kernel read the VM generation id: of a clone, its random
+    /// numbers are its own from here on.
+    pub generation_read: Option<u64>,
+}
+
+/// vCPU exits handled in user space, by kind.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Exits {
+    /// Port I/O.
+    pub pio: u64,
+    /// Memory-mapped I/O.
+    pub mmio: u64,
+    /// All others.
+    pub other: u64,
+}
