@@ -162,10 +162,13 @@ pub fn map_snapshot(size: u64, file: &File) -> Result<GuestMemoryMmap, MemoryErr
             wanted: size,
         });
     }
-    map(size, 0, |offset| {
+    let memory = map(size, 0, |offset| {
         let file = file.try_clone().map_err(MemoryError::File)?;
         Ok(Some(FileOffset::new(file, offset)))
-    })
+    })?;
+    // By this advice `smaps` shows which memory is the guest's.
+    advise(&memory, 0..0);
+    Ok(memory)
 }
 
 /// Maps the regions, each of what `backing` gives for its offset.

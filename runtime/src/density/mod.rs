@@ -122,6 +122,12 @@ pub struct Pod {
     /// What it would take more if it had those for itself.
     #[serde(skip)]
     file_saved: u64,
+    /// Guest memory that is still that of the template it was cloned from, and
+    /// that others have too.
+    pub template_shared: u64,
+    /// What it would take more if it had that for itself.
+    #[serde(skip)]
+    template_saved: u64,
     /// Guest memory that KSM has merged; none: the kernel does not tell.
     pub merged: Option<u64>,
     /// The merge group that it asked for.
@@ -149,6 +155,8 @@ pub struct Shared {
     /// What pods would take more if each had the files' pages that it maps for
     /// itself: programs, libraries, the guest image.
     pub page_cache: u64,
+    /// The same of guest memory that is still a template's.
+    pub template: u64,
     /// What KSM saves on the whole host, of whoever's memory; none: no KSM.
     pub ksm: Option<u64>,
 }
@@ -192,6 +200,7 @@ impl Density {
         };
         let shared = Shared {
             page_cache: pods.iter().map(|pod| pod.file_saved).sum(),
+            template: pods.iter().map(|pod| pod.template_saved).sum(),
             ksm: Ksm::find(&places.ksm)
                 .and_then(|ksm| ksm.counters())
                 .ok()
@@ -240,6 +249,8 @@ fn pod(places: &Places, identity: Identity) -> io::Result<Option<Pod>> {
         own: of_vmm.guest_private + vmm_own + of_shim.private + page_tables + kernel.unwrap_or(0),
         file_shared: of_vmm.file_shared + of_shim.file_shared,
         file_saved: of_vmm.file_saved + of_shim.file_saved,
+        template_shared: of_vmm.template_shared,
+        template_saved: of_vmm.template_saved,
         merged: process::merged(&places.proc, vmm),
         merge_group: identity.merge_group,
         mergeable: identity.mergeable,
@@ -291,6 +302,8 @@ mod tests {
             own: guest + (10 << 20),
             file_shared: 9 << 20,
             file_saved: 8 << 20,
+            template_shared: 5 << 20,
+            template_saved: 4 << 20,
             merged: Some((40 << 20) - guest),
             merge_group: Some("red".into()),
             mergeable: true,
@@ -305,6 +318,7 @@ mod tests {
             host,
             shared: Shared {
                 page_cache: 16 << 20,
+                template: 8 << 20,
                 ksm: Some(30 << 20),
             },
         }

@@ -71,6 +71,7 @@ impl fmt::Display for Density {
             mib(own)
         )?;
         writeln!(f, "page cache: saves {:.1} MiB", mib(shared.page_cache))?;
+        writeln!(f, "templates:  save {:.1} MiB", mib(shared.template))?;
         match shared.ksm {
             Some(saved) => writeln!(f, "KSM:        saves {:.1} MiB", mib(saved))?,
             None => writeln!(f, "KSM:        not in this kernel")?,

@@ -18,6 +18,11 @@ pub struct Sums {
     pub file_shared: u64,
     /// What it would take more if it had those pages for itself.
     pub file_saved: u64,
+    /// Guest memory that is still its template's, the memory file it was cloned
+    /// from, and that others have too.
+    pub template_shared: u64,
+    /// What it would take more if it had those pages for itself.
+    pub template_saved: u64,
 }
 
 /// One mapping.
@@ -62,15 +67,21 @@ pub fn sum(text: &str) -> Sums {
 
 impl Sums {
     fn add(&mut self, mapping: &Mapping) {
-        if mapping.anonymous && mapping.guest {
+        let saved = mapping.resident.saturating_sub(mapping.proportional);
+        if mapping.guest {
             self.guest_private += mapping.private;
             self.guest_resident += mapping.resident;
+            // Shared pages without a file are KSM's, which tells of them itself.
+            if !mapping.anonymous {
+                self.template_shared += mapping.shared;
+                self.template_saved += saved;
+            }
             return;
         }
         self.private += mapping.private;
         if !mapping.anonymous {
             self.file_shared += mapping.shared;
-            self.file_saved += mapping.resident.saturating_sub(mapping.proportional);
+            self.file_saved += saved;
         }
     }
 }
@@ -106,6 +117,13 @@ Rss:                 100 kB
 Pss:                 100 kB
 Private_Dirty:       100 kB
 VmFlags: rd wr mr mw me nr sd nh
+7f0010000000-7f0020000000 rw-p 00000000 fe:01 99     /var/lib/template.memory
+Rss:                 500 kB
+Pss:                 300 kB
+Shared_Clean:        400 kB
+Private_Clean:        30 kB
+Private_Dirty:        70 kB
+VmFlags: rd wr mr mw me nr sd nh
 7f0020000000-7f0020100000 r-xp 00000000 fe:01 1234   /usr/bin/a: b
 Rss:                  60 kB
 Pss:                  30 kB
@@ -123,10 +141,12 @@ VmFlags: rd wr mr mw me ac sd
     fn guest_memory_is_told_by_its_advice() {
         let expected = Sums {
             private: 27 << 10,
-            guest_private: 900 << 10,
-            guest_resident: 1100 << 10,
+            guest_private: 1000 << 10,
+            guest_resident: 1600 << 10,
             file_shared: 40 << 10,
             file_saved: 30 << 10,
+            template_shared: 400 << 10,
+            template_saved: 200 << 10,
         };
         assert_eq!(sum(TEXT), expected);
     }
