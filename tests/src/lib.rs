@@ -29,6 +29,7 @@ pub mod proc;
 pub mod stamp;
 mod sys;
 pub mod timeline;
+pub mod tracing;
 pub mod vmm;
 
 pub use sys::{in_terminal, kvm_create_vm, set_window_size, window_size, Mergeable};

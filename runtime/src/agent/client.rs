@@ -1,7 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Requests to the agent, over the connection that it opened.
 
-use std::{future::Future, time::Duration};
+use std::{
+    collections::BTreeMap,
+    future::Future,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use bulkhead_agent_protocol::{agent, agent_ttrpc::AgentClient};
 use tokio::{net::UnixStream, time::timeout};
@@ -16,6 +21,8 @@ use crate::{config, error::Error};
 /// The connection's own deadline is the call's; this catches what it does not
 /// cover, a guest that stops reading.
 const SLACK: Duration = Duration::from_secs(1);
+const WAIT: &str = "wait for process";
+const SHUTDOWN: &str = "power the guest off";
 
 /// The guest's agent.
 #[derive(Clone)]
@@ -24,6 +31,18 @@ pub struct Agent {
     timeout: Duration,
     /// By how much longer making and taking apart may take.
     long: u32,
+    calls: Calls,
+}
+
+/// How many calls were made, by what they are called in errors.
+#[derive(Debug, Clone, Default)]
+struct Calls(Arc<Mutex<BTreeMap<&'static str, u64>>>);
+
+impl Calls {
+    fn count(&self, call: &'static str) {
+        let mut calls = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        *calls.entry(call).or_default() += 1;
+    }
 }
 
 impl std::fmt::Debug for Agent {
@@ -58,6 +77,7 @@ macro_rules! calls {
                 /// The agent's answer, or that there is none.
                 pub async fn $name(&self, request: agent::$request) -> Result<agent::$reply, Error> {
                     let limit = self.$factor();
+                    self.calls.count($call);
                     within($call, limit, self.client.$name(context(limit), &request)).await
                 }
             )*
@@ -109,7 +129,14 @@ impl Agent {
             client,
             timeout: config.rpc_timeout(),
             long: config.long_call_factor,
+            calls: Calls::default(),
         }
+    }
+
+    /// How many calls were made so far, by what they are called in errors.
+    pub fn calls(&self) -> BTreeMap<&'static str, u64> {
+        let calls = self.calls.0.lock();
+        calls.unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     fn short(&self) -> Duration {
@@ -128,11 +155,12 @@ impl Agent {
         &self,
         request: agent::WaitProcessRequest,
     ) -> Result<agent::WaitProcessReply, Error> {
+        self.calls.count(WAIT);
         self.client
             .wait_process(Context::default(), &request)
             .await
             .map_err(|source| Error::Agent {
-                call: "wait for process",
+                call: WAIT,
                 source: source.into(),
             })
     }
@@ -143,8 +171,9 @@ impl Agent {
     /// The agent's answer, or that there is none within `limit`.
     pub async fn shutdown(&self, limit: Duration) -> Result<(), Error> {
         let request = agent::Empty::new();
+        self.calls.count(SHUTDOWN);
         within(
-            "power the guest off",
+            SHUTDOWN,
             limit,
             self.client.shutdown(context(limit), &request),
         )

@@ -43,6 +43,7 @@ families! {
     UP = "sandbox_up", Gauge, "Whether the pod's virtual machine runs";
     AGENT_UP = "sandbox_agent_up", Gauge, "Whether the guest's agent has answered just now";
     UNANSWERED = "sandbox_agent_unanswered_total", Counter, "Health questions that the guest's agent did not answer";
+    CALLS = "sandbox_agent_calls_total", Counter, "Calls of the guest's agent by kind";
     VCPUS = "sandbox_vcpus", Gauge, "Virtual processors of the pod";
     MEMORY = "sandbox_memory_bytes", Gauge, "Guest memory of the pod";
     START = "sandbox_start_seconds", Gauge, "When a step of the pod's start was done, after the front end was started";

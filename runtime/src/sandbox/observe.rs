@@ -160,6 +160,9 @@ fn of_pod(metrics: &mut Metrics, state: &State, inner: &Inner) {
     let up = state.ended.is_none();
     metrics.add(&metrics::UP, &[], f64::from(u8::from(up)));
     metrics.add(&metrics::UNANSWERED, &[], inner.unanswered() as f64);
+    for (call, count) in inner.agent.calls() {
+        metrics.add(&metrics::CALLS, &[("call", call)], count as f64);
+    }
     metrics.add(&metrics::VCPUS, &[], state.vcpus.into());
     let memory = u64::from(state.memory_mib) << 20;
     metrics.add(&metrics::MEMORY, &[], memory as f64);

@@ -56,7 +56,10 @@ fn take() -> Result<Vec<Figure>> {
 
 /// Private memory in KiB of the one process of a program, without and of guest
 /// memory.
-fn private(program: &str) -> Result<(u64, u64)> {
+///
+/// # Errors
+/// There is not one.
+pub fn private(program: &str) -> Result<(u64, u64)> {
     let processes = listing::by_program(program);
     let [process] = processes.as_slice() else {
         bail!("{} processes of {program}, not one", processes.len());

@@ -9,6 +9,7 @@ pub mod clone;
 pub mod density;
 pub mod ksm;
 pub mod memory;
+pub mod pod;
 pub mod size;
 pub mod start;
 
@@ -198,6 +199,10 @@ const GROUPS: &[(&str, Take)] = &[
     ("ctr-run, boot, boot-kernel", start::ctr_run),
     ("run", start::run),
     ("host-private, guest-private", memory::figures),
+    (
+        "pod-start, pod-exec, pod-delete, pod-start-rpcs, pod-start-processes, shim-private",
+        pod::figures,
+    ),
 ];
 
 /// The same, of many pods at once, and of crun in a guest, where nothing is
