@@ -30,7 +30,7 @@ PACKAGES := ca-certificates build-essential bc bison flex libelf-dev libssl-dev 
 RUST_PACKAGES := rustc-web cargo-web
 RUST_OLDEST := 1.86.0
 
-.PHONY: help deps build binaries guest kernel run test test-agent test-agent-load test-containerd critest box bench fuzz install uninstall
+.PHONY: help deps build binaries guest kernel run test test-agent test-agent-load test-containerd critest soak box bench fuzz install uninstall
 
 help: ## What can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -79,6 +79,10 @@ test-containerd: build ## End-to-end tests with another containerd (CONTAINERD=v
 critest: build ## Runs the tests of cri-tools (FOCUS: only those cases); needs Go
 	@tests/cri-tools/build crictl critest
 	@$(RELEASE)/bulkhead-critest $(if $(FOCUS),'$(FOCUS)')
+
+soak: build ## Makes and removes 200 pods, four at a time (PODS); nothing may be left
+	@tests/cri-tools/build crictl
+	@BULKHEAD_SOAK=$(or $(PODS),200) cargo test -p bulkhead-tests --test e2e -- pods_come_and_go
 
 test-agent: ## Runs the agent's own tests, without a virtual machine (root)
 	@cargo test -p bulkhead-agent

@@ -83,6 +83,8 @@ keys! {
     runtime.events_kept, 0..=10_000, any, false, "How many events of a pod are kept for `bulkhead events`.";
     runtime.operator_socket, ANY, any, false, "Answer questions about a pod (metrics, state, events) on a socket beside its state.";
     runtime.allowed_annotations, ANY, annotations, false, "The annotations that a pod may set.";
+    runtime.sandbox_cgroup_only, ANY, any, false, "Whether a pod's front end is in the pod's cgroup on the host, as its VMM is.";
+    runtime.overhead_cgroup, ANY, absolute, false, "Where it has a cgroup of its own otherwise: `NAMESPACE-ID` below this path.";
     runtime.output_timeout_ms, MS, any, false, "How long output may take to be taken before its container or process is deleted.";
     runtime.kill_timeout_ms, MS, any, false, "How long a killed container may take to be gone.";
     runtime.execs_timeout_ms, MS, any, false, "How long a container's end waits for those of its further processes.";

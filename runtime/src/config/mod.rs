@@ -131,6 +131,10 @@ pub struct Runtime {
     pub operator_socket: bool,
     /// Names of the annotations that a pod may set.
     pub allowed_annotations: Vec<String>,
+    /// Whether a pod's front end is in the pod's cgroup, as its VMM is.
+    pub sandbox_cgroup_only: bool,
+    /// The cgroup below which it has one of its own otherwise.
+    pub overhead_cgroup: String,
     /// How long output may take to be taken before its container or process is
     /// deleted, in milliseconds.
     pub output_timeout_ms: u64,
@@ -321,6 +325,8 @@ impl Default for Runtime {
             allowed_annotations: ["memory_mib", "vcpus"]
                 .map(|key| format!("io.bulkhead.hypervisor.{key}"))
                 .into(),
+            sandbox_cgroup_only: true,
+            overhead_cgroup: "/bulkhead_overhead".into(),
             output_timeout_ms: 10_000,
             kill_timeout_ms: 10_000,
             execs_timeout_ms: 2000,

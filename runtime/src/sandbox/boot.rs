@@ -47,7 +47,7 @@ use super::{
 use crate::{
     agent::{Agent, Streams},
     clock,
-    config::Config,
+    config::{self, Config},
     error::{Error, Step},
     fault,
     hooks::Lifecycle,
@@ -182,9 +182,10 @@ async fn boot(
     fault.after(fault::Step::Share)?;
     let files = plan.files.map(|files| PodFiles::write(&directory, files));
     let files = files.transpose()?;
+    let cgroup = place(&config.runtime, request, &plan.spec, &journal)?;
     let vm = BulkheadVmm::spawn(&config.hypervisor.path, plan.hooks_network)?;
     fault.after(fault::Step::Spawn)?;
-    adopt(&vm, &plan.spec, &journal)?;
+    adopt(&vm, cgroup, &journal)?;
     fault.after(fault::Step::Adopt)?;
     let wanted = plan.merge_group;
     let mut merging = match wanted {
@@ -408,8 +409,43 @@ async fn follow(
     }
 }
 
-/// Writes the VMM's process down, and puts it where the pod's is to be.
-fn adopt(vm: &BulkheadVmm, spec: &Spec, journal: &Journal) -> Result<(), Error> {
+/// Makes the pod's cgroup, and puts this process there, where the VMM is born
+/// then, or else into one of those beside the pods. The pod's, if the VMM has
+/// still to be moved to it.
+fn place(
+    config: &config::Runtime,
+    request: &SandboxRequest,
+    spec: &Spec,
+    journal: &Journal,
+) -> Result<Option<SandboxCgroup>, Error> {
+    let path = spec
+        .linux()
+        .as_ref()
+        .and_then(|l| l.cgroups_path().as_ref());
+    let Some(path) = path.map(|path| path.to_string_lossy()) else {
+        return Ok(None);
+    };
+    let pods = SandboxCgroup::create(&path, journal)
+        .step(|| format!("linux.cgroupsPath: make the cgroup {path}"))?;
+    let Some(pods) = pods else { return Ok(None) };
+    if config.sandbox_cgroup_only {
+        pods.join().step(|| format!("move to the cgroup {path}"))?;
+        return Ok(None);
+    }
+    let beside = format!(
+        "{}/{}-{}",
+        config.overhead_cgroup, request.namespace, request.id
+    );
+    let step = || format!("runtime.overhead_cgroup: move to the cgroup {beside}");
+    if let Some(beside) = SandboxCgroup::create(&beside, journal).step(step)? {
+        beside.join().step(step)?;
+    }
+    Ok(Some(pods))
+}
+
+/// Writes the VMM's process down, and puts it into the pod's cgroup if it is not
+/// there.
+fn adopt(vm: &BulkheadVmm, cgroup: Option<SandboxCgroup>, journal: &Journal) -> Result<(), Error> {
     let pid = vm.pid();
     // It dies with this process, and is found again by its start time.
     if let Some(start_time) = process::start_time(pid).step(|| "look at the VMM")? {
@@ -417,21 +453,9 @@ fn adopt(vm: &BulkheadVmm, spec: &Spec, journal: &Journal) -> Result<(), Error> 
             .record(Resource::Process { pid, start_time })
             .step(|| "write the journal")?;
     }
-    let path = spec
-        .linux()
-        .as_ref()
-        .and_then(|l| l.cgroups_path().as_ref());
-    if let Some(path) = path {
-        let path = path.to_string_lossy();
-        let cgroup = SandboxCgroup::create(&path, journal)
-            .step(|| format!("linux.cgroupsPath: make the cgroup {path}"))?;
-        if let Some(cgroup) = cgroup {
-            cgroup
-                .add(pid)
-                .step(|| format!("move the VMM to {}", cgroup.path().display()))?;
-        }
-    }
-    Ok(())
+    cgroup.map_or(Ok(()), |cgroup| {
+        cgroup.add(pid).step(|| "move the VMM to the pod's cgroup")
+    })
 }
 
 /// The VMM's network namespace.

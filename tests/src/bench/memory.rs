@@ -64,7 +64,15 @@ pub fn private(program: &str) -> Result<(u64, u64)> {
     let [process] = processes.as_slice() else {
         bail!("{} processes of {program}, not one", processes.len());
     };
-    let path = format!("/proc/{}/smaps", process.pid);
+    private_of(process.pid)
+}
+
+/// The same of a process.
+///
+/// # Errors
+/// It is gone.
+pub fn private_of(pid: u32) -> Result<(u64, u64)> {
+    let path = format!("/proc/{pid}/smaps");
     let text = fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
     Ok(sum(&text))
 }

@@ -9,6 +9,7 @@
 
 mod basic;
 mod boxed;
+mod cgroups;
 mod cli;
 mod context;
 mod cri;
@@ -24,6 +25,7 @@ mod network;
 mod oci;
 mod recovery;
 mod runner;
+mod soak;
 mod stdio;
 mod vmm;
 
@@ -51,8 +53,10 @@ fn all() -> Vec<Test> {
         failure::TESTS,
         kill::TESTS,
         host::TESTS,
+        cgroups::TESTS,
         vmm::TESTS,
         cri::TESTS,
+        soak::TESTS,
         hotplug::TESTS,
         ksm::TESTS,
         cli::TESTS,
