@@ -19,6 +19,11 @@ use crate::{image, listing};
 
 /// The bridge that the pods are on.
 pub const BRIDGE: &str = "bh-cri0";
+/// A runtime handler of Bulkhead's with a key of its configuration in
+/// containerd's: [`INLINE_MEMORY_MIB`].
+pub const INLINE: &str = "bulkhead-inline";
+/// Memory of its pods that say nothing of theirs, in MiB.
+pub const INLINE_MEMORY_MIB: u32 = 384;
 /// The host's address on it.
 pub const HOST: Ipv4Addr = Ipv4Addr::new(10, 199, 8, 1);
 /// How long a call may take; a guest boots in some, and emulation is slow.
@@ -54,14 +59,18 @@ impl Cri {
             crictl,
             handler,
         };
-        cri.wait_for_images()?;
+        cri.wait_for_images(&[image::ROOT_IMAGE, image::APP_IMAGE, image::PAUSE_IMAGE])?;
         Ok(cri)
     }
 
-    /// The plugin learns of images from containerd's events.
-    fn wait_for_images(&self) -> Result<()> {
+    /// Waits until the plugin knows of images: it learns of them from
+    /// containerd's events.
+    ///
+    /// # Errors
+    /// It does not know of one after some minutes.
+    pub fn wait_for_images(&self, names: &[&str]) -> Result<()> {
         let begin = Instant::now();
-        for name in [image::ROOT_IMAGE, image::APP_IMAGE, image::PAUSE_IMAGE] {
+        for name in names {
             while self.crictl(&["inspecti", "-q", name])?.code != 0 {
                 if begin.elapsed() > LIMIT {
                     bail!("the CRI plugin does not know of the image {name}");
@@ -165,9 +174,12 @@ fn plugin(dir: &Path, snapshotter: &str, handler: &str) -> String {
          {cri}.containerd]\n  snapshotter = {snapshotter:?}\n  default_runtime_name = {handler:?}\n\
          {cri}.containerd.runtimes.bulkhead]\n  runtime_type = {BULKHEAD:?}\n  \
          privileged_without_host_devices = true\n  pod_annotations = [\"io.bulkhead.*\"]\n{}\
+         {cri}.containerd.runtimes.{INLINE}]\n  runtime_type = {BULKHEAD:?}\n{}\
+         {cri}.containerd.runtimes.{INLINE}.options.hypervisor]\n  memory_mib = {INLINE_MEMORY_MIB}\n\
          {cri}.containerd.runtimes.runc]\n  runtime_type = {RUNC:?}\n",
         image::PAUSE_IMAGE,
         dir.join("cni").to_string_lossy(),
+        sandboxer(),
         sandboxer(),
     )
 }

@@ -36,12 +36,18 @@ pub const APP_GROUPS: [u32; 2] = [2001, 2002];
 /// The file with [`pattern`] in the image.
 pub const PATTERN_PATH: &str = "/pattern";
 
-const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\napp:x:1000:1000::/home/app:/bin/sh\n";
+const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\napp:x:1000:1000::/home/app:/bin/sh\n\
+                      nobody:x:65534:65534::/:/bin/sh\n";
 const GROUP: &str = "root:x:0:\napp:x:1000:\naudio:x:2001:app\nvideo:x:2002:app,root\n";
 
 /// The program of [`WEB_IMAGE`].
 const WEB_SERVER: &str =
     "#!/bin/sh\necho $$ >/var/run/nginx.pid\nhttpd -p 80 -h /www\nwhile :; do sleep 1; done\n";
+
+/// `pgrep NAME` as far as critest needs it: Debian's busybox has none.
+const PGREP: &str =
+    "#!/bin/sh\nfor dir in /proc/[0-9]*; do\n  read -r name <$dir/comm || continue\n  \
+    case $name in *$1*) echo ${dir#/proc/}; found=1 ;; esac\ndone 2>/dev/null\n[ -n \"$found\" ]\n";
 
 /// `ipcs -m` as far as critest looks at it: Debian's busybox has none.
 const IPCS: &str = "#!/bin/sh\ncat /proc/sysvipc/shm\n";
@@ -70,7 +76,7 @@ pub fn cached() -> Result<PathBuf> {
     let meta = fs::metadata(&busybox).with_context(|| format!("read {}", busybox.display()))?;
     let recipe = format!("{PASSWD}{GROUP}{}", env!("CARGO_PKG_VERSION"));
     let key = format!(
-        "5 {} {}.{:09} {recipe}",
+        "6 {} {}.{:09} {recipe}",
         meta.size(),
         meta.mtime(),
         meta.mtime_nsec()
@@ -97,6 +103,11 @@ fn busybox() -> Result<PathBuf> {
 /// When busybox is not there (package busybox-static) or the file cannot be
 /// written.
 pub fn write(path: &Path) -> Result<()> {
+    write_images(path, common())
+}
+
+/// As [`write`], of these images.
+pub(crate) fn write_images(path: &Path, images: Vec<Image>) -> Result<()> {
     let busybox = busybox()?;
     let program = fs::read(&busybox).with_context(|| format!("read {}", busybox.display()))?;
     let list = proc::run(
@@ -106,10 +117,10 @@ pub fn write(path: &Path) -> Result<()> {
     .ok()?;
     let layer = layer(&program, list.out().lines())?;
     let file = File::create(path).with_context(|| format!("make {}", path.display()))?;
-    archive(Builder::new(file), &layer).with_context(|| format!("write {}", path.display()))
+    archive(Builder::new(file), &layer, images).with_context(|| format!("write {}", path.display()))
 }
 
-fn header(kind: EntryType, mode: u32, owner: (u32, u32), size: usize) -> Header {
+pub(crate) fn header(kind: EntryType, mode: u32, owner: (u32, u32), size: usize) -> Header {
     let mut header = Header::new_gnu();
     header.set_entry_type(kind);
     header.set_mode(mode);
@@ -145,6 +156,7 @@ fn layer<'a>(busybox: &[u8], applets: impl Iterator<Item = &'a str>) -> Result<V
         ("bin/busybox", 0o755, root, busybox),
         ("bin/nginx", 0o755, root, WEB_SERVER.as_bytes()),
         ("bin/ipcs", 0o755, root, IPCS.as_bytes()),
+        ("bin/pgrep", 0o755, root, PGREP.as_bytes()),
         ("www/index.html", 0o644, root, b"welcome\n"),
         ("etc/passwd", 0o644, root, PASSWD.as_bytes()),
         ("etc/group", 0o644, root, GROUP.as_bytes()),
@@ -156,7 +168,7 @@ fn layer<'a>(busybox: &[u8], applets: impl Iterator<Item = &'a str>) -> Result<V
         let mut header = header(EntryType::Regular, mode, owner, content.len());
         tar.append_data(&mut header, name, content)?;
     }
-    for applet in applets.filter(|name| !["busybox", "ipcs"].contains(name)) {
+    for applet in applets.filter(|name| !["busybox", "ipcs", "pgrep"].contains(name)) {
         let mut header = header(EntryType::Symlink, 0o777, root, 0);
         tar.append_link(&mut header, format!("bin/{applet}"), "busybox")?;
     }
@@ -180,9 +192,16 @@ fn blob<W: std::io::Write>(tar: &mut Builder<W>, kind: &str, bytes: &[u8]) -> Re
     }))
 }
 
-fn archive<W: std::io::Write>(mut tar: Builder<W>, layer: &[u8]) -> Result<()> {
-    let layer_descriptor = blob(&mut tar, "layer.v1.tar", layer)?;
-    let diff_id = layer_descriptor["digest"].clone();
+/// An image: its name, the configuration that runs its containers, and a layer
+/// over the common one.
+pub(crate) struct Image {
+    pub(crate) name: &'static str,
+    pub(crate) config: Value,
+    pub(crate) over: Option<Vec<u8>>,
+}
+
+/// The images that everything has.
+fn common() -> Vec<Image> {
     let path = "PATH=/bin";
     let root = json!({ "Cmd": ["sh"], "Env": [path], "WorkingDir": "/" });
     let app = json!({
@@ -197,28 +216,46 @@ fn archive<W: std::io::Write>(mut tar: Builder<W>, layer: &[u8]) -> Result<()> {
         "WorkingDir": "/",
     });
     let web = json!({ "Cmd": ["nginx", "master process"], "Env": [path], "WorkingDir": "/" });
-    let mut manifests = Vec::new();
-    for (name, config) in [
+    let image = |(name, config)| Image {
+        name,
+        config,
+        over: None,
+    };
+    [
         (ROOT_IMAGE, root),
         (APP_IMAGE, app),
         (PAUSE_IMAGE, pause),
         (WEB_IMAGE, web.clone()),
         (CRITEST_WEB_IMAGE, web),
-    ] {
+    ]
+    .map(image)
+    .into()
+}
+
+fn archive<W: std::io::Write>(mut tar: Builder<W>, layer: &[u8], images: Vec<Image>) -> Result<()> {
+    let base = blob(&mut tar, "layer.v1.tar", layer)?;
+    let mut manifests = Vec::new();
+    for Image { name, config, over } in images {
+        let mut layers = vec![base.clone()];
+        if let Some(over) = over {
+            layers.push(blob(&mut tar, "layer.v1.tar", &over)?);
+        }
+        let diff_ids: Vec<&Value> = layers.iter().map(|layer| &layer["digest"]).collect();
+        let created = json!({ "created": "1970-01-01T00:00:00Z" });
         let config = json!({
             "architecture": "amd64",
             "os": "linux",
             "created": "1970-01-01T00:00:00Z",
             "config": config,
-            "rootfs": { "type": "layers", "diff_ids": [diff_id] },
-            "history": [{ "created": "1970-01-01T00:00:00Z" }],
+            "rootfs": { "type": "layers", "diff_ids": diff_ids },
+            "history": vec![created; layers.len()],
         });
         let config = blob(&mut tar, "config.v1+json", config.to_string().as_bytes())?;
         let manifest = json!({
             "schemaVersion": 2,
             "mediaType": "application/vnd.oci.image.manifest.v1+json",
             "config": config,
-            "layers": [layer_descriptor],
+            "layers": layers,
         });
         let mut manifest = blob(
             &mut tar,
@@ -259,7 +296,7 @@ mod tests {
         let make = || {
             let layer = layer(b"program", ["sh", "busybox", "ls"].into_iter()).unwrap();
             let mut bytes = Vec::new();
-            archive(Builder::new(&mut bytes), &layer).unwrap();
+            archive(Builder::new(&mut bytes), &layer, common()).unwrap();
             bytes
         };
         let bytes = make();

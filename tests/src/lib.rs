@@ -6,7 +6,8 @@
 //! * [`host`]: which of the two a test uses.
 //! * [`containerd`], [`image`], [`install`]: a private containerd, an image
 //!   made without a registry, and where the build products are.
-//! * [`cri`]: a containerd for pods, with crictl.
+//! * [`cri`]: a containerd for pods, with crictl; [`critest_images`]: what
+//!   critest runs beside the images that everything has.
 //! * [`guest`]: a guest and its agent without the runtime; [`stamp`]: a program
 //!   for it that tells when it began.
 //! * [`timeline`]: the start timeline that the shim logs.
@@ -18,6 +19,7 @@ pub mod bench;
 pub mod boxed;
 pub mod containerd;
 pub mod cri;
+pub mod critest_images;
 pub mod guest;
 pub mod host;
 pub mod image;
