@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Options that a client gives for a container's runtime.
 
-use std::path::PathBuf;
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
 
 use bulkhead_runtime::config::{Config, ConfigError};
 use bulkhead_shim_protocol::{runc, runtimeoptions, Named};
@@ -13,6 +16,11 @@ const CONTAINERD: [&str; 3] = ["TypeUrl", "ConfigPath", "ConfigBody"];
 
 /// What errors call a configuration in the options.
 const BODY: &str = "runtime options (config_body)";
+
+/// In the bundle of a pod's first container, or of a sandbox: what `start` was
+/// given for the shim that it runs, as it was encoded. With the sandbox API
+/// nobody gives it again.
+const KEPT: &str = "runtime-options";
 
 /// What was asked for.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -32,6 +40,9 @@ pub enum OptionsError {
     /// Not a message of the type it claims to be.
     #[error("{0}")]
     Malformed(&'static str, #[source] protobuf::Error),
+    /// What `start` kept of them cannot be read.
+    #[error("{} cannot be read", .0.display())]
+    Kept(PathBuf, #[source] io::Error),
     /// The configuration in them is not TOML.
     #[error("{BODY}")]
     Body(#[source] Box<dyn std::error::Error + Send + Sync>),
@@ -72,6 +83,34 @@ impl Options {
                 .map_err(|source| OptionsError::Malformed(runc::Options::TYPE_URL, source)),
             other => Err(OptionsError::Unknown(other.into())),
         }
+    }
+
+    /// Keeps options in a bundle, for [`Options::kept`]; none need not be kept.
+    ///
+    /// # Errors
+    /// They cannot be written.
+    pub fn keep(options: Option<&Any>, bundle: &Path) -> io::Result<()> {
+        let Some(any) = options.filter(|any| !any.value.is_empty()) else {
+            return Ok(());
+        };
+        let bytes = any.write_to_bytes().map_err(io::Error::other)?;
+        fs::write(bundle.join(KEPT), bytes)
+    }
+
+    /// What was kept in a bundle.
+    ///
+    /// # Errors
+    /// It cannot be read, or is not what was kept.
+    pub fn kept(bundle: &Path) -> Result<Self, OptionsError> {
+        let path = bundle.join(KEPT);
+        let bytes = match fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Self::default()),
+            Err(source) => return Err(OptionsError::Kept(path, source)),
+        };
+        let any = Any::parse_from_bytes(&bytes)
+            .map_err(|source| OptionsError::Malformed(KEPT, source))?;
+        Self::parse(Some(&any))
     }
 
     /// The configuration: the one they name, or the host's, and what they
@@ -141,6 +180,22 @@ mod tests {
         let config = Options::parse(Some(&any)).unwrap().configuration().unwrap();
         assert_eq!(config.hypervisor.vcpus, 3);
         assert_eq!(config.hypervisor.memory_mib, 512);
+    }
+
+    #[test]
+    fn what_is_kept_in_a_bundle_is_what_was_given() {
+        let bundle = tempfile::tempdir().unwrap();
+        Options::keep(None, bundle.path()).unwrap();
+        let none = Options::kept(bundle.path()).unwrap();
+        assert_eq!(none, Options::default());
+        let any = generic("/etc/x.toml", b"[hypervisor]\nvcpus = 3\n");
+        Options::keep(Some(&any), bundle.path()).unwrap();
+        let kept = Options::kept(bundle.path()).unwrap();
+        assert_eq!(kept, Options::parse(Some(&any)).unwrap());
+        assert_eq!(kept.config, Some("/etc/x.toml".into()));
+        std::fs::write(bundle.path().join(KEPT), [0xff]).unwrap();
+        let error = Options::kept(bundle.path()).unwrap_err();
+        assert!(matches!(error, OptionsError::Malformed(..)), "{error}");
     }
 
     #[test]

@@ -25,8 +25,8 @@ use tokio::{
 };
 
 use crate::{
-    error::CallError, events, forward::Queue, kept, lock::PodLock, record::Record,
-    sandbox::SandboxApi, socket, stdio::Streams,
+    error::CallError, events, forward::Queue, kept, lock::PodLock, options::Options,
+    record::Record, sandbox::SandboxApi, socket, stdio::Streams,
 };
 
 /// How long processes may take to be seen to have ended with their machine.
@@ -43,6 +43,8 @@ pub struct Identity {
     pub socket: PathBuf,
     /// CLOCK_MONOTONIC in microseconds when `start` began.
     pub started_us: u64,
+    /// What the runtime handler's configuration says of this runtime.
+    pub options: Options,
 }
 
 /// The pod.

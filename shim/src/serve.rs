@@ -24,6 +24,7 @@ use crate::{
     flags::Flags,
     forward,
     log::{self, Log},
+    options::{Options, OptionsError},
     pod::{Identity, Pod},
     reaper, service,
 };
@@ -47,6 +48,9 @@ pub enum ServeError {
     /// Standard input is not a socket that listens.
     #[error("standard input is not a listening socket: run by start only")]
     NoSocket,
+    /// What was given to `start` for this shim cannot be used.
+    #[error("runtime options")]
+    Options(#[from] OptionsError),
     /// The service cannot be offered.
     #[error("serve")]
     Serve(#[from] ttrpc::Error),
@@ -66,8 +70,9 @@ pub fn run(flags: &Flags) -> Result<(), ServeError> {
     // of a group, which is by itself already.
     let _ = rustix::process::setsid();
     let bundle = std::env::current_dir().map_err(step("find the working directory"))?;
+    let options = Options::kept(&bundle)?;
     // What is wrong with the configuration is told when a container is made.
-    let config = Config::load(None).unwrap_or_default();
+    let config = options.configuration().unwrap_or_default();
     set_up_log(flags, &bundle, &config);
     // containerd removes the bundle.
     std::env::set_current_dir("/").map_err(step("leave the bundle"))?;
@@ -84,6 +89,7 @@ pub fn run(flags: &Flags) -> Result<(), ServeError> {
             0 => bulkhead_runtime::clock::monotonic_us(),
             started_us => started_us,
         },
+        options,
     };
     let runtime = runtime().map_err(step("start the event loop"))?;
     let served = runtime.block_on(serve(identity, listener, &config.shim));

@@ -92,6 +92,8 @@ pub fn run(flags: &Flags, started_us: u64) -> Result<(), StartError> {
         let bound =
             socket::bind(&path).map_err(step(|| format!("listen at {}", path.display())))?;
         if let Bound::New(listener) = bound {
+            Options::keep(input.options.as_ref(), &bundle)
+                .map_err(step(|| format!("keep the options in {}", bundle.display())))?;
             let serve = Serve {
                 flags: &flags,
                 bundle: &bundle,

@@ -140,7 +140,7 @@ impl Pod {
             )));
         }
         let created = Created {
-            config: Config::load(None)?,
+            config: self.identity.options.configuration()?,
             spec: config::pod_spec(request)?,
             bundle,
         };
