@@ -14,6 +14,7 @@ use crate::container::{Containers, Message};
 use crate::devices;
 use crate::error::AgentError;
 use crate::sandbox::{self, Times};
+use crate::stdio;
 use crate::steps::Steps;
 
 /// Answers the host.
@@ -227,6 +228,15 @@ impl agent_ttrpc::Agent for Service {
         request: agent::RemoveDeviceRequest,
     ) -> ttrpc::Result<agent::Empty> {
         devices::remove(&request, self.containers.shared().in_guest)?;
+        Ok(agent::Empty::new())
+    }
+
+    async fn dial_port(
+        &self,
+        _: &TtrpcContext,
+        request: agent::DialPortRequest,
+    ) -> ttrpc::Result<agent::Empty> {
+        stdio::port::dial(&self.containers.shared().dialer, &request).await?;
         Ok(agent::Empty::new())
     }
 

@@ -3,6 +3,7 @@
 //! opened before the process runs and closed when its output is drained.
 
 pub mod dial;
+pub mod port;
 pub mod pump;
 
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};

@@ -342,6 +342,17 @@ async fn copy_input(stream: &AsyncFd<OwnedFd>, sink: &AsyncFd<OwnedFd>) {
     }
 }
 
+/// Moves bytes both ways between two sockets until both ways have ended. The
+/// end of one way is passed on, and the other goes on.
+pub async fn both(one: AsyncFd<OwnedFd>, other: AsyncFd<OwnedFd>) {
+    tokio::join!(one_way(&one, &other), one_way(&other, &one));
+}
+
+async fn one_way(from: &AsyncFd<OwnedFd>, to: &AsyncFd<OwnedFd>) {
+    copy_input(from, to).await;
+    finish(to);
+}
+
 /// Forwards what a terminal shows to the host; drops it without a stream.
 pub async fn terminal_output(
     master: Arc<AsyncFd<OwnedFd>>,

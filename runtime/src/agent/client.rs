@@ -110,6 +110,8 @@ calls! {
     update_container(UpdateContainerRequest) -> Empty, "update container", short;
     /// Removes a container.
     delete_container(ContainerRequest) -> Empty, "delete container", long;
+    /// Connects a stream to a port of the pod's loopback interface.
+    dial_port(DialPortRequest) -> Empty, "connect to a port", short;
     /// Does nothing, to see whether it answers.
     check(Empty) -> Empty, "check", short;
     /// Forgets a further process.

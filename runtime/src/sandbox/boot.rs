@@ -41,6 +41,7 @@ use super::{
     directory::{check_name, Directory, Identity},
     files::PodFiles,
     observe::watch_health,
+    ports,
     state::Pod,
     Event, Inner, Sandbox, SandboxRequest,
 };
@@ -229,7 +230,7 @@ async fn boot(
         Some(made) => Some(format!("/proc/{}/fd/{}", std::process::id(), made.as_raw_fd()).into()),
         None => oci::network_namespace(&plan.spec).map(Path::to_owned),
     };
-    let (journal, network) = attach(netns, journal).await?;
+    let (journal, network) = attach(netns.clone(), journal).await?;
     fault.after(fault::Step::Network)?;
     let (console, console_writer) = Console::open(&config.runtime, &request.id)
         .step(|| "open the guest's console (runtime.guest_console)")?;
@@ -361,15 +362,18 @@ async fn boot(
         closed: watch::Sender::new(None),
     });
     tokio::spawn(follow(inner.vm.ending(), Arc::downgrade(&inner), console));
-    beside(&inner, operator);
+    beside(&inner, operator, netns);
     Ok((Sandbox { inner }, told))
 }
 
 /// Begins what goes on for as long as the pod is there.
-fn beside(inner: &Arc<Inner>, operator: Option<tokio::net::UnixListener>) {
+fn beside(inner: &Arc<Inner>, operator: Option<tokio::net::UnixListener>, netns: Option<PathBuf>) {
     let mut tasks = inner.tasks.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(listener) = operator {
         tasks.spawn(server::serve(listener, Arc::downgrade(inner)));
+    }
+    if let Some(netns) = netns {
+        tasks.spawn(ports::serve(Arc::downgrade(inner), netns));
     }
     let agent = &inner.config.agent;
     if agent.health_interval_ms > 0 {

@@ -10,6 +10,7 @@ mod container;
 pub(crate) mod directory;
 mod files;
 mod observe;
+mod ports;
 mod process;
 mod rootfs;
 mod state;

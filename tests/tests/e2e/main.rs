@@ -23,6 +23,8 @@ mod memory;
 mod merging;
 mod network;
 mod oci;
+mod pod;
+mod ports;
 mod recovery;
 mod runner;
 mod soak;
@@ -57,6 +59,7 @@ fn all() -> Vec<Test> {
         vmm::TESTS,
         cri::TESTS,
         soak::TESTS,
+        ports::TESTS,
         hotplug::TESTS,
         ksm::TESTS,
         cli::TESTS,

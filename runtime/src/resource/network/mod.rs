@@ -8,6 +8,7 @@
 //! Netlink work runs on a thread of its own that has entered the namespace;
 //! no other thread of the process ever changes its namespace.
 
+pub mod loopback;
 mod netlink;
 mod scan;
 mod sys;

@@ -23,12 +23,12 @@ fn output(command: &str) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-struct Namespace {
+pub struct Namespace {
     name: String,
 }
 
 impl Namespace {
-    fn new(test: &str) -> Option<Self> {
+    pub fn new(test: &str) -> Option<Self> {
         if !nix::unistd::geteuid().is_root() {
             println!("SKIPPED: {test}: needs root");
             return None;
@@ -42,11 +42,11 @@ impl Namespace {
         Some(Self { name })
     }
 
-    fn path(&self) -> PathBuf {
+    pub fn path(&self) -> PathBuf {
         PathBuf::from(format!("/var/run/netns/{}", self.name))
     }
 
-    fn ip(&self, args: &str) {
+    pub fn ip(&self, args: &str) {
         run(&format!("ip -n {} {args}", self.name));
     }
 }
