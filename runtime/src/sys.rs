@@ -81,9 +81,14 @@ pub fn watch<T: Owner>(owner: T, interest: Interest) -> Result<AsyncFd<T>, (T, i
 }
 
 /// Changes a mount, and with `recursive` everything below it, in one step
-/// (mount_setattr(2)): no longer receives or sends mounts, and with
-/// `read_only` cannot be written through.
-pub fn isolate_mount(mount: BorrowedFd<'_>, recursive: bool, read_only: bool) -> io::Result<()> {
+/// (mount_setattr(2)): no longer sends mounts, receives them only with
+/// `receives`, and with `read_only` cannot be written through.
+pub fn isolate_mount(
+    mount: BorrowedFd<'_>,
+    recursive: bool,
+    read_only: bool,
+    receives: bool,
+) -> io::Result<()> {
     let attributes = libc::mount_attr {
         attr_set: if read_only {
             libc::MOUNT_ATTR_RDONLY
@@ -91,7 +96,11 @@ pub fn isolate_mount(mount: BorrowedFd<'_>, recursive: bool, read_only: bool) ->
             0
         },
         attr_clr: 0,
-        propagation: libc::MS_PRIVATE,
+        propagation: if receives {
+            libc::MS_SLAVE
+        } else {
+            libc::MS_PRIVATE
+        },
         userns_fd: 0,
     };
     let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };

@@ -48,6 +48,8 @@ pub struct Volume {
     pub recursive: bool,
     /// The guest may not write to it.
     pub read_only: bool,
+    /// What the host mounts below it later is the guest's to see and to write.
+    pub follows: bool,
 }
 
 /// A container for the agent, and what the host has to prepare for it.
@@ -190,13 +192,18 @@ fn translate_mount(
             name: number.to_string(),
             recursive: has("rbind"),
             read_only: has("ro") || has("rro"),
+            follows: false,
         };
         out.source = format!("{directory}/mounts/{}", volume.name);
         // The last word counts, as with mount(8).
         let read_write = options.iter().rposition(|option| option == "rw");
         let read_only = options.iter().rposition(|option| option == "ro");
+        let read_only = volume.read_only && (has("rro") || read_only > read_write);
+        // Later mounts would come without the protection of these.
+        let follows = has("rbind") && !read_only && (has("rslave") || has("rshared"));
         volumes.push(Volume {
-            read_only: volume.read_only && (has("rro") || read_only > read_write),
+            read_only,
+            follows,
             ..volume
         });
         return Ok(out);
@@ -303,12 +310,14 @@ mod tests {
                     name: "1".into(),
                     recursive: true,
                     read_only: true,
+                    follows: false,
                 },
                 Volume {
                     source: "/srv/b".into(),
                     name: "2".into(),
                     recursive: false,
                     read_only: false,
+                    follows: false,
                 },
             ]
         );

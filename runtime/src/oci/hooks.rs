@@ -65,6 +65,7 @@ pub fn in_guest(
             source: hook.path().clone(),
             name,
             recursive: false,
+            follows: false,
             read_only: true,
         });
         out.create_container.push(hook_out);

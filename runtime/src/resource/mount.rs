@@ -31,13 +31,32 @@ use crate::sys;
 /// # Errors
 /// What the kernel says.
 pub fn bind(source: &Path, target: &Path, recursive: bool, read_only: bool) -> io::Result<()> {
+    attach(source, target, recursive, read_only, false)
+}
+
+/// As [`bind`] with everything below, to write to; what is mounted below the
+/// original later shows in the copy too, where the original passes it on.
+///
+/// # Errors
+/// What the kernel says.
+pub fn follow(source: &Path, target: &Path) -> io::Result<()> {
+    attach(source, target, true, false, true)
+}
+
+fn attach(
+    source: &Path,
+    target: &Path,
+    recursive: bool,
+    read_only: bool,
+    receives: bool,
+) -> io::Result<()> {
     let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     if recursive {
         flags |= OpenTreeFlags::AT_RECURSIVE;
     }
     let tree = open_tree(CWD, source, flags)?;
     // Before it is attached anywhere.
-    sys::isolate_mount(tree.as_fd(), recursive, read_only)?;
+    sys::isolate_mount(tree.as_fd(), recursive, read_only, receives)?;
     move_mount(
         &tree,
         "",
@@ -160,6 +179,34 @@ mod tests {
     fn escapes_are_undone() {
         assert_eq!(unescape(br"/a\040b\134c"), PathBuf::from(r"/a b\c"));
         assert_eq!(unescape(br"/a\0"), PathBuf::from(r"/a\0"));
+    }
+
+    #[test]
+    fn a_copy_follows_the_original_and_not_the_other_way_round() {
+        if !nix::unistd::geteuid().is_root() {
+            println!(
+                "SKIPPED: a_copy_follows_the_original_and_not_the_other_way_round: needs root"
+            );
+            return;
+        }
+        let base = std::env::temp_dir().join(format!("bulkhead-follow-{}", std::process::id()));
+        let _ = remove_tree(&base);
+        let at = |name: &str| base.join(name);
+        for name in ["original/in", "shared/copy", "shared/apart", "extra"] {
+            std::fs::create_dir_all(at(name)).unwrap();
+        }
+        std::fs::write(at("extra/file"), "seen").unwrap();
+        share(&at("original")).unwrap();
+        share(&at("shared")).unwrap();
+        follow(&at("original"), &at("shared/copy")).unwrap();
+        bind(&at("original"), &at("shared/apart"), true, false).unwrap();
+        bind(&at("extra"), &at("original/in"), false, false).unwrap();
+        assert_eq!(std::fs::read(at("shared/copy/in/file")).unwrap(), b"seen");
+        assert!(!at("shared/apart/in/file").exists());
+        // Taking the copy away leaves the original as it is.
+        remove_tree(&at("shared")).unwrap();
+        assert!(at("original/in/file").exists());
+        remove_tree(&base).unwrap();
     }
 
     #[test]

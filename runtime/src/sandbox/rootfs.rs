@@ -79,7 +79,11 @@ fn bind_volume(volume: &Volume, target: &Path) -> Result<(), Error> {
     } else {
         File::create_new(target).step(|| format!("create {}", target.display()))?;
     }
-    mounts::bind(&volume.source, target, volume.recursive, volume.read_only).map_err(failed)
+    match volume.follows {
+        true => mounts::follow(&volume.source, target),
+        false => mounts::bind(&volume.source, target, volume.recursive, volume.read_only),
+    }
+    .map_err(failed)
 }
 
 /// Makes one mount of a snapshotter.
