@@ -24,6 +24,7 @@ mod merging;
 mod network;
 mod oci;
 mod pod;
+mod pods;
 mod ports;
 mod recovery;
 mod runner;
@@ -59,6 +60,7 @@ fn all() -> Vec<Test> {
         vmm::TESTS,
         cri::TESTS,
         soak::TESTS,
+        pods::TESTS,
         ports::TESTS,
         hotplug::TESTS,
         ksm::TESTS,
