@@ -2,7 +2,10 @@
 //! A container's specification as the guest gets it: paths of the guest
 //! instead of the host's, and nothing that only makes sense on the host.
 
-use std::{collections::HashMap, path::PathBuf};
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+};
 
 use bulkhead_agent_protocol::{oci, SHARED_MOUNT};
 use oci_spec::runtime::{Linux, Mount, Spec};
@@ -16,7 +19,7 @@ const GUEST_FILE_SYSTEMS: [&str; 9] = [
 
 /// Where a pod's shared memory is in the guest; all containers of a pod that
 /// share it mount this.
-const GUEST_SHM: &str = "/dev/shm";
+pub const GUEST_SHM: &str = "/dev/shm";
 
 /// Sysctls of an IPC or UTS namespace.
 const NAMESPACED_SYSCTLS: [&str; 5] = [
@@ -87,6 +90,16 @@ pub struct Pod<'a> {
     pub pid: u32,
     /// The container that stands for it; none does with the sandbox API.
     pub sandbox: Option<&'a str>,
+}
+
+/// The host's directory that a mount has for the pod's shared memory.
+pub fn shared_memory(mount: &Mount) -> Option<&Path> {
+    let source = mount.source().as_deref()?;
+    let bind = |name: &str| ["bind", "rbind"].contains(&name);
+    let options = mount.options().iter().flatten();
+    let bound = mount.typ().as_deref().is_some_and(bind) || options.map(String::as_str).any(bind);
+    let there = mount.destination() == Path::new(GUEST_SHM);
+    (bound && there && source.ends_with("shm")).then_some(source)
 }
 
 /// Translates the container `id`. `pod`: what there is already for it to join.
@@ -183,7 +196,7 @@ fn translate_mount(
             )));
         }
         // Shared memory is memory of the guest.
-        if destination == GUEST_SHM && source.ends_with("shm") {
+        if shared_memory(mount).is_some() {
             out.source = GUEST_SHM.into();
             return Ok(out);
         }

@@ -22,7 +22,7 @@ use serde_json::Value;
 
 pub use self::{
     annotations::{annotation_names, configured},
-    guest::{container, role, Pod, Prepared, Role, Volume},
+    guest::{container, role, Pod, Prepared, Role, Volume, GUEST_SHM},
     hooks::check as check_hook,
     merge::merge_group,
     process::process,
@@ -109,6 +109,15 @@ pub fn network_namespace(spec: &Spec) -> Option<&Path> {
         .find(|namespace| namespace.typ() == LinuxNamespaceType::Network)?
         .path()
         .as_deref()
+}
+
+/// Size in bytes of the host's file system that a container which stands for a
+/// pod has for the pod's shared memory; none: it says nothing of it.
+pub fn shm_size(spec: &Spec) -> Option<u64> {
+    let mounts = spec.mounts().as_ref()?;
+    let source = mounts.iter().find_map(guest::shared_memory)?;
+    let found = rustix::fs::statvfs(source).ok()?;
+    Some(found.f_blocks.saturating_mul(found.f_frsize))
 }
 
 /// Refuses a pod that asks for the host's network: one without a network

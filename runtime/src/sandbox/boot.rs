@@ -74,6 +74,10 @@ use crate::{
 /// Entropy for the guest's generator, in bytes.
 const ENTROPY: usize = 64;
 
+/// Bytes of shared memory of a pod that nobody says more of: as much as
+/// containerd and others give one.
+const SHARED_MEMORY: u64 = 64 << 20;
+
 /// How many of the console's last lines an error tells.
 const CONSOLE_LINES: usize = 4;
 
@@ -97,6 +101,10 @@ pub async fn start(
             (spec, sysctls, None)
         }
     };
+    let shm_size = match files {
+        Some(_) => Some(SHARED_MEMORY),
+        None => oci::shm_size(&spec),
+    };
     oci::check_network(&spec)?;
     let config = oci::configured(&spec, &config)?;
     let fault = config.debug.fault();
@@ -114,6 +122,7 @@ pub async fn start(
         size,
         merge_group,
         pod_sysctls,
+        shm_size,
         files,
         hooks_network,
         kernel,
@@ -160,6 +169,8 @@ struct Plan {
     size: Size,
     merge_group: Option<Name>,
     pod_sysctls: HashMap<String, String>,
+    /// Of the pod's shared memory, in bytes; none: the guest's own default.
+    shm_size: Option<u64>,
     /// None: a container stands for the pod.
     files: Option<Vec<(PathBuf, String)>>,
     /// The network is for the first container's hooks to set up.
@@ -295,6 +306,7 @@ async fn boot(
         routes: sorted(routes),
         neighbours,
         sysctls: plan.pod_sysctls,
+        shm_size: plan.shm_size.unwrap_or_default(),
         ..Default::default()
     });
     let guest = tokio::select! {

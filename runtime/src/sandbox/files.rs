@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Files that all containers of a pod see, where no front end keeps them:
-//! /etc/hosts, /etc/hostname, /etc/resolv.conf.
+//! What all containers of a pod see, where no front end keeps it: /etc/hosts,
+//! /etc/hostname, /etc/resolv.conf, and the shared memory.
 
 use std::{
     fs,
@@ -10,7 +10,10 @@ use std::{
 use oci_spec::runtime::{Mount, MountBuilder, Spec};
 
 use super::directory::Directory;
-use crate::error::{Error, Step};
+use crate::{
+    error::{Error, Step},
+    oci::GUEST_SHM,
+};
 
 /// The files on the host, and where containers have them.
 #[derive(Debug, Default)]
@@ -54,7 +57,23 @@ impl PodFiles {
             // Nothing is required of a mount but its destination.
             mounts.extend(mount.ok());
         }
+        for mount in &mut mounts {
+            share_memory(mount);
+        }
         spec.set_mounts(Some(mounts));
+    }
+}
+
+/// Shared memory that a container would have for itself becomes the pod's.
+fn share_memory(mount: &mut Mount) {
+    let own = mount.destination() == Path::new(GUEST_SHM)
+        && mount.typ().as_deref() == Some("tmpfs")
+        && mount.source().as_deref() == Some(Path::new("shm"));
+    if own {
+        mount.set_typ(Some("bind".into()));
+        mount.set_source(Some(GUEST_SHM.into()));
+        let options = ["rbind", "nosuid", "noexec", "nodev"].map(String::from);
+        mount.set_options(Some(options.into()));
     }
 }
 
@@ -70,15 +89,18 @@ mod tests {
         let files = ["/etc/hosts", "/etc/hostname"].map(|path| (path.into(), format!("of {path}")));
         let files = PodFiles::write(&directory, files.into()).unwrap();
         let mut spec: Spec = serde_json::from_str(
-            r#"{"ociVersion":"1.2.0","mounts":[{"destination":"/etc/hosts","type":"tmpfs"}]}"#,
+            r#"{"ociVersion":"1.2.0","mounts":[{"destination":"/etc/hosts","type":"tmpfs"},
+                {"destination":"/dev/shm","type":"tmpfs","source":"shm","options":["size=65536k"]}]}"#,
         )
         .unwrap();
         files.mount(&mut spec);
         let mounts = spec.mounts().clone().unwrap();
-        assert_eq!(mounts.len(), 2);
+        assert_eq!(mounts.len(), 3);
         assert_eq!(mounts[0].typ().as_deref(), Some("tmpfs"));
-        assert_eq!(mounts[1].destination(), Path::new("/etc/hostname"));
-        let source = mounts[1].source().clone().unwrap();
+        assert_eq!(mounts[1].typ().as_deref(), Some("bind"));
+        assert_eq!(mounts[1].source().as_deref(), Some(Path::new("/dev/shm")));
+        assert_eq!(mounts[2].destination(), Path::new("/etc/hostname"));
+        let source = mounts[2].source().clone().unwrap();
         assert_eq!(fs::read_to_string(source).unwrap(), "of /etc/hostname");
         directory.release().unwrap();
     }

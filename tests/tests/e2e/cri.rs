@@ -83,6 +83,11 @@ fn three_containers(context: &Context, name: &str, pod_config: Value) -> Result<
         let files = pod.sh(container, "hostname; cat /etc/hostname /etc/resolv.conf")?;
         same(files, format!("ship\nship\n{dns}"))?;
     }
+    // Shared memory is the pod's, and as large as containerd's own.
+    pod.sh(&two, "echo seen >/dev/shm/there")?;
+    same(pod.sh(&three, "cat /dev/shm/there")?, "seen").context("shared memory")?;
+    let size = pod.sh(&three, "df -k /dev/shm | tail -n 1")?;
+    mentions(&size, &[" 65536 "]).context("the size of /dev/shm")?;
     let sysctls = "cat /proc/sys/kernel/shm_rmid_forced /proc/sys/net/ipv4/ip_local_port_range";
     same(pod.sh(&two, sysctls)?, "1\n2000\t50000").context("sysctls")?;
 
