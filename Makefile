@@ -30,7 +30,7 @@ PACKAGES := ca-certificates build-essential bc bison flex libelf-dev libssl-dev 
 RUST_PACKAGES := rustc-web cargo-web
 RUST_OLDEST := 1.86.0
 
-.PHONY: help deps build binaries guest kernel run test test-agent test-agent-load test-containerd critest soak box bench fuzz install uninstall
+.PHONY: help deps build binaries guest kernel run test test-agent test-agent-load test-guest-load test-containerd critest soak box bench fuzz install uninstall
 
 help: ## What can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -90,6 +90,9 @@ test-agent: ## Runs the agent's own tests, without a virtual machine (root)
 test-agent-load: ## The same of many containers and processes, in full numbers
 	@BULKHEAD_AGENT_LOAD=full cargo test -p bulkhead-agent --test robust -- --test-threads 1 --nocapture
 
+test-guest-load: build ## Full numbers of containers and processes in one guest; takes long
+	@BULKHEAD_AGENT_LOAD=full cargo test -p bulkhead-tests --test e2e -- very_many fork_bombs
+
 box: build ## A shell in the KVM host in a box
 	@$(RELEASE)/bulkhead-box shell
 
@@ -104,13 +107,17 @@ FUZZ_FLAGS := -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
 FUZZ_TARGET := x86_64-unknown-linux-gnu
 FUZZ_SECONDS ?= 60
 
-fuzz: deps ## Runs each fuzz target of the VMM for a minute (FUZZ_SECONDS)
-	@cd vmm/fuzz && RUSTFLAGS="$(FUZZ_FLAGS)" cargo build --release --target $(FUZZ_TARGET)
-	@cd vmm/fuzz && for target in snapshot control pci blk vsock kernel; do \
-		echo "fuzz: $$target"; \
-		mkdir -p corpus/$$target artifacts; \
-		target/$(FUZZ_TARGET)/release/$$target corpus/$$target seeds/$$target -artifact_prefix=artifacts/$$target- \
-			-max_total_time=$(FUZZ_SECONDS) -timeout=10 -rss_limit_mb=1024 -print_final_stats=1 2>&1 | tail -n 12; \
+fuzz: deps ## Runs each fuzz target of VMM and agent for a minute (FUZZ_SECONDS)
+	@for crate in vmm:snapshot,control,pci,blk,vsock,kernel agent:specification,request,answer; do \
+		cd "$(CURDIR)/$${crate%%:*}/fuzz"; \
+		RUSTFLAGS="$(FUZZ_FLAGS)" cargo build --release --target $(FUZZ_TARGET); \
+		targets=$${crate#*:}; \
+		for target in $${targets//,/ }; do \
+			echo "fuzz: $${crate%%:*} $$target"; \
+			mkdir -p corpus/$$target artifacts; \
+			target/$(FUZZ_TARGET)/release/$$target corpus/$$target seeds/$$target -artifact_prefix=artifacts/$$target- \
+				-max_total_time=$(FUZZ_SECONDS) -timeout=10 -rss_limit_mb=1024 -print_final_stats=1 2>&1 | tail -n 12; \
+		done; \
 	done
 
 install: build ## Installs to PREFIX (/usr/local)

@@ -86,7 +86,7 @@ fn write_one(path: &Path) -> Result<()> {
 }
 
 /// Domain, bus, device and function, as the kernel writes them.
-fn is_address(text: &str) -> bool {
+pub fn is_address(text: &str) -> bool {
     let form = b"xxxx:xx:xx.x";
     text.len() == form.len()
         && text.bytes().zip(form).all(|(byte, form)| match form {

@@ -185,18 +185,27 @@ fn await_letter(socket: BorrowedFd<'_>, letter: u8) -> nix::Result<bool> {
 pub fn receive(socket: BorrowedFd<'_>) -> nix::Result<Option<Report>> {
     let mut buffer = [0u8; LONGEST];
     let (count, passed) = fd::receive_with_fd(socket, &mut buffer)?;
-    let Some((letter, rest)) = buffer[..count].split_first() else {
-        return Ok(None);
-    };
+    match count {
+        0 => Ok(None),
+        count => understand(&buffer[..count], passed).map(Some),
+    }
+}
+
+fn understand(message: &[u8], passed: Option<OwnedFd>) -> nix::Result<Report> {
+    let (letter, rest) = message.split_first().ok_or(Errno::EPROTO)?;
     match (*letter, passed) {
-        (READY, None) => Steps::decode(rest)
-            .map(|steps| Some(Report::Ready(steps)))
-            .ok_or(Errno::EPROTO),
-        (TERMINAL, Some(master)) => Ok(Some(Report::Terminal(master))),
-        (FAILED, None) => decode(rest)
-            .map(|f| Some(Report::Failed(f)))
-            .ok_or(Errno::EPROTO),
+        (READY, None) => Steps::decode(rest).map(Report::Ready).ok_or(Errno::EPROTO),
+        (TERMINAL, Some(master)) => Ok(Report::Terminal(master)),
+        (FAILED, None) => decode(rest).map(Report::Failed).ok_or(Errno::EPROTO),
         _ => Err(Errno::EPROTO),
+    }
+}
+
+/// For a fuzz target: a message of a child's.
+#[cfg(feature = "fuzzing")]
+pub fn fuzz(bytes: &[u8]) {
+    if let Ok(Report::Failed(failure)) = understand(bytes, None) {
+        assert!(encode(&failure).len() <= LONGEST);
     }
 }
 

@@ -396,5 +396,27 @@ fn prefix_of(address: &agent::IpAddress, field: &str) -> Result<u8> {
     }
 }
 
+/// For a fuzz target: the messages of a request.
+#[cfg(feature = "fuzzing")]
+pub fn fuzz(request: &agent::SetupSandboxRequest) {
+    let addresses = request.interfaces.iter().flat_map(|i| &i.addresses);
+    let addresses = addresses.map(|address| address_message(1, address));
+    let routes = request.routes.iter().map(|r| route_message(r, Some(1)));
+    let neighbours = request.neighbours.iter().map(|n| neighbour_message(n, 1));
+    for message in addresses.chain(routes).chain(neighbours).flatten() {
+        let bytes = message.finish(1);
+        let received: Vec<_> = message::messages(&bytes).collect();
+        assert_eq!(received.len(), 1, "one message and nothing behind it");
+    }
+}
+
+/// For a fuzz target: an answer of the kernel's.
+#[cfg(feature = "fuzzing")]
+pub fn fuzz_answer(bytes: &[u8]) {
+    for message in message::messages(bytes) {
+        let _ = parse_link(message.body);
+    }
+}
+
 #[cfg(test)]
 mod tests;

@@ -14,6 +14,7 @@ mod cli;
 mod context;
 mod cri;
 mod failure;
+mod guest;
 mod host;
 mod hotplug;
 mod kill;
@@ -63,6 +64,7 @@ fn all() -> Vec<Test> {
         pods::TESTS,
         ports::TESTS,
         hotplug::TESTS,
+        guest::TESTS,
         ksm::TESTS,
         cli::TESTS,
         recovery::TESTS,
