@@ -141,7 +141,11 @@ fn set_up_init(
     rootfs::mask(&plan.masked_paths)?;
     steps.done(Step::Masks);
     program::limit(&plan.process, namespaces.user.is_some())?;
-    let program = program::become_user(&plan.process, plan.seccomp.as_deref())?;
+    let program = program::become_user(
+        &plan.process,
+        plan.seccomp.as_deref(),
+        parts.channel.as_fd(),
+    )?;
     steps.done(Step::User);
     Ok(program)
 }
@@ -183,7 +187,7 @@ fn set_up_exec(
     nix::sys::stat::umask(nix::sys::stat::Mode::empty());
     terminal::set_up(plan, parts.ends, parts.channel.as_fd(), false)?;
     program::limit(plan, own_user_namespace)?;
-    let program = program::become_user(plan, container.seccomp.as_deref())?;
+    let program = program::become_user(plan, container.seccomp.as_deref(), parts.channel.as_fd())?;
     steps.done(Step::User);
     Ok(program)
 }

@@ -4,6 +4,7 @@
 
 use std::ffi::{CString, OsStr};
 use std::fs;
+use std::os::fd::{BorrowedFd, IntoRawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -13,7 +14,7 @@ use nix::sched::sched_setaffinity;
 use nix::sys::stat::{umask, Mode};
 use nix::unistd::{chdir, faccessat, getcwd, setresgid, setresuid, AccessFlags, Gid, Pid, Uid};
 
-use super::report::{At, Done, Failure};
+use super::report::{send_listener, At, Done, Failure};
 use crate::container::limits;
 use crate::container::plan::{Capabilities, ProcessPlan};
 use crate::seccomp::Filter;
@@ -64,13 +65,17 @@ pub fn become_its_root() -> Done<()> {
 /// Becomes the program's user with its capabilities, in its directory, and
 /// finds the program. The seccomp filter goes in on the way: before the
 /// privileges that installing it needs are gone, or last of all.
-pub fn become_user(plan: &ProcessPlan, seccomp: Option<&Filter>) -> Done<Program> {
+pub fn become_user(
+    plan: &ProcessPlan,
+    seccomp: Option<&Filter>,
+    channel: BorrowedFd<'_>,
+) -> Done<Program> {
     // Now: the profile need not allow it later.
     cloexec_from_three().at("close descriptors", "")?;
     if plan.no_new_privileges {
         process::prctl(libc::PR_SET_NO_NEW_PRIVS, 1).at("set no_new_privs", "")?;
     } else if let Some(filter) = seccomp {
-        filter.install().at("install seccomp filter", "")?;
+        install(filter, channel)?;
     }
     // Only the user may be let into the directory, or only root.
     let early = chdir(&plan.cwd);
@@ -97,10 +102,21 @@ pub fn become_user(plan: &ProcessPlan, seccomp: Option<&Filter>) -> Done<Program
     let path = find(plan, &env)?;
     if plan.no_new_privileges {
         if let Some(filter) = seccomp {
-            filter.install().at("install seccomp filter", "")?;
+            install(filter, channel)?;
         }
     }
     Ok(Program { path, env })
+}
+
+/// Installs a filter, and tells the agent of its listener: from here on calls
+/// may wait for that one's word.
+fn install(filter: &Filter, channel: BorrowedFd<'_>) -> Done<()> {
+    let listener = filter.install().at("install seccomp filter", "")?;
+    match listener {
+        // It stays open until the program is executed: the agent takes it before.
+        Some(fd) => send_listener(channel, fd.into_raw_fd()).at("tell of seccomp listener", ""),
+        None => Ok(()),
+    }
 }
 
 impl Program {

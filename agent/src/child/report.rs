@@ -2,13 +2,14 @@
 //! What the child of clone3 and the agent tell each other over their socket.
 //!
 //! The child of a new user namespace first waits for "mapped": its ids are
-//! known now. A child sends at most one terminal, then "ready" or a failure.
+//! known now. A child sends at most one terminal and one seccomp listener, then
+//! "ready" or a failure.
 //! The agent answers "ready" with "go"; then the socket closes because the
 //! program was executed, or a failure comes. Each message is one packet: a
 //! letter, then its contents.
 
 use std::fmt;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
 use std::path::Path;
 
 use nix::errno::Errno;
@@ -115,12 +116,15 @@ pub enum Report {
     Ready(Steps),
     /// The master of the process's terminal.
     Terminal(OwnedFd),
+    /// The child's number of the descriptor for its seccomp listener.
+    Listener(RawFd),
     /// It is over.
     Failed(Failure),
 }
 
 const READY: u8 = b'R';
 const TERMINAL: u8 = b'T';
+const LISTENER: u8 = b'L';
 const FAILED: u8 = b'F';
 const GO: u8 = b'G';
 const MAPPED: u8 = b'M';
@@ -141,6 +145,14 @@ pub fn send_ready(socket: BorrowedFd<'_>, steps: &Steps) -> nix::Result<()> {
 /// Sends [`Report::Terminal`].
 pub fn send_terminal(socket: BorrowedFd<'_>, master: BorrowedFd<'_>) -> nix::Result<()> {
     fd::send_with_fd(socket, &[TERMINAL], master)
+}
+
+/// Sends [`Report::Listener`]: the agent takes the descriptor itself, for the
+/// filter need not allow sendmsg(2).
+pub fn send_listener(socket: BorrowedFd<'_>, number: RawFd) -> nix::Result<()> {
+    let mut message = vec![LISTENER];
+    message.extend(number.to_le_bytes());
+    say(socket, &message)
 }
 
 /// Sends [`Report::Failed`].
@@ -196,6 +208,10 @@ fn understand(message: &[u8], passed: Option<OwnedFd>) -> nix::Result<Report> {
     match (*letter, passed) {
         (READY, None) => Steps::decode(rest).map(Report::Ready).ok_or(Errno::EPROTO),
         (TERMINAL, Some(master)) => Ok(Report::Terminal(master)),
+        (LISTENER, None) => match <[u8; 4]>::try_from(rest) {
+            Ok(number) => Ok(Report::Listener(RawFd::from_le_bytes(number))),
+            Err(_) => Err(Errno::EPROTO),
+        },
         (FAILED, None) => decode(rest).map(Report::Failed).ok_or(Errno::EPROTO),
         _ => Err(Errno::EPROTO),
     }

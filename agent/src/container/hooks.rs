@@ -22,6 +22,8 @@ pub struct GuestHooks {
     pub create_container: Vec<HookPlan>,
     /// Before the container's program.
     pub start_container: Vec<HookPlan>,
+    /// The specification's version.
+    version: String,
     /// The state's members that do not change.
     state: String,
 }
@@ -47,9 +49,8 @@ impl GuestHooks {
     /// # Errors
     /// [`AgentError::Invalid`] naming the field.
     pub fn new(spec: &oci::Spec, id: &str) -> Result<Self> {
-        let Some(hooks) = spec.hooks.as_ref() else {
-            return Ok(Self::default());
-        };
+        let none = oci::Hooks::default();
+        let hooks = spec.hooks.as_ref().unwrap_or(&none);
         let mut state = String::from("{");
         for (key, value) in [
             ("ociVersion", spec.version.as_str()),
@@ -63,8 +64,14 @@ impl GuestHooks {
         Ok(Self {
             create_container: plans("createContainer", &hooks.create_container)?,
             start_container: plans("startContainer", &hooks.start_container)?,
+            version: spec.version.clone(),
             state,
         })
+    }
+
+    /// The version of the specification that the container was given in.
+    pub fn version(&self) -> &str {
+        &self.version
     }
 
     /// The container's state (runtime-spec runtime.md, "State") as JSON.
@@ -131,7 +138,8 @@ fn annotations(state: &mut String, map: &HashMap<String, String>) {
     state.push_str("},");
 }
 
-fn member(out: &mut String, key: &str, value: &str) {
+/// A member of a JSON object, with text as its value.
+pub fn member(out: &mut String, key: &str, value: &str) {
     text(out, key);
     out.push(':');
     text(out, value);

@@ -10,6 +10,7 @@ pub mod hooks;
 pub mod limits;
 pub mod mounts;
 pub mod namespaces;
+mod notify;
 pub mod plan;
 pub mod process;
 pub mod state;

@@ -13,6 +13,7 @@ use tokio::sync::{oneshot, watch};
 
 use super::limits;
 use super::namespaces::PidNamespace;
+use super::notify::Notice;
 use super::plan::{ContainerPlan, ProcessPlan};
 use super::user::UserPlan;
 use crate::cgroup::{stats, Cgroup, Hierarchy};
@@ -103,6 +104,8 @@ pub struct Child {
     oom_kills_before: u64,
     /// What the agent has to set, for the child may not.
     limits: Option<Box<ProcessPlan>>,
+    /// What its seccomp listener is told.
+    notice: Option<Notice>,
 }
 
 /// A child that waits to be told to run its program.
@@ -168,6 +171,8 @@ pub fn spawn_init(
             )
         })
     })?;
+    let pid = child.process.pid as u32;
+    child.notice = Notice::new(plan, pid, pid);
     if let Some(user) = user {
         let mapped = user.write(child.process.pid).and_then(|()| {
             report::send_mapped(child.channel.as_fd()).step(|| "tell of the user namespace")
@@ -196,7 +201,7 @@ pub fn spawn_exec(
 ) -> Result<Child> {
     let user = container.namespaces.user.as_ref();
     let neighbour = (container.namespaces.pid != PidNamespace::Guest).then_some(init);
-    spawn(shared, plan, user, cgroup, streams, |parts| {
+    let mut child = spawn(shared, plan, user, cgroup, streams, |parts| {
         let body = || run_exec(container, plan, init.pidfd(), parts);
         in_pid_namespace(shared, neighbour, || {
             match process::spawn(0, Some(cgroup.directory().as_fd()), body) {
@@ -209,7 +214,9 @@ pub fn spawn_exec(
                 other => other,
             }
         })
-    })
+    })?;
+    child.notice = Notice::new(container, child.process.pid as u32, init.pid as u32);
+    Ok(child)
 }
 
 /// Makes a child that is born into the pid namespace of `neighbour`.
@@ -282,6 +289,7 @@ fn spawn(
         cgroup: cgroup.clone(),
         oom_kills_before,
         limits: user.map(|_| Box::new(plan.clone())),
+        notice: None,
     })
 }
 
@@ -307,13 +315,14 @@ impl Child {
             cgroup,
             oom_kills_before,
             limits,
+            notice,
         } = self;
         let set_limits = || match &limits {
             Some(plan) => limits::apply(plan, process.pid)
                 .map_err(|(step, errno)| AgentError::Step { step, errno }),
             None => Ok(()),
         };
-        let io = match await_ready(&channel).await {
+        let io = match await_ready(&channel, &process, notice).await {
             Ok((master, told)) => {
                 steps.extend(told);
                 set_limits().and_then(|()| Io::start(ends, master))
@@ -353,12 +362,20 @@ impl Child {
 
 /// The child's messages up to "ready"; gives the terminal if one came, and what
 /// the child has done.
-async fn await_ready(channel: &AsyncFd<OwnedFd>) -> Result<(Option<OwnedFd>, Steps)> {
+async fn await_ready(
+    channel: &AsyncFd<OwnedFd>,
+    process: &Process,
+    mut notice: Option<Notice>,
+) -> Result<(Option<OwnedFd>, Steps)> {
     let mut master = None;
     loop {
         match next_report(channel).await? {
             Some(Report::Ready(steps)) => return Ok((master, steps)),
             Some(Report::Terminal(terminal)) => master = Some(terminal),
+            Some(Report::Listener(number)) => match notice.take() {
+                Some(notice) => notice.send(process.pidfd(), number).await?,
+                None => return Err(AgentError::Internal("a listener out of turn".into())),
+            },
             Some(Report::Failed(failure)) => return Err(failure.into()),
             None => {
                 return Err(AgentError::Internal(

@@ -193,6 +193,7 @@ fn random_profiles_agree_with_the_plain_reading() {
             unknown_is_missing: numbers.next(2) == 0,
             rules,
             flags: 0,
+            listener: None,
         };
         let program = compile(&profile).unwrap();
         for number in 0..310 {

@@ -9,7 +9,11 @@ mod compile;
 mod profile;
 mod table;
 
+use std::os::fd::OwnedFd;
+
 use bulkhead_agent_protocol::oci;
+
+pub use profile::Listener;
 
 use crate::error::{AgentError, Result};
 use crate::sys::process::seccomp_filter;
@@ -19,15 +23,18 @@ use crate::sys::process::seccomp_filter;
 pub struct Filter {
     flags: libc::c_ulong,
     program: Vec<libc::sock_filter>,
+    /// Who is asked about calls, where the profile names one.
+    pub listener: Option<Listener>,
 }
 
 impl Filter {
-    /// Applies the filter to the calling thread, for good.
+    /// Applies the filter to the calling thread, for good. Gives the listener's
+    /// descriptor where there is to be one.
     ///
     /// # Errors
     /// EACCES without CAP_SYS_ADMIN and without no_new_privs.
-    pub fn install(&self) -> nix::Result<()> {
-        seccomp_filter(self.flags, &self.program)
+    pub fn install(&self) -> nix::Result<Option<OwnedFd>> {
+        seccomp_filter(self.flags, &self.program, self.listener.is_some())
     }
 }
 
@@ -42,5 +49,6 @@ pub fn compile(profile: &oci::Seccomp) -> Result<Filter> {
     Ok(Filter {
         flags: profile.flags,
         program,
+        listener: profile.listener,
     })
 }

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The specification's profile, checked, with numbers for names.
 
+use std::path::PathBuf;
+
 use bulkhead_agent_protocol::oci;
 
 use super::table::SYSCALLS;
@@ -11,6 +13,7 @@ const KILL_THREAD: u32 = 0;
 const KILL_PROCESS: u32 = 0x8000_0000;
 const TRAP: u32 = 0x0003_0000;
 const ERRNO: u32 = 0x0005_0000;
+const NOTIFY: u32 = 0x7fc0_0000;
 const TRACE: u32 = 0x7ff0_0000;
 const LOG: u32 = 0x7ffc_0000;
 const ALLOW: u32 = 0x7fff_0000;
@@ -67,7 +70,23 @@ pub struct Profile {
     pub rules: Vec<Rule>,
     /// SECCOMP_FILTER_FLAG_*.
     pub flags: libc::c_ulong,
+    /// Who is asked what happens to calls, where a rule says so.
+    pub listener: Option<Listener>,
 }
+
+/// Who decides about calls in a container's place.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Listener {
+    /// Its socket, in the guest.
+    pub path: PathBuf,
+    /// What it wants to be told with the descriptor.
+    pub metadata: String,
+}
+
+/// SECCOMP_FILTER_FLAG_NEW_LISTENER.
+const NEW_LISTENER: libc::c_ulong = 8;
+/// SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV.
+const WAIT_KILLABLE_RECV: libc::c_ulong = 0x20;
 
 /// Checks and translates a profile.
 ///
@@ -85,9 +104,13 @@ pub fn translate(profile: &oci::Seccomp) -> Result<Profile> {
             && default != ERRNO | libc::ENOSYS as u32,
         rules: Vec::new(),
         flags: flags(&profile.flags)?,
+        listener: None,
     };
-    if !profile.listener_path.is_empty() {
-        return Err(invalid("listenerPath", "notification is not supported yet"));
+    if default == NOTIFY {
+        return Err(invalid(
+            "defaultAction",
+            "SCMP_ACT_NOTIFY would stop the container before its listener is told",
+        ));
     }
     for syscall in &profile.syscalls {
         let action = action(
@@ -102,6 +125,12 @@ pub fn translate(profile: &oci::Seccomp) -> Result<Profile> {
         for name in &syscall.names {
             // Names of other architectures and of newer kernels.
             let Some(number) = number(name) else { continue };
+            if action == NOTIFY && name == "write" {
+                return Err(invalid(
+                    "syscalls.action",
+                    "SCMP_ACT_NOTIFY for write would stop the container before its listener is told",
+                ));
+            }
             for conditions in &conditions {
                 // The default stays the default, and a call that is named so
                 // counts as known.
@@ -113,7 +142,31 @@ pub fn translate(profile: &oci::Seccomp) -> Result<Profile> {
             }
         }
     }
+    listen(profile, &mut translated)?;
     Ok(translated)
+}
+
+/// The listener, if a rule needs one; else it is ignored, as the
+/// specification wants.
+fn listen(profile: &oci::Seccomp, translated: &mut Profile) -> Result<()> {
+    if !translated.rules.iter().any(|rule| rule.action == NOTIFY) {
+        // The kernel knows it only together with a listener.
+        translated.flags &= !WAIT_KILLABLE_RECV;
+        return Ok(());
+    }
+    let path = PathBuf::from(&profile.listener_path);
+    if !path.is_absolute() {
+        return Err(invalid(
+            "listenerPath",
+            format!("{path:?} is not absolute, and SCMP_ACT_NOTIFY needs a listener"),
+        ));
+    }
+    translated.flags |= NEW_LISTENER;
+    translated.listener = Some(Listener {
+        path,
+        metadata: profile.listener_metadata.clone(),
+    });
+    Ok(())
 }
 
 fn invalid(field: &str, why: impl std::fmt::Display) -> AgentError {
@@ -141,11 +194,7 @@ fn action(name: &str, errno: Option<u32>, field: &str) -> Result<u32> {
         "SCMP_ACT_TRAP" => TRAP,
         "SCMP_ACT_TRACE" => TRACE | data,
         "SCMP_ACT_LOG" => LOG,
-        "SCMP_ACT_NOTIFY" => {
-            return Err(AgentError::Invalid(format!(
-                "{field}: SCMP_ACT_NOTIFY is not supported yet"
-            )))
-        }
+        "SCMP_ACT_NOTIFY" => NOTIFY,
         other => return Err(AgentError::Invalid(format!("{field}: unknown {other:?}"))),
     })
 }
@@ -158,8 +207,7 @@ fn flags(names: &[String]) -> Result<libc::c_ulong> {
                 "SECCOMP_FILTER_FLAG_TSYNC" => 0,
                 "SECCOMP_FILTER_FLAG_LOG" => 2,
                 "SECCOMP_FILTER_FLAG_SPEC_ALLOW" => 4,
-                // Only of use with notification.
-                "SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV" => 0,
+                "SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV" => WAIT_KILLABLE_RECV,
                 other => return Err(invalid("flags", format!("unknown {other:?}"))),
             })
     })
@@ -235,9 +283,41 @@ mod tests {
         assert_eq!(of("SCMP_ACT_ERRNO", None).unwrap(), 0x0005_0001);
         assert_eq!(of("SCMP_ACT_ERRNO", Some(38)).unwrap(), 0x0005_0026);
         assert_eq!(of("SCMP_ACT_ALLOW", Some(1)).unwrap(), 0x7fff_0000);
-        assert!(of("SCMP_ACT_NOTIFY", None).is_err());
         assert!(of("ALLOW", None).is_err());
         assert!(of("SCMP_ACT_ERRNO", Some(1 << 16)).is_err());
+    }
+
+    #[test]
+    fn a_listener_is_there_where_a_rule_needs_it() {
+        let profile = |name: &str, action: &str, path: &str| oci::Seccomp {
+            default_action: "SCMP_ACT_ALLOW".into(),
+            flags: vec!["SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV".into()],
+            listener_path: path.into(),
+            syscalls: vec![oci::Syscall {
+                names: vec![name.into()],
+                action: action.into(),
+                ..Default::default()
+            }],
+            ..Default::default()
+        };
+        let notify = "SCMP_ACT_NOTIFY";
+        let with = translate(&profile("mkdir", notify, "/run/l")).unwrap();
+        assert_eq!(with.flags, NEW_LISTENER | WAIT_KILLABLE_RECV);
+        assert_eq!(with.listener.unwrap().path, PathBuf::from("/run/l"));
+        let without = translate(&profile("mkdir", "SCMP_ACT_ERRNO", "/run/l")).unwrap();
+        assert_eq!((without.flags, without.listener), (0, None));
+        for (name, path, field) in [
+            ("mkdir", "", "listenerPath"),
+            ("mkdir", "l", "listenerPath"),
+            ("write", "/run/l", "syscalls.action"),
+        ] {
+            let text = translate(&profile(name, notify, path)).unwrap_err();
+            assert!(text.to_string().contains(field), "{text}");
+        }
+        let mut all = profile("mkdir", "SCMP_ACT_ALLOW", "/run/l");
+        all.default_action = notify.into();
+        let text = translate(&all).unwrap_err().to_string();
+        assert!(text.contains("defaultAction"), "{text}");
     }
 
     #[test]

@@ -355,16 +355,33 @@ pub fn personality(persona: c_ulong) -> nix::Result<()> {
     Errno::result(unsafe { libc::personality(persona) }).map(drop)
 }
 
-/// Installs a seccomp filter on the calling thread.
-pub fn seccomp_filter(flags: c_ulong, program: &[libc::sock_filter]) -> nix::Result<()> {
+/// Installs a seccomp filter on the calling thread. `listened`: the flags ask
+/// for a descriptor by which somebody else decides, which is given.
+pub fn seccomp_filter(
+    flags: c_ulong,
+    program: &[libc::sock_filter],
+    listened: bool,
+) -> nix::Result<Option<OwnedFd>> {
     const SECCOMP_SET_MODE_FILTER: c_ulong = 1;
     let program = libc::sock_fprog {
         len: u16::try_from(program.len()).map_err(|_| Errno::E2BIG)?,
         filter: program.as_ptr().cast_mut(),
     };
     // SAFETY: the program outlives the call; the kernel copies it.
-    Errno::result(unsafe {
+    let fd = Errno::result(unsafe {
         libc::syscall(libc::SYS_seccomp, SECCOMP_SET_MODE_FILTER, flags, &program)
-    })
-    .map(drop)
+    })?;
+    // SAFETY: with that flag the answer is a new descriptor, which nobody else
+    // owns.
+    Ok(listened.then(|| unsafe { OwnedFd::from_raw_fd(fd as RawFd) }))
+}
+
+/// A copy of the descriptor `number` of the process of `pidfd`.
+pub fn pidfd_getfd(pidfd: BorrowedFd<'_>, number: RawFd) -> nix::Result<OwnedFd> {
+    // SAFETY: integers only.
+    let fd = Errno::result(unsafe {
+        libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), number, 0)
+    })?;
+    // SAFETY: a new descriptor, which nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
 }

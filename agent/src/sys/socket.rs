@@ -39,6 +39,29 @@ pub fn vsock_connect(cid: u32, port: u32) -> nix::Result<OwnedFd> {
     }
 }
 
+/// Connects to the Unix stream socket that `place` is (O_PATH), without waiting
+/// for a place in its queue: EAGAIN. So its path may be of any length.
+pub fn unix_connect(place: BorrowedFd<'_>) -> nix::Result<OwnedFd> {
+    let fd = socket(libc::AF_UNIX, libc::SOCK_STREAM | libc::SOCK_NONBLOCK, 0)?;
+    let path = format!("/proc/self/fd/{}", place.as_raw_fd());
+    // SAFETY: sockaddr_un is plain integers; zero is valid for each.
+    let mut address: libc::sockaddr_un = unsafe { zeroed() };
+    address.sun_family = libc::AF_UNIX as libc::sa_family_t;
+    // Shorter than the field, whose last byte stays 0.
+    for (to, from) in address.sun_path.iter_mut().zip(path.bytes()) {
+        *to = from as libc::c_char;
+    }
+    // SAFETY: the address is alive and its own size is passed.
+    Errno::result(unsafe {
+        libc::connect(
+            fd.as_raw_fd(),
+            std::ptr::addr_of!(address).cast(),
+            size_of::<libc::sockaddr_un>() as libc::socklen_t,
+        )
+    })?;
+    Ok(fd)
+}
+
 /// The pending error of a socket (SO_ERROR), which this clears.
 pub fn take_error(fd: BorrowedFd<'_>) -> nix::Result<()> {
     let mut error: c_int = 0;

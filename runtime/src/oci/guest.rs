@@ -139,12 +139,19 @@ pub fn container(spec: &Spec, id: &str, pod: Option<Pod<'_>>) -> Result<Prepared
     };
     if let Some(hooks) = spec.hooks() {
         if let Some(hooks) = hooks::in_guest(hooks, &directory, &mut volumes)? {
-            // Only hooks are told them.
+            // Hooks and listeners are told them.
             out.annotations = spec.annotations().clone().unwrap_or_default();
             out.hooks = Some(hooks).into();
         }
     }
     let mut linux = translate_linux(spec.linux().as_ref(), role, pod)?;
+    if let Some(profile) = linux.seccomp.as_mut() {
+        seccomp::place_listener(profile, &directory, &volumes)?;
+        if !profile.listener_path.is_empty() {
+            // Hooks and listeners are told them.
+            out.annotations = spec.annotations().clone().unwrap_or_default();
+        }
+    }
     if role == Role::Sandbox {
         linux.sysctl.retain(|key, value| {
             let dotted = key.replace('/', ".");
