@@ -43,6 +43,9 @@ pub fn request(bytes: &[u8]) {
             if let Some(spec) = request.spec.as_ref() {
                 plan_of(spec);
             }
+            for mirror in &request.mirrors {
+                let _ = crate::mirror::check(&mirror.entries);
+            }
         }),
         1 => with(bytes, |request: agent::ExecProcessRequest| {
             let _ = check_name(&request.exec_id, "exec_id");

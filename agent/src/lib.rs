@@ -22,6 +22,7 @@ mod error;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;
 mod log;
+mod mirror;
 mod netlink;
 mod reaper;
 mod sandbox;
@@ -34,11 +35,12 @@ mod test_mode;
 mod transport;
 
 use std::fs::File;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::atomic::AtomicU64;
 use std::sync::Arc;
 
-use bulkhead_agent_protocol::agent_ttrpc;
+use bulkhead_agent_protocol::{agent_ttrpc, MIRRORS};
 use nix::sys::reboot::{reboot, RebootMode};
 use tokio::sync::mpsc;
 
@@ -79,7 +81,13 @@ fn guest(times: Arc<Times>) -> Result<()> {
     info!("msg=\"booted\" version={}", env!("CARGO_PKG_VERSION"));
     runtime()?.block_on(async {
         let (shutdown, mut requests) = mpsc::unbounded_channel();
-        let service = service(Dialer::Vsock, hierarchy, true, times.clone(), shutdown)?;
+        let around = Around {
+            dialer: Dialer::Vsock,
+            hierarchy,
+            mirrors: MIRRORS.into(),
+            in_guest: true,
+        };
+        let service = service(around, times.clone(), shutdown)?;
         let hierarchy = service.1;
         let cmdline = std::fs::read_to_string("/proc/cmdline").step(|| "read /proc/cmdline")?;
         let services = agent_ttrpc::create_agent(Arc::new(service.0));
@@ -99,25 +107,32 @@ fn runtime() -> Result<tokio::runtime::Runtime> {
         .step(|| "start runtime")
 }
 
-/// The service with what it stands on.
-fn service(
+/// What differs between a guest and a test.
+struct Around {
     dialer: Dialer,
     hierarchy: Hierarchy,
+    mirrors: PathBuf,
     in_guest: bool,
+}
+
+/// The service with what it stands on.
+fn service(
+    around: Around,
     times: Arc<Times>,
     shutdown: mpsc::UnboundedSender<()>,
 ) -> Result<(Service, Hierarchy)> {
     let shared = Shared {
         reaper: Reaper::start().step(|| "watch children")?,
-        dialer,
-        hierarchy: hierarchy.clone(),
+        dialer: around.dialer,
+        hierarchy: around.hierarchy.clone(),
+        mirrors: around.mirrors,
         pid_namespace: File::open("/proc/self/ns/pid")
             .step(|| "open pid namespace")?
             .into(),
-        in_guest,
+        in_guest: around.in_guest,
     };
     let containers = Containers::new(Arc::new(shared));
-    Ok((Service::new(containers, times, shutdown), hierarchy))
+    Ok((Service::new(containers, times, shutdown), around.hierarchy))
 }
 
 /// Ends everything and the machine.

@@ -195,6 +195,18 @@ impl agent_ttrpc::Agent for Service {
         .await
     }
 
+    async fn update_mirror(
+        &self,
+        _: &TtrpcContext,
+        request: agent::UpdateMirrorRequest,
+    ) -> ttrpc::Result<agent::Empty> {
+        let mirror = Box::new(request.mirror.unwrap_or_default());
+        self.empty(&request.container_id, |reply| {
+            Message::Mirror(mirror, reply)
+        })
+        .await
+    }
+
     async fn delete_container(
         &self,
         _: &TtrpcContext,

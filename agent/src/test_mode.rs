@@ -29,8 +29,13 @@ pub fn run(times: Arc<Times>) -> Result<()> {
     crate::runtime()?.block_on(async {
         let hierarchy = Hierarchy::for_tests(&group)?;
         let (shutdown, mut requests) = mpsc::unbounded_channel();
-        let (service, hierarchy) =
-            crate::service(Dialer::Unix(streams), hierarchy, false, times, shutdown)?;
+        let around = crate::Around {
+            dialer: Dialer::Unix(streams),
+            hierarchy,
+            mirrors: socket.with_file_name("mirrors"),
+            in_guest: false,
+        };
+        let (service, hierarchy) = crate::service(around, times, shutdown)?;
         let failed = |error: ttrpc::Error| AgentError::Internal(format!("serve: {error}"));
         let services = agent_ttrpc::create_agent(Arc::new(service));
         let services = crate::allowed::only(services, calls.as_deref())?;

@@ -24,6 +24,10 @@ pub const SHARED_TAG: &str = "shared";
 /// Where the agent mounts [`SHARED_TAG`].
 pub const SHARED_MOUNT: &str = "/run/bulkhead/shared";
 
+/// Where the guest's copies of small directories of the host are, one directory
+/// for each container.
+pub const MIRRORS: &str = "/run/bulkhead/mirrors";
+
 /// OCI runtime-spec types (generated from `proto/oci.proto`).
 #[allow(clippy::all, dead_code, missing_docs, unused, nonstandard_style)]
 #[rustfmt::skip]

@@ -16,6 +16,7 @@ use super::state::{next, Event, State};
 use super::{check_name, Containers, Made, Message, Reply};
 use crate::cgroup::{resources, stats, Cgroup};
 use crate::error::{AgentError, Result};
+use crate::mirror::Mirrors;
 use crate::stdio;
 use crate::steps::{Step, Steps};
 
@@ -55,6 +56,7 @@ struct Actor {
     init: Option<Process>,
     gate: Option<Gate>,
     execs: HashMap<String, Exec>,
+    mirrors: Mirrors,
     created: Option<Reply<Made>>,
 }
 
@@ -69,8 +71,10 @@ pub fn start(
     plan: ContainerPlan,
     neighbour: Option<Process>,
     stdio: Option<agent::Stdio>,
+    mirrors: &[agent::Mirror],
     (mut steps, created): (Steps, Reply<Made>),
 ) -> Result<mpsc::UnboundedSender<Message>> {
+    let mirrors = Mirrors::make(&containers.shared().mirrors.join(&id), mirrors)?;
     let cgroup = Arc::new(containers.shared().hierarchy.container(&id)?);
     if let Err(error) = resources::apply(&cgroup, &plan.resources, true) {
         // Nothing is in it yet.
@@ -89,6 +93,7 @@ pub fn start(
         init: None,
         gate: None,
         execs: HashMap::new(),
+        mirrors,
         created: Some(created),
     };
     actor.launch(neighbour, stdio, steps);
@@ -156,6 +161,7 @@ impl Actor {
                     allowed.and_then(|_| resources::apply(&self.cgroup, &resources, false));
                 answer(reply, result);
             }
+            Message::Mirror(mirror, reply) => answer(reply, self.mirrors.update(&mirror)),
             Message::Delete(reply) => {
                 let result = self.delete().await;
                 let gone = result.is_ok();

@@ -60,6 +60,8 @@ pub enum Message {
     Pause(bool, Reply<()>),
     /// UpdateContainer.
     Update(Box<oci::Resources>, Reply<()>),
+    /// UpdateMirror.
+    Mirror(Box<agent::Mirror>, Reply<()>),
     /// DeleteContainer.
     Delete(Reply<()>),
     /// DeleteProcess.
@@ -131,6 +133,7 @@ impl Containers {
                 plan,
                 neighbour,
                 request.stdio.into_option(),
+                &request.mirrors,
                 (steps, reply),
             )?;
             actors.insert(id, mailbox);

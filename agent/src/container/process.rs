@@ -35,6 +35,8 @@ pub struct Shared {
     pub dialer: Dialer,
     /// Where containers' cgroups go.
     pub hierarchy: Hierarchy,
+    /// Where copies of the host's directories are.
+    pub mirrors: PathBuf,
     /// The agent's own pid namespace.
     pub pid_namespace: OwnedFd,
     /// Whether this is PID 1 of a guest.

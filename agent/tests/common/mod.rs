@@ -212,12 +212,23 @@ impl Rig {
 
     /// Creates a container whose standard streams are the returned ones.
     pub async fn create(&self, id: &str, spec: oci::Spec) -> ttrpc::Result<Streams> {
+        self.create_with(id, spec, Vec::new()).await
+    }
+
+    /// The same, with copies of directories of the host.
+    pub async fn create_with(
+        &self,
+        id: &str,
+        spec: oci::Spec,
+        mirrors: Vec<agent::Mirror>,
+    ) -> ttrpc::Result<Streams> {
         let terminal = spec.process.terminal;
         let (stdio, pending) = self.streams(terminal);
         let request = agent::CreateContainerRequest {
             container_id: id.into(),
             spec: Some(spec).into(),
             stdio: Some(stdio).into(),
+            mirrors,
             ..Default::default()
         };
         let reply = self

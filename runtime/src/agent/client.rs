@@ -108,6 +108,8 @@ calls! {
     resume_container(ContainerRequest) -> Empty, "resume container", short;
     /// Changes a container's limits.
     update_container(UpdateContainerRequest) -> Empty, "update container", short;
+    /// Brings a copy of a directory up to date.
+    update_mirror(UpdateMirrorRequest) -> Empty, "update a volume's copy", short;
     /// Removes a container.
     delete_container(ContainerRequest) -> Empty, "delete container", long;
     /// Connects a stream to a port of the pod's loopback interface.

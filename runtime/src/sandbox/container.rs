@@ -7,14 +7,16 @@ use std::{
     sync::{atomic::Ordering, Arc},
 };
 
-use bulkhead_agent_protocol::agent::{
-    ContainerRequest, CreateContainerRequest, StatsReply, UpdateContainerRequest,
+use bulkhead_agent_protocol::{
+    agent::{ContainerRequest, CreateContainerRequest, StatsReply, UpdateContainerRequest},
+    MIRRORS,
 };
 use oci_spec::runtime::{LinuxResources, Spec};
 
 use super::{
     blocking,
     directory::check_name,
+    mirror::{self, Mirrored},
     process::{self, Requested},
     rootfs,
     state::{label, Container, Frozen, Phase, Process, Stage},
@@ -61,12 +63,19 @@ pub async fn create(inner: Arc<Inner>, mut request: CreateRequest) -> Result<u32
             init: Process::new(terminal, paths.clone()),
             execs: BTreeMap::new(),
             hooks: None,
+            mirrors: Vec::new(),
             entry,
         };
         pod.containers.insert(id.clone(), container);
     }
     match make(&inner, &request, stdio, &directory).await {
-        Ok((copies, hooks)) => {
+        Ok(Made {
+            copies,
+            hooks,
+            mirrors,
+        }) => {
+            let follow = |each: Mirrored| each.follow(Arc::downgrade(&inner), id.clone());
+            let mirrors = mirrors.into_iter().map(follow).collect();
             let pid = {
                 let mut pod = inner.pod();
                 let pid = pod.pid;
@@ -75,6 +84,7 @@ pub async fn create(inner: Arc<Inner>, mut request: CreateRequest) -> Result<u32
                     container.phase = Phase::Exists;
                     container.init.copies = Some(Arc::new(copies));
                     container.hooks = Some(hooks);
+                    container.mirrors = mirrors;
                 }
                 pod.tell(Event::Created {
                     id: id.clone(),
@@ -101,12 +111,19 @@ pub async fn create(inner: Arc<Inner>, mut request: CreateRequest) -> Result<u32
     }
 }
 
+/// A container that was made.
+struct Made {
+    copies: Copies,
+    hooks: Arc<Lifecycle>,
+    mirrors: Vec<Mirrored>,
+}
+
 async fn make(
     inner: &Arc<Inner>,
     request: &CreateRequest,
     stdio: crate::io::Stdio,
     directory: &Path,
-) -> Result<(Copies, Arc<Lifecycle>), Error> {
+) -> Result<Made, Error> {
     let mut spec = oci::load(&request.bundle)?;
     if let Some(files) = &inner.files {
         files.mount(&mut spec);
@@ -118,7 +135,11 @@ async fn make(
     let prepared = oci::container(&spec, &request.id, Some(pod))?;
     let hooks = Lifecycle::new(&spec, &request.id, &request.bundle)?;
     match make_hooked(inner, request, stdio, directory, &spec, prepared, &hooks).await {
-        Ok(copies) => Ok((copies, Arc::new(hooks))),
+        Ok((copies, mirrors)) => Ok(Made {
+            copies,
+            hooks: Arc::new(hooks),
+            mirrors,
+        }),
         Err(error) => {
             // What its hooks have done is theirs to undo.
             hooks.poststop().await;
@@ -135,19 +156,28 @@ async fn make_hooked(
     spec: &Spec,
     prepared: Prepared,
     hooks: &Lifecycle,
-) -> Result<Copies, Error> {
+) -> Result<(Copies, Vec<Mirrored>), Error> {
     let root = spec.root().as_ref();
     let root_path = root.map_or_else(
         || request.bundle.join("rootfs"),
         |root| request.bundle.join(root.path()),
     );
     let read_only = root.and_then(|root| root.readonly()).unwrap_or(false);
-    let (directory, mounts, volumes) = (
-        directory.to_path_buf(),
-        request.rootfs.clone(),
-        prepared.volumes,
-    );
-    blocking(move || rootfs::prepare(&directory, &mounts, &root_path, read_only, &volumes)).await?;
+    let (directory, mounts) = (directory.to_path_buf(), request.rootfs.clone());
+    let id = request.id.clone();
+    let (prepared, mirrors) = blocking(move || {
+        let mut prepared = prepared;
+        let mirrors = copied(&mut prepared, &id)?;
+        rootfs::prepare(
+            &directory,
+            &mounts,
+            &root_path,
+            read_only,
+            &prepared.volumes,
+        )?;
+        Ok((prepared, mirrors))
+    })
+    .await?;
     inner.fault.after(fault::Step::Rootfs)?;
     let hooked = request.id == inner.id && inner.hooked.swap(false, Ordering::Relaxed);
     if !hooked {
@@ -165,6 +195,7 @@ async fn make_hooked(
             container_id: request.id.clone(),
             spec: Some(spec).into(),
             stdio: Some(requested.ids()).into(),
+            mirrors: mirrors.iter().map(|each| each.tree.clone()).collect(),
             ..Default::default()
         })
         .await?;
@@ -174,7 +205,7 @@ async fn make_hooked(
         Err(error) => Err(error),
     };
     match copies {
-        Ok(copies) => Ok(copies),
+        Ok(copies) => Ok((copies, mirrors)),
         Err(error) => {
             // The guest has it already.
             if let Err(left) = inner
@@ -192,6 +223,29 @@ async fn make_hooked(
             Err(error)
         }
     }
+}
+
+/// Takes out the volumes that the guest gets a copy of. Blocks.
+fn copied(prepared: &mut Prepared, id: &str) -> Result<Vec<Mirrored>, Error> {
+    let mut mirrors = Vec::new();
+    let (spec, volumes) = (&mut prepared.spec, std::mem::take(&mut prepared.volumes));
+    for volume in volumes {
+        let mirrored = match volume.read_only && mirror::is_kubelets(&volume.source) {
+            true => Mirrored::new(&volume.source, &volume.name)?,
+            false => None,
+        };
+        let Some(mirrored) = mirrored else {
+            prepared.volumes.push(volume);
+            continue;
+        };
+        // A volume's name is the number of its mount.
+        let number = volume.name.parse().ok();
+        if let Some(mount) = number.and_then(|number: usize| spec.mounts.get_mut(number)) {
+            mount.source = format!("{MIRRORS}/{id}/{}", volume.name);
+        }
+        mirrors.push(mirrored);
+    }
+    Ok(mirrors)
 }
 
 /// Takes the container's streams, and begins to copy.

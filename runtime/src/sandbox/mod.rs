@@ -9,6 +9,7 @@ mod boot;
 mod container;
 pub(crate) mod directory;
 mod files;
+mod mirror;
 mod observe;
 mod ports;
 mod process;

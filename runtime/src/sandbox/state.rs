@@ -13,7 +13,7 @@ use std::{
 use bulkhead_agent_protocol::oci;
 use tokio::sync::{mpsc::UnboundedSender, watch};
 
-use super::{Event, Exit, ProcessState, Status};
+use super::{mirror::Following, Event, Exit, ProcessState, Status};
 use crate::{
     error::Error,
     hooks::Lifecycle,
@@ -65,6 +65,8 @@ pub struct Container {
     pub execs: BTreeMap<String, Process>,
     /// Its hooks on the host; none while it is being made.
     pub hooks: Option<Arc<Lifecycle>>,
+    /// What keeps its copies of volumes up to date.
+    pub mirrors: Vec<Following>,
     /// Its directory in the journal.
     pub entry: EntryId,
 }

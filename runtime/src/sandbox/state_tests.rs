@@ -21,6 +21,7 @@ fn pod() -> (Pod, UnboundedReceiver<Event>) {
         init: Process::new(false, StdioPaths::default()),
         execs: BTreeMap::from([("e".into(), Process::new(false, StdioPaths::default()))]),
         hooks: None,
+        mirrors: Vec::new(),
         entry,
     };
     let pod = Pod {

@@ -32,6 +32,7 @@ mod runner;
 mod soak;
 mod stdio;
 mod vmm;
+mod volumes;
 
 use std::process::exit;
 use std::time::Duration;
@@ -59,6 +60,7 @@ fn all() -> Vec<Test> {
         host::TESTS,
         cgroups::TESTS,
         vmm::TESTS,
+        volumes::TESTS,
         cri::TESTS,
         soak::TESTS,
         pods::TESTS,
