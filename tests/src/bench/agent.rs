@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use anyhow::{bail, ensure, Context, Result};
 use bulkhead_agent_protocol::agent::{Empty, Step};
-use bulkhead_agent_protocol::oci;
+use bulkhead_agent_protocol::{oci, CAPABILITIES};
 use bulkhead_runtime::oci::{parse, process};
 use serde_json::{json, Value};
 
@@ -247,7 +247,10 @@ impl Runs {
 
 /// Those of the classic sets; the agent leaves out what the kernel has not.
 fn every_capability(like: &oci::Capabilities) -> oci::Capabilities {
-    let names: Vec<String> = EVERY.iter().map(|name| format!("CAP_{name}")).collect();
+    let names: Vec<String> = CAPABILITIES
+        .iter()
+        .map(|name| format!("CAP_{name}"))
+        .collect();
     oci::Capabilities {
         bounding: names.clone(),
         effective: names.clone(),
@@ -255,50 +258,6 @@ fn every_capability(like: &oci::Capabilities) -> oci::Capabilities {
         ..like.clone()
     }
 }
-
-const EVERY: [&str; 41] = [
-    "CHOWN",
-    "DAC_OVERRIDE",
-    "DAC_READ_SEARCH",
-    "FOWNER",
-    "FSETID",
-    "KILL",
-    "SETGID",
-    "SETUID",
-    "SETPCAP",
-    "LINUX_IMMUTABLE",
-    "NET_BIND_SERVICE",
-    "NET_BROADCAST",
-    "NET_ADMIN",
-    "NET_RAW",
-    "IPC_LOCK",
-    "IPC_OWNER",
-    "SYS_MODULE",
-    "SYS_RAWIO",
-    "SYS_CHROOT",
-    "SYS_PTRACE",
-    "SYS_PACCT",
-    "SYS_ADMIN",
-    "SYS_BOOT",
-    "SYS_NICE",
-    "SYS_RESOURCE",
-    "SYS_TIME",
-    "SYS_TTY_CONFIG",
-    "MKNOD",
-    "LEASE",
-    "AUDIT_WRITE",
-    "AUDIT_CONTROL",
-    "SETFCAP",
-    "MAC_OVERRIDE",
-    "MAC_ADMIN",
-    "SYSLOG",
-    "WAKE_ALARM",
-    "BLOCK_SUSPEND",
-    "AUDIT_READ",
-    "PERFMON",
-    "BPF",
-    "CHECKPOINT_RESTORE",
-];
 
 /// What each step of the agent's took, over the runs.
 #[derive(Default)]
