@@ -113,8 +113,10 @@ fn set_sysctls(request: &agent::SetupSandboxRequest) -> Result<()> {
 
 /// Interfaces, then routes (gateways must be reachable first), then neighbours.
 fn set_network(request: &agent::SetupSandboxRequest) -> Result<()> {
-    let nothing =
-        request.interfaces.is_empty() && request.routes.is_empty() && request.neighbours.is_empty();
+    let nothing = request.interfaces.is_empty()
+        && request.routes.is_empty()
+        && request.neighbours.is_empty()
+        && request.rules.is_empty();
     if nothing {
         return Ok(());
     }
@@ -124,6 +126,9 @@ fn set_network(request: &agent::SetupSandboxRequest) -> Result<()> {
     }
     for route in &request.routes {
         netlink.add_route(route)?;
+    }
+    for rule in &request.rules {
+        netlink.add_rule(rule)?;
     }
     for neighbour in &request.neighbours {
         netlink.add_neighbour(neighbour)?;

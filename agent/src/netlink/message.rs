@@ -29,6 +29,16 @@ impl Builder {
         builder
     }
 
+    /// Attributes without a message around them.
+    pub fn bare() -> Self {
+        Self { bytes: Vec::new() }
+    }
+
+    /// What [`Self::bare`] has become.
+    pub fn attributes_only(self) -> Vec<u8> {
+        self.bytes
+    }
+
     fn pad(&mut self) {
         let len = self.bytes.len().next_multiple_of(ALIGN);
         self.bytes.resize(len, 0);

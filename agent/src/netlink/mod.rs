@@ -20,6 +20,7 @@ const RTM_GETLINK: u16 = 18;
 const RTM_NEWADDR: u16 = 20;
 const RTM_NEWROUTE: u16 = 24;
 const RTM_NEWNEIGH: u16 = 28;
+const RTM_NEWRULE: u16 = 32;
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
 const REQUEST: u16 = 1;
@@ -27,6 +28,7 @@ const ACK: u16 = 4;
 const REPLACE: u16 = 0x100;
 const DUMP: u16 = 0x300;
 const CREATE: u16 = 0x400;
+const EXCLUSIVE: u16 = 0x200;
 const IFLA_ADDRESS: u16 = 1;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_MTU: u16 = 4;
@@ -42,11 +44,19 @@ const RTA_GATEWAY: u16 = 5;
 const RTA_PRIORITY: u16 = 6;
 const RTA_PREFSRC: u16 = 7;
 const RTA_METRICS: u16 = 8;
+const RTA_MULTIPATH: u16 = 9;
 const RTA_TABLE: u16 = 15;
+const RTA_VIA: u16 = 18;
 const RTAX_MTU: u16 = 2;
 const RT_TABLE_MAIN: u32 = 254;
 const RTPROT_STATIC: u8 = 4;
 const RTN_UNICAST: u8 = 1;
+/// RTN_BLACKHOLE to RTN_THROW: routes that lead nowhere.
+const RTN_NOWHERE: std::ops::RangeInclusive<u32> = 6..=9;
+/// Length of `struct rtnexthop`.
+const NEXT_HOP: usize = 8;
+/// Far below what one message can hold.
+const MOST_HOPS: usize = 256;
 /// MAX_ADDR_LEN of the kernel.
 const LONGEST_HARDWARE_ADDRESS: usize = 32;
 const NDA_DST: u16 = 1;
@@ -55,6 +65,8 @@ const IFF_UP: u32 = 1;
 const IFF_NOARP: u32 = 0x80;
 const IPV4: u8 = libc::AF_INET as u8;
 const IPV6: u8 = libc::AF_INET6 as u8;
+/// Length of `struct fib_rule_hdr`.
+const RULE_FIXED: usize = 12;
 /// Length of `struct ifinfomsg`.
 const LINK_FIXED: usize = 16;
 
@@ -208,13 +220,30 @@ impl Netlink {
             "" => None,
             device => Some(self.index_of(device)?),
         };
-        let message = route_message(route, index)?;
+        let hops = route
+            .hops
+            .iter()
+            .map(|hop| self.index_of(&hop.device))
+            .collect::<Result<Vec<_>>>()?;
+        let message = route_message(route, index, &hops)?;
         self.request(message).step(|| {
             let destination = route.destination.as_ref();
             let address = destination.map_or(&[][..], |to| &to.address);
             let prefix = destination.map_or(0, |to| to.prefix_len);
             format!("add route to {address:?}/{prefix}")
         })
+    }
+
+    /// Adds a policy rule; one that is there already is enough.
+    ///
+    /// # Errors
+    /// As for [`Self::set_interface`].
+    pub fn add_rule(&mut self, rule: &agent::Rule) -> Result<()> {
+        let message = rule_message(rule)?;
+        match self.request(message) {
+            Err(Errno::EEXIST) => Ok(()),
+            other => other.step(|| "add policy rule"),
+        }
     }
 
     /// Adds or replaces a neighbour.
@@ -253,8 +282,75 @@ fn address_message(index: u32, address: &agent::IpAddress) -> Result<Builder> {
     Ok(message)
 }
 
-/// The request for a route by the interface `index`.
-fn route_message(route: &agent::Route, index: Option<u32>) -> Result<Builder> {
+/// The request for a policy rule.
+fn rule_message(rule: &agent::Rule) -> Result<Builder> {
+    let wrong = || AgentError::Invalid("rules: not a rule of IPv4 or IPv6".into());
+    let (fixed, rest) = rule
+        .message
+        .split_at_checked(RULE_FIXED)
+        .ok_or_else(wrong)?;
+    if ![IPV4, IPV6].contains(&fixed[0]) {
+        return Err(wrong());
+    }
+    let flags = REQUEST | ACK | CREATE | EXCLUSIVE;
+    let mut message = Builder::new(RTM_NEWRULE, flags, fixed);
+    for (kind, value) in attributes(rest) {
+        message.attribute(kind, value);
+    }
+    Ok(message)
+}
+
+/// Adds where a route leads: a gateway of its family, or of the other one.
+fn gateway(message: &mut Builder, address: &[u8], family: u8, field: &str) -> Result<()> {
+    match (family_of(address, field)?, family) {
+        (found, family) if found == family => {
+            message.attribute(RTA_GATEWAY, address);
+        }
+        (IPV6, IPV4) => {
+            let mut via = u16::from(IPV6).to_ne_bytes().to_vec();
+            via.extend(address);
+            message.attribute(RTA_VIA, &via);
+        }
+        _ => {
+            return Err(AgentError::Invalid(format!(
+                "{field}: not of the route's family"
+            )))
+        }
+    }
+    Ok(())
+}
+
+/// Adds the ways of a route that has several (`struct rtnexthop`s).
+fn multipath(message: &mut Builder, route: &agent::Route, indices: &[u32]) -> Result<()> {
+    let family = if route.ipv6 { IPV6 } else { IPV4 };
+    let mut list = Vec::new();
+    for (hop, index) in route.hops.iter().zip(indices) {
+        let narrow = |value: Option<u32>, what: &str| {
+            value
+                .and_then(|value| u8::try_from(value).ok())
+                .ok_or_else(|| AgentError::Invalid(format!("routes.hops.{what}: out of range")))
+        };
+        // The kernel counts weights from 0.
+        let weight = narrow(hop.weight.checked_sub(1), "weight")?;
+        let flags = narrow(Some(hop.flags), "flags")?;
+        let mut inner = Builder::bare();
+        if !hop.gateway.is_empty() {
+            gateway(&mut inner, &hop.gateway, family, "routes.hops.gateway")?;
+        }
+        let inner = inner.attributes_only();
+        let len = (NEXT_HOP + inner.len()) as u16;
+        list.extend(len.to_ne_bytes());
+        list.extend([flags, weight]);
+        list.extend(index.to_ne_bytes());
+        list.extend(inner);
+    }
+    message.attribute(RTA_MULTIPATH, &list);
+    Ok(())
+}
+
+/// The request for a route by the interface `index`, or by those of its
+/// `hops`.
+fn route_message(route: &agent::Route, index: Option<u32>, hops: &[u32]) -> Result<Builder> {
     let destination = route.destination.clone().unwrap_or_default();
     let family = if route.ipv6 { IPV6 } else { IPV4 };
     let check = |address: &[u8], field: &str| match family_of(address, field)? {
@@ -277,6 +373,14 @@ fn route_message(route: &agent::Route, index: Option<u32>) -> Result<Builder> {
     };
     let scope = u8::try_from(route.scope)
         .map_err(|_| AgentError::Invalid(format!("routes.scope: {}", route.scope)))?;
+    let kind = match route.kind {
+        0 => RTN_UNICAST,
+        kind if RTN_NOWHERE.contains(&kind) => kind as u8,
+        kind => return Err(AgentError::Invalid(format!("routes.kind: {kind}"))),
+    };
+    if route.hops.len() > MOST_HOPS {
+        return Err(AgentError::Invalid("routes.hops: more than 256".into()));
+    }
     let mut fixed = vec![
         family,
         prefix,
@@ -286,7 +390,7 @@ fn route_message(route: &agent::Route, index: Option<u32>) -> Result<Builder> {
         u8::try_from(table).unwrap_or(0),
         RTPROT_STATIC,
         scope,
-        RTN_UNICAST,
+        kind,
     ];
     fixed.extend(route.flags.to_ne_bytes());
     let mut message = Builder::new(RTM_NEWROUTE, REQUEST | ACK | CREATE | REPLACE, &fixed);
@@ -295,8 +399,10 @@ fn route_message(route: &agent::Route, index: Option<u32>) -> Result<Builder> {
         message.attribute(RTA_DST, &destination.address);
     }
     if !route.gateway.is_empty() {
-        check(&route.gateway, "routes.gateway")?;
-        message.attribute(RTA_GATEWAY, &route.gateway);
+        gateway(&mut message, &route.gateway, family, "routes.gateway")?;
+    }
+    if !hops.is_empty() {
+        multipath(&mut message, route, hops)?;
     }
     if !route.source.is_empty() {
         check(&route.source, "routes.source")?;
@@ -401,9 +507,19 @@ fn prefix_of(address: &agent::IpAddress, field: &str) -> Result<u8> {
 pub fn fuzz(request: &agent::SetupSandboxRequest) {
     let addresses = request.interfaces.iter().flat_map(|i| &i.addresses);
     let addresses = addresses.map(|address| address_message(1, address));
-    let routes = request.routes.iter().map(|r| route_message(r, Some(1)));
+    let hops = vec![1; 1024];
+    let routes = request
+        .routes
+        .iter()
+        .map(|r| route_message(r, Some(1), &hops[..r.hops.len().min(1024)]));
+    let rules = request.rules.iter().map(rule_message);
     let neighbours = request.neighbours.iter().map(|n| neighbour_message(n, 1));
-    for message in addresses.chain(routes).chain(neighbours).flatten() {
+    for message in addresses
+        .chain(routes)
+        .chain(neighbours)
+        .chain(rules)
+        .flatten()
+    {
         let bytes = message.finish(1);
         let received: Vec<_> = message::messages(&bytes).collect();
         assert_eq!(received.len(), 1, "one message and nothing behind it");

@@ -141,6 +141,104 @@ fn an_interface_with_addresses_routes_and_neighbours() {
 }
 
 #[test]
+fn routes_by_several_ways_and_policy_rules() {
+    in_namespace(|| {
+        for (name, peer, address) in [
+            ("eth0", "v0", "02:00:00:00:00:2a"),
+            ("eth1", "v1", "02:00:00:00:00:2b"),
+        ] {
+            ip(&[
+                "link", "add", name, "address", address, "type", "veth", "peer", "name", peer,
+            ]);
+            ip(&["link", "set", name, "up"]);
+        }
+        ip(&["addr", "add", "10.1.2.3/24", "dev", "eth0"]);
+        ip(&["addr", "add", "10.1.3.3/24", "dev", "eth1"]);
+        let to = |third: u8| {
+            Some(agent::IpAddress {
+                address: vec![10, 9, third, 0],
+                prefix_len: 24,
+                ..Default::default()
+            })
+            .into()
+        };
+        let hop = |third: u8, device: &str, weight, flags| agent::NextHop {
+            gateway: vec![10, 1, third, 1],
+            device: device.into(),
+            weight,
+            flags,
+            ..Default::default()
+        };
+        let mut netlink = Netlink::open()?;
+        netlink.add_route(&agent::Route {
+            destination: to(1),
+            // The second is reached without a route to it.
+            hops: vec![hop(2, "eth0", 1, 0), hop(99, "eth1", 7, 4)],
+            metric: 5,
+            ..Default::default()
+        })?;
+        netlink.add_route(&agent::Route {
+            destination: to(2),
+            kind: 8,
+            table: 1000,
+            ..Default::default()
+        })?;
+        netlink.add_route(&agent::Route {
+            destination: to(3),
+            gateway: [&[0xfe, 0x80][..], &[0; 13], &[1]].concat(),
+            device: "eth0".into(),
+            ..Default::default()
+        })?;
+        // from 10.1.3.0/24 iif eth1 lookup 1000, priority 100.
+        let mut rule = Builder::bare();
+        rule.attribute(2, &[10, 1, 3, 0])
+            .attribute(3, b"eth1\0")
+            .attribute(6, &100u32.to_ne_bytes())
+            .attribute(15, &1000u32.to_ne_bytes());
+        let fixed = [IPV4, 0, 24, 0, 0, 0, 0, 1, 0, 0, 0, 0];
+        let rule = agent::Rule {
+            message: [&fixed[..], &rule.attributes_only()].concat(),
+            ..Default::default()
+        };
+        netlink.add_rule(&rule)?;
+        // Once is enough.
+        netlink.add_rule(&rule)?;
+        let routes = ip(&["route", "show", "table", "all"]);
+        let rules = ip(&["rule"]);
+        for (what, text, wanted) in [
+            ("several ways", &routes, "10.9.1.0/24 proto static metric 5"),
+            (
+                "first way",
+                &routes,
+                "nexthop via 10.1.2.1 dev eth0 weight 1",
+            ),
+            (
+                "second way",
+                &routes,
+                "nexthop via 10.1.99.1 dev eth1 weight 7 onlink",
+            ),
+            ("nowhere", &routes, "prohibit 10.9.2.0/24 table 1000"),
+            (
+                "other family",
+                &routes,
+                "10.9.3.0/24 via inet6 fe80::1 dev eth0",
+            ),
+            (
+                "rule",
+                &rules,
+                "100:\tfrom 10.1.3.0/24 iif eth1 lookup 1000",
+            ),
+        ] {
+            if !text.contains(wanted) {
+                println!("{what}: {wanted:?} not in {text:?}");
+                return Ok(false);
+            }
+        }
+        Ok(rules.matches("1000").count() == 1)
+    });
+}
+
+#[test]
 fn errors_are_the_requests_or_the_kernels() {
     in_namespace(|| {
         let mut netlink = Netlink::open()?;
@@ -154,6 +252,16 @@ fn errors_are_the_requests_or_the_kernels() {
             ipv6: true,
             ..Default::default()
         });
+        for bad in [&[][..], &[0; 11], &[99; 12]] {
+            let rule = agent::Rule {
+                message: bad.into(),
+                ..Default::default()
+            };
+            assert!(matches!(
+                netlink.add_rule(&rule),
+                Err(AgentError::Invalid(_))
+            ));
+        }
         Ok(matches!(unknown, Err(AgentError::Invalid(_)))
             && matches!(
                 no_gateway,

@@ -20,10 +20,7 @@ use std::{
     time::Duration,
 };
 
-use bulkhead_agent_protocol::{
-    agent::{Route, SetupSandboxRequest},
-    AGENT_PORT, SHARED_TAG, STREAM_PORT,
-};
+use bulkhead_agent_protocol::{agent::SetupSandboxRequest, AGENT_PORT, SHARED_TAG, STREAM_PORT};
 use bulkhead_ksm_throttler::group::Name;
 use oci_spec::runtime::Spec;
 use rustix::rand::{getrandom, GetRandomFlags};
@@ -251,6 +248,7 @@ async fn boot(
     let Network {
         interfaces,
         routes,
+        rules,
         neighbours,
     } = network;
     let mut guest_interfaces = Vec::with_capacity(interfaces.len());
@@ -303,7 +301,8 @@ async fn boot(
         entropy,
         shared_tag: SHARED_TAG.into(),
         interfaces: guest_interfaces,
-        routes: sorted(routes),
+        routes,
+        rules,
         neighbours,
         sysctls: plan.pod_sysctls,
         shm_size: plan.shm_size.unwrap_or_default(),
@@ -490,12 +489,6 @@ async fn attach(netns: Option<PathBuf>, journal: Journal) -> Result<(Journal, Ne
         Ok((journal, network))
     })
     .await
-}
-
-/// Routes without a gateway first: the others are reached through them.
-fn sorted(mut routes: Vec<Route>) -> Vec<Route> {
-    routes.sort_by_key(|route| !route.gateway.is_empty());
-    routes
 }
 
 fn listen(path: PathBuf) -> Result<UnixListener, Error> {

@@ -50,6 +50,8 @@ pub struct Network {
     pub interfaces: Vec<Nic>,
     /// Routes, in the order to add them: those of links first.
     pub routes: Vec<agent::Route>,
+    /// Policy rules.
+    pub rules: Vec<agent::Rule>,
     /// Permanent neighbours.
     pub neighbours: Vec<agent::Neighbour>,
 }
@@ -115,6 +117,7 @@ pub fn attach(netns: &Path, journal: &Journal) -> Result<Network, NetworkError> 
         let mut network = Network {
             interfaces: Vec::with_capacity(scan.links.len()),
             routes: scan.routes,
+            rules: scan.rules,
             neighbours: scan.neighbours,
         };
         for (number, link) in scan.links.into_iter().enumerate() {

@@ -6,17 +6,19 @@ use std::{collections::HashMap, net::IpAddr};
 use bulkhead_agent_protocol::agent;
 use futures_util::TryStreamExt;
 use rtnetlink::{
+    packet_core::Emitable,
     packet_route::{
         address::{AddressAttribute, AddressScope},
         link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage},
         neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourState},
         route::{
-            RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteMetric, RouteProtocol,
-            RouteScope, RouteType,
+            RouteAddress, RouteAttribute, RouteMessage, RouteMetric, RouteNextHop, RouteProtocol,
+            RouteScope, RouteType, RouteVia,
         },
+        rule::{RuleAttribute, RuleFlags, RuleMessage},
         AddressFamily,
     },
-    RouteMessageBuilder,
+    IpVersion, RouteMessageBuilder,
 };
 
 use super::{
@@ -49,6 +51,8 @@ pub struct Scan {
     pub links: Vec<Link>,
     /// Their routes.
     pub routes: Vec<agent::Route>,
+    /// Policy rules besides the kernel's own.
+    pub rules: Vec<agent::Rule>,
     /// Their permanent neighbours.
     pub neighbours: Vec<agent::Neighbour>,
 }
@@ -117,7 +121,18 @@ pub async fn scan(netlink: &Netlink) -> Result<Scan, NetworkError> {
         }
     }
     // A gateway must be reachable before a route can use it.
-    routes.sort_by_key(|route| !route.gateway.is_empty());
+    routes.sort_by_key(|route| !route.gateway.is_empty() || !route.hops.is_empty());
+    let mut rules = Vec::new();
+    for version in [IpVersion::V4, IpVersion::V6] {
+        let mut stream = netlink.handle.rule().get(version).execute();
+        while let Some(rule) = stream
+            .try_next()
+            .await
+            .map_err(failed("policy rules could not be listed"))?
+        {
+            rules.extend(guest_rule(rule));
+        }
+    }
     let mut neighbours = Vec::new();
     let mut stream = netlink.handle.neighbours().get().execute();
     while let Some(message) = stream
@@ -156,7 +171,32 @@ pub async fn scan(netlink: &Netlink) -> Result<Scan, NetworkError> {
     Ok(Scan {
         links,
         routes,
+        rules,
         neighbours,
+    })
+}
+
+/// A rule as the guest is to have it; none for those that every kernel has.
+fn guest_rule(mut rule: RuleMessage) -> Option<agent::Rule> {
+    let priority = rule
+        .attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            RuleAttribute::Priority(priority) => Some(*priority),
+            _ => None,
+        });
+    let table = u32::from(rule.header.table);
+    let own = [(0, 255), (32766, 254), (32767, 253)];
+    if own.contains(&(priority.unwrap_or(0), table)) {
+        return None;
+    }
+    // All else is state.
+    rule.header.flags &= RuleFlags::Invert;
+    let mut message = vec![0; rule.buffer_len()];
+    rule.emit(&mut message);
+    Some(agent::Rule {
+        message,
+        ..Default::default()
     })
 }
 
@@ -219,7 +259,15 @@ fn usable_link(message: &LinkMessage) -> Option<Link> {
 /// by itself from addresses, and for other interfaces' routes.
 fn guest_route(message: &RouteMessage, names: &HashMap<u32, String>) -> Option<agent::Route> {
     let header = &message.header;
-    if header.kind != RouteType::Unicast || header.protocol == RouteProtocol::Kernel {
+    // Of the others the kernel makes what a guest needs by itself.
+    let kind = match header.kind {
+        RouteType::Unicast => 0,
+        RouteType::BlackHole | RouteType::Unreachable | RouteType::Prohibit | RouteType::Throw => {
+            u8::from(header.kind).into()
+        }
+        _ => return None,
+    };
+    if header.protocol == RouteProtocol::Kernel {
         return None;
     }
     let mut route = agent::Route {
@@ -228,6 +276,7 @@ fn guest_route(message: &RouteMessage, names: &HashMap<u32, String>) -> Option<a
         // RTNH_F_ONLINK is the only flag that is configuration, not state.
         flags: header.flags.bits() & 4,
         ipv6: header.address_family == AddressFamily::Inet6,
+        kind,
         ..Default::default()
     };
     for attribute in &message.attributes {
@@ -242,7 +291,14 @@ fn guest_route(message: &RouteMessage, names: &HashMap<u32, String>) -> Option<a
             }
             RouteAttribute::Gateway(address) => route.gateway = route_octets(address)?,
             RouteAttribute::PrefSource(address) => route.source = route_octets(address)?,
+            RouteAttribute::Via(via) => route.gateway = via_octets(via)?,
+            // lo stands in those of IPv6 that lead nowhere.
+            RouteAttribute::Oif(_) if kind != 0 => {}
             RouteAttribute::Oif(index) => route.device = names.get(index)?.clone(),
+            RouteAttribute::MultiPath(hops) => {
+                let hops = hops.iter().map(|hop| next_hop(hop, names));
+                route.hops = hops.collect::<Option<_>>()?;
+            }
             RouteAttribute::Priority(metric) => route.metric = *metric,
             RouteAttribute::Table(table) => route.table = *table,
             RouteAttribute::Metrics(metrics) => {
@@ -255,8 +311,9 @@ fn guest_route(message: &RouteMessage, names: &HashMap<u32, String>) -> Option<a
             _ => {}
         }
     }
-    let main = u32::from(RouteHeader::RT_TABLE_MAIN);
-    if route.device.is_empty() || route.table != main {
+    let local = 255;
+    let leads_nowhere = route.device.is_empty() && route.hops.is_empty();
+    if leads_nowhere && kind == 0 || route.table == local {
         return None;
     }
     // A router's own link-local addresses and multicast come by themselves.
@@ -264,6 +321,33 @@ fn guest_route(message: &RouteMessage, names: &HashMap<u32, String>) -> Option<a
         return None;
     }
     Some(route)
+}
+
+/// One of several ways; none for other interfaces.
+fn next_hop(hop: &RouteNextHop, names: &HashMap<u32, String>) -> Option<agent::NextHop> {
+    let mut gateway = Vec::new();
+    for attribute in &hop.attributes {
+        match attribute {
+            RouteAttribute::Gateway(address) => gateway = route_octets(address)?,
+            RouteAttribute::Via(via) => gateway = via_octets(via)?,
+            _ => {}
+        }
+    }
+    Some(agent::NextHop {
+        gateway,
+        device: names.get(&hop.interface_index)?.clone(),
+        weight: u32::from(hop.hops) + 1,
+        flags: u32::from(hop.flags.bits()) & 4,
+        ..Default::default()
+    })
+}
+
+fn via_octets(via: &RouteVia) -> Option<Vec<u8>> {
+    match via {
+        RouteVia::Inet(ip) => Some(ip.octets().to_vec()),
+        RouteVia::Inet6(ip) => Some(ip.octets().to_vec()),
+        _ => None,
+    }
 }
 
 fn octets(ip: IpAddr) -> Vec<u8> {

@@ -137,6 +137,76 @@ fn a_veth_is_attached_and_given_back() {
 }
 
 #[test]
+fn every_kind_of_route_and_rule_is_read() {
+    let Some(namespace) = Namespace::new("routes") else {
+        return;
+    };
+    namespace.ip("link add eth0 type veth peer name peer0");
+    namespace.ip("link add eth1 type veth peer name peer1");
+    for (device, net) in [("eth0", 21), ("eth1", 22)] {
+        namespace.ip(&format!("addr add 10.{net}.0.2/24 dev {device}"));
+        namespace.ip(&format!("-6 addr add fd00:{net}::2/64 dev {device} nodad"));
+        namespace.ip(&format!("link set {device} up"));
+    }
+    for route in [
+        "10.30.0.0/16 nexthop via 10.21.0.1 dev eth0 weight 3 nexthop via 10.22.0.1 dev eth1",
+        "10.31.0.0/16 via 192.0.2.1 dev eth0 onlink metric 77",
+        "10.32.0.0/16 via 10.22.0.1 dev eth1 table 1000",
+        "10.33.0.0/16 via inet6 fd00:21::1 dev eth0",
+        "blackhole 10.34.0.0/16",
+    ] {
+        namespace.ip(&format!("route add {route}"));
+    }
+    namespace.ip("-6 route add unreachable fd00:34::/64 table 1000");
+    namespace.ip(
+        "-6 route add fd00:30::/64 nexthop via fd00:21::1 dev eth0 nexthop via fd00:22::1 dev eth1",
+    );
+    namespace.ip("rule add pref 100 from 10.22.0.0/24 iif eth1 fwmark 0x10/0xff lookup 1000");
+    namespace.ip("-6 rule add pref 101 not to fd00:35::/64 prohibit");
+
+    let scan = within(&namespace.path(), |netlink| async move {
+        scan::scan(&netlink).await
+    })
+    .unwrap();
+    let find = |third: &[u8]| {
+        let mut found = scan.routes.iter();
+        let to = |route: &&agent::Route| route.destination.address.starts_with(third);
+        found.find(to).unwrap()
+    };
+    let many = find(&[10, 30]);
+    let hops: Vec<_> = many
+        .hops
+        .iter()
+        .map(|hop| (hop.gateway.clone(), hop.device.as_str(), hop.weight))
+        .collect();
+    assert_eq!(
+        hops,
+        [
+            (vec![10, 21, 0, 1], "eth0", 3),
+            (vec![10, 22, 0, 1], "eth1", 1)
+        ]
+    );
+    assert_eq!((find(&[10, 31]).flags, find(&[10, 31]).metric), (4, 77));
+    assert_eq!(find(&[10, 32]).table, 1000);
+    assert_eq!(find(&[10, 33]).gateway.len(), 16);
+    assert_eq!(
+        (find(&[10, 34]).kind, find(&[10, 34]).device.as_str()),
+        (6, "")
+    );
+    assert_eq!(find(&[0xfd, 0, 0, 0x34]).kind, 7);
+    assert_eq!(find(&[0xfd, 0, 0, 0x30]).hops.len(), 2);
+    assert_eq!(scan.rules.len(), 2);
+    // Families of the two; what is in them is the agent's tests' to show.
+    assert_eq!(
+        scan.rules
+            .iter()
+            .map(|rule| rule.message[0])
+            .collect::<Vec<_>>(),
+        [libc::AF_INET as u8, libc::AF_INET6 as u8]
+    );
+}
+
+#[test]
 fn packets_pass_between_the_interface_and_the_tap() {
     use std::{
         io::{Read, Write},
