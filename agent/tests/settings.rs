@@ -6,6 +6,8 @@
 mod common;
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
 use bulkhead_agent_protocol::oci;
 use common::*;
@@ -137,4 +139,64 @@ async fn sysctls_of_its_own_namespaces() {
         fs::read_to_string("/proc/sys/kernel/shmmni").unwrap(),
         outside
     );
+}
+
+#[tokio::test]
+async fn devices_are_meant_by_their_names() {
+    let rig = Rig::start().await;
+    let device = |name: &str, optional| oci::Device {
+        path: "/dev/given".into(),
+        type_: "c".into(),
+        // What the host says, which is another device here.
+        major: 240,
+        minor: 17,
+        name: name.into(),
+        optional,
+        ..Default::default()
+    };
+    let rule = |allow, kind: &str, name: &str| oci::DeviceRule {
+        allow,
+        type_: kind.into(),
+        major: (!name.is_empty()).then_some(240),
+        minor: (!name.is_empty()).then_some(17),
+        access: "rwm".into(),
+        name: name.into(),
+        ..Default::default()
+    };
+    let run = async |devices: Vec<oci::Device>, allowed: &str| {
+        let script = "stat -c '%t:%T' /dev/given; : </dev/given && echo open";
+        let mut spec = rig.spec("c", &["sh", "-c", script]);
+        let linux = spec.linux.mut_or_insert_default();
+        linux.devices = devices;
+        let rules = vec![rule(false, "a", ""), rule(true, "c", allowed)];
+        linux.resources.mut_or_insert_default().devices = rules;
+        rig.run("c", spec).await
+    };
+    // None of those that every container has.
+    let found = ["fuse", "net/tun", "loop-control"]
+        .into_iter()
+        .find_map(|name| {
+            let meta = fs::metadata(Path::new("/dev").join(name)).ok()?;
+            Some((name, meta.rdev()))
+        });
+    let Some((name, number)) = found else {
+        println!("SKIPPED: devices_are_meant_by_their_names: no device of this machine serves");
+        return;
+    };
+    let (major, minor) = (libc::major(number), libc::minor(number));
+    let outcome = run(vec![device(name, false)], name).await;
+    let wanted = format!("{major:x}:{minor:x}\nopen\n");
+    assert_eq!(outcome.stdout, wanted, "{outcome:?}");
+    let outcome = run(vec![device(name, false)], "nosuch").await;
+    assert!(
+        outcome.stderr.contains("Operation not permitted"),
+        "{outcome:?}"
+    );
+    let outcome = run(vec![device("nosuch", true)], name).await;
+    assert!(outcome.stderr.contains("No such file"), "{outcome:?}");
+    let mut spec = rig.spec("c", &["true"]);
+    spec.linux.mut_or_insert_default().devices = vec![device("nosuch", false)];
+    let (code, text) = status(rig.create("c", spec).await.map(drop));
+    assert_eq!(code, Code::INVALID_ARGUMENT);
+    assert!(text.contains("linux.devices: /dev/given"), "{text}");
 }

@@ -10,6 +10,7 @@ use std::os::fd::BorrowedFd;
 
 use bulkhead_agent_protocol::oci;
 
+use crate::container::numbers;
 use crate::error::{AgentError, Context, Result};
 use crate::sys::bpf;
 
@@ -66,7 +67,8 @@ impl Rule {
     }
 }
 
-fn rule(from: &oci::DeviceRule) -> Result<Rule> {
+/// None: it is about what the guest has not.
+fn rule(from: &oci::DeviceRule) -> Result<Option<Rule>> {
     let invalid = |field: &str, value: &dyn std::fmt::Debug| {
         AgentError::Invalid(format!("linux.resources.devices: {field} {value:?}"))
     };
@@ -97,13 +99,26 @@ fn rule(from: &oci::DeviceRule) -> Result<Rule> {
     if from.access.is_empty() {
         access = ACCESS_ALL;
     }
-    Ok(Rule {
+    let (mut major, mut minor) = (number(from.major, "major")?, number(from.minor, "minor")?);
+    let block = kind == Some(TYPE_BLOCK);
+    if !from.name.is_empty() {
+        let Some(found) = numbers::device(&from.name, block) else {
+            return Ok(None);
+        };
+        (major, minor) = (Some(libc::major(found)), Some(libc::minor(found)));
+    } else if !from.driver.is_empty() {
+        let Some(found) = numbers::major(&from.driver, block) else {
+            return Ok(None);
+        };
+        major = Some(found);
+    }
+    Ok(Some(Rule {
         allow: from.allow,
         kind,
-        major: number(from.major, "major")?,
-        minor: number(from.minor, "minor")?,
+        major,
+        minor,
         access,
-    })
+    }))
 }
 
 // Registers of the program: the context arrives in R1.
@@ -146,7 +161,8 @@ pub fn compile(rules: &[oci::DeviceRule]) -> Result<Vec<u64>> {
         instruction(LOAD_WORD, MAJOR, SCRATCH, 4, 0),
         instruction(LOAD_WORD, MINOR, SCRATCH, 8, 0),
     ];
-    let own = rules.iter().map(rule).collect::<Result<Vec<_>>>()?;
+    let own = rules.iter().filter_map(|from| rule(from).transpose());
+    let own = own.collect::<Result<Vec<_>>>()?;
     for rule in own.iter().chain(&DEFAULTS).rev() {
         emit(&mut program, rule);
         if rule.covers_all() {

@@ -11,6 +11,7 @@ pub mod limits;
 pub mod mounts;
 pub mod namespaces;
 mod notify;
+pub mod numbers;
 pub mod plan;
 pub mod process;
 pub mod state;

@@ -14,6 +14,7 @@ use super::caps;
 use super::hooks::GuestHooks;
 use super::mounts::{self, MountPlan};
 use super::namespaces::Namespaces;
+use super::numbers;
 use crate::error::{AgentError, Result};
 use crate::seccomp;
 use crate::sys::process::SchedAttr;
@@ -188,7 +189,11 @@ pub fn container(spec: &oci::Spec, id: &str) -> Result<ContainerPlan> {
             .iter()
             .map(mounts::plan)
             .collect::<Result<_>>()?,
-        devices: linux.devices.iter().map(device).collect::<Result<_>>()?,
+        devices: linux
+            .devices
+            .iter()
+            .filter_map(|each| device(each).transpose())
+            .collect::<Result<_>>()?,
         masked_paths: linux
             .masked_paths
             .iter()
@@ -329,7 +334,8 @@ fn root_propagation(name: &str) -> Result<(u64, Option<(u64, bool)>)> {
     })
 }
 
-fn device(device: &oci::Device) -> Result<DevicePlan> {
+/// None: one that may be missing, and is.
+fn device(device: &oci::Device) -> Result<Option<DevicePlan>> {
     let path = mounts::normalise(&device.path);
     let kind = match device.type_.as_str() {
         "c" | "u" => libc::S_IFCHR,
@@ -348,17 +354,28 @@ fn device(device: &oci::Device) -> Result<DevicePlan> {
     };
     let device_number = if kind == libc::S_IFIFO {
         0
+    } else if !device.name.is_empty() {
+        match numbers::device(&device.name, kind == libc::S_IFBLK) {
+            Some(number) => number,
+            None if device.optional => return Ok(None),
+            None => {
+                return Err(invalid(format!(
+                    "linux.devices: {}: the guest's kernel has no device {:?}",
+                    device.path, device.name
+                )))
+            }
+        }
     } else {
         libc::makedev(number(device.major)?, number(device.minor)?)
     };
-    Ok(DevicePlan {
+    Ok(Some(DevicePlan {
         path,
         kind,
         number: device_number,
         mode: device.file_mode.unwrap_or(0o666) & 0o7777,
         uid: device.uid,
         gid: device.gid,
-    })
+    }))
 }
 
 fn rlimits(list: &[oci::Rlimit]) -> Result<Vec<(libc::c_int, u64, u64)>> {

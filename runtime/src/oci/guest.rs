@@ -10,7 +10,10 @@ use std::{
 use bulkhead_agent_protocol::{oci, SHARED_MOUNT};
 use oci_spec::runtime::{Linux, Mount, Spec};
 
-use super::{hooks, name, namespaces, process, resources, seccomp, SpecError};
+use super::{
+    devices::{may_use_all, HostDevices},
+    hooks, name, namespaces, process, resources, seccomp, SpecError,
+};
 
 /// File systems that the guest makes itself.
 const GUEST_FILE_SYSTEMS: [&str; 9] = [
@@ -266,8 +269,10 @@ fn translate_linux(
     if let Some(path) = linux.cgroups_path() {
         out.cgroups_path = path.to_string_lossy().into_owned();
     }
+    let host = HostDevices::default();
+    let all = may_use_all(&out.resources.devices);
     for device in linux.devices().iter().flatten() {
-        out.devices.push(oci::Device {
+        let device = oci::Device {
             path: device.path().to_string_lossy().into_owned(),
             type_: device.typ().as_str().into(),
             major: device.major(),
@@ -276,7 +281,8 @@ fn translate_linux(
             uid: device.uid().unwrap_or(0),
             gid: device.gid().unwrap_or(0),
             ..Default::default()
-        });
+        };
+        out.devices.extend(host.device(device, all)?);
     }
     if let Some(profile) = linux.seccomp() {
         out.seccomp = Some(seccomp::seccomp(profile)?).into();

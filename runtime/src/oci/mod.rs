@@ -2,6 +2,7 @@
 //! A bundle's config.json, and what of it goes into the guest.
 
 mod annotations;
+mod devices;
 mod guest;
 mod hooks;
 mod merge;

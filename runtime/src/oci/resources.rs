@@ -5,7 +5,7 @@
 use bulkhead_agent_protocol::oci;
 use oci_spec::runtime::{LinuxBlockIo, LinuxDeviceType, LinuxResources, LinuxThrottleDevice};
 
-use super::SpecError;
+use super::{devices::HostDevices, SpecError};
 
 /// Translates limits.
 ///
@@ -17,15 +17,17 @@ pub fn resources(resources: &LinuxResources) -> Result<oci::Resources, SpecError
         unified: resources.unified().clone().unwrap_or_default(),
         ..Default::default()
     };
+    let host = HostDevices::default();
     for rule in resources.devices().iter().flatten() {
-        out.devices.push(oci::DeviceRule {
+        let rule = oci::DeviceRule {
             allow: rule.allow(),
             type_: rule.typ().unwrap_or(LinuxDeviceType::A).as_str().into(),
             major: rule.major(),
             minor: rule.minor(),
             access: rule.access().clone().unwrap_or_default(),
             ..Default::default()
-        });
+        };
+        out.devices.extend(host.rule(rule));
     }
     if let Some(memory) = resources.memory() {
         out.memory = Some(oci::Memory {
