@@ -73,6 +73,9 @@ const PROC_ALLOWED: [&str; 11] = [
     "/proc/sys/crypto/fips_enabled",
 ];
 
+const ID_MAPPED: &str =
+    "id-mapped mounts are not supported: volumes are on virtio-fs, whose server does not allow it";
+
 /// Translates one mount.
 ///
 /// # Errors
@@ -83,7 +86,7 @@ pub fn plan(mount: &oci::Mount) -> Result<MountPlan> {
     let destination = normalise(&mount.destination);
     check_place(&destination).map_err(&invalid)?;
     if !mount.uid_mappings.is_empty() || !mount.gid_mappings.is_empty() {
-        return Err(invalid("id-mapped mounts are not supported yet".into()));
+        return Err(invalid(ID_MAPPED.into()));
     }
     let mut options = Options::default();
     for option in &mount.options {
@@ -242,7 +245,7 @@ impl Options {
             "bind" => self.bind = true,
             "rbind" => self.bind_recursive = true,
             "tmpcopyup" => self.copy_up = true,
-            "idmap" | "ridmap" => return Err("id-mapped mounts are not supported yet".into()),
+            "idmap" | "ridmap" => return Err(ID_MAPPED.into()),
             "remount" => return Err("remount is not supported".into()),
             // What the kernel does by default, or not at all any more.
             "" | "defaults" | "async" | "nomand" | "mand" | "loud" | "silent" | "iversion"

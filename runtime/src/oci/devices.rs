@@ -3,10 +3,7 @@
 //! list"). Their numbers are the host's; the guest's kernel has given out its
 //! own. What both mean is the device's name, which the agent looks up.
 
-use std::{
-    fs,
-    path::PathBuf,
-};
+use std::{fs, path::PathBuf};
 
 use bulkhead_agent_protocol::oci;
 

@@ -196,7 +196,8 @@ fn translate_mount(
     };
     let mapped = [mount.uid_mappings(), mount.gid_mappings()];
     if mapped.iter().any(|list| list.is_some()) {
-        return Err(field("id-mapped mounts are not supported".into()));
+        return Err(field("id-mapped mounts are not supported: volumes are on virtio-fs, whose server does not allow it"
+                .into()));
     }
     if kind == "bind" || has("bind") || has("rbind") {
         if !source.is_absolute() {
