@@ -30,7 +30,7 @@ PACKAGES := ca-certificates build-essential bc bison flex libelf-dev libssl-dev 
 RUST_PACKAGES := rustc-web cargo-web
 RUST_OLDEST := 1.86.0
 
-.PHONY: help deps build binaries guest kernel run test test-agent test-agent-load test-guest-load test-containerd critest soak box bench fuzz install uninstall
+.PHONY: help deps build binaries guest kernel run test test-agent test-agent-load test-guest-load test-programs test-containerd critest soak box bench fuzz install uninstall
 
 help: ## What can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -92,6 +92,11 @@ test-agent-load: ## The same of many containers and processes, in full numbers
 
 test-guest-load: build ## Full numbers of containers and processes in one guest; takes long
 	@BULKHEAD_AGENT_LOAD=full cargo test -p bulkhead-tests --test e2e -- very_many fork_bombs
+
+test-programs: build ## Real programs of Debian packages, unchanged, in containers and in microVMs (Debian mirror; 1 GB)
+	@root=$$(tests/programs/build) && export BULKHEAD_PROGRAMS="$$root" && \
+		cargo test -p bulkhead-agent --test programs && \
+		cargo test -p bulkhead-tests --test e2e -- program_
 
 box: build ## A shell in the KVM host in a box
 	@$(RELEASE)/bulkhead-box shell

@@ -27,6 +27,7 @@ mod oci;
 mod pod;
 mod pods;
 mod ports;
+mod programs;
 mod recovery;
 mod runner;
 mod soak;
@@ -61,6 +62,7 @@ fn all() -> Vec<Test> {
         cgroups::TESTS,
         vmm::TESTS,
         volumes::TESTS,
+        programs::TESTS,
         cri::TESTS,
         soak::TESTS,
         pods::TESTS,
