@@ -137,7 +137,7 @@ fn says(guest: &Guest, id: &str, exec_id: &str, word: &str) -> Result<()> {
 /// Containers without any limit take all processes, and all memory.
 fn fork_bombs_and_memory_hogs_leave_the_agent_alive(context: &Context) -> Result<()> {
     context.only_bulkhead()?;
-    let guest = boot(context, "overload", 256)?;
+    let guest = boot(context, "overload", 128)?;
     run(&guest, "neighbour", &["sleep", "9999"])?;
 
     run(
@@ -167,7 +167,7 @@ fn fork_bombs_and_memory_hogs_leave_the_agent_alive(context: &Context) -> Result
     says(&guest, "neighbour", "after-bomb", "alive")?;
 
     // More than the guest has; the OOM killer leaves what fits.
-    let script = "for i in 1 2 3 4; do dd if=/dev/zero of=/dev/null bs=100M & done; wait";
+    let script = "for i in 1 2 3 4; do dd if=/dev/zero of=/dev/null bs=40M & done; wait";
     run(&guest, "hog", &["sh", "-c", script])?;
     let begin = Instant::now();
     loop {
