@@ -7,12 +7,12 @@ use std::{
 };
 
 use bulkhead_vmm_api::{
-    BalloonConfig, BlkConfig, DeviceConfigs, FailureKind, FdIndex, FsConfig, NetConfig, PlugConfig,
-    PmemConfig, RestoreConfig, SnapshotFiles, VmConfig, VsockConfig,
+    BalloonConfig, BlkConfig, DeviceConfigs, FailureKind, FdIndex, FsConfig, MemConfig, NetConfig,
+    PlugConfig, PmemConfig, RestoreConfig, SnapshotFiles, VmConfig, VsockConfig,
 };
 use nix::fcntl::{fcntl, FcntlArg, OFlag};
 
-use crate::arch::x86_64::layout;
+use crate::{arch::x86_64::layout, virtio::mem::SLOT};
 
 /// Most vCPUs.
 pub const MAX_VCPUS: u8 = 64;
@@ -101,6 +101,8 @@ pub struct Devices {
     pub rng: bool,
     /// The balloon.
     pub balloon: Option<BalloonConfig>,
+    /// Memory that comes and goes.
+    pub mem: Option<MemConfig>,
 }
 
 struct Descriptors(Vec<Option<OwnedFd>>);
@@ -316,6 +318,18 @@ impl Devices {
             }
             blk.push((device, file));
         }
+        let part = (SLOT >> 20) as u32;
+        if let Some(MemConfig { max_mib }) = wanted.mem {
+            if max_mib == 0 || max_mib % part != 0 || !MEMORY_MIB.contains(&max_mib) {
+                return Err(invalid(
+                    "mem.max_mib",
+                    format!(
+                        "{max_mib} is not a multiple of {part}, {} at most",
+                        MEMORY_MIB.end()
+                    ),
+                ));
+            }
+        }
         Ok(Self {
             pmem,
             fs,
@@ -324,6 +338,7 @@ impl Devices {
             blk,
             rng: wanted.rng,
             balloon: wanted.balloon,
+            mem: wanted.mem,
         })
     }
 }
@@ -390,6 +405,10 @@ mod tests {
         assert!(refused(|c| c.merge_group = Some(1)).starts_with("merge_group: descriptor 1"));
         assert!(refused(|c| c.kernel.cmdline = "a\nb".into()).starts_with("kernel.cmdline:"));
         assert!(refused(|c| c.kernel.cmdline = "a".repeat(2048)).starts_with("kernel.cmdline:"));
+        for max_mib in [0, 100, 1 << 21] {
+            let text = refused(|c| c.devices.mem = Some(MemConfig { max_mib }));
+            assert!(text.starts_with("mem.max_mib:"), "{text}");
+        }
         assert!(refused(|c| {
             c.devices.vsock = Some(VsockConfig {
                 cid: 2,

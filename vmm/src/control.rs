@@ -191,6 +191,13 @@ impl Server {
                 },
                 Err(outcome) => outcome,
             },
+            Call::Memory(target) => match self.machine("memory") {
+                Ok(machine) => match machine.set_memory(target.mib) {
+                    Ok(()) => Outcome::Done,
+                    Err(error) => failure(error.kind(), &error),
+                },
+                Err(outcome) => outcome,
+            },
             Call::Pause => self.pause(),
             Call::Resume => self.resume(),
             Call::Snapshot(files) => self.snapshot(&files, fds),
@@ -223,6 +230,10 @@ impl Server {
                 other: total(|exits| exits.other),
             },
             vcpus,
+            vcpu_threads: machine
+                .map(|machine| machine.vcpu_threads())
+                .unwrap_or_default(),
+            memory: machine.and_then(|machine| machine.memory()),
             balloon: machine.and_then(|machine| machine.balloon()),
             devices: machine.map(|machine| machine.devices()).unwrap_or_default(),
         }

@@ -63,18 +63,23 @@ pub fn allocate(size: u64) -> Result<GuestMemoryMmap, MemoryError> {
 /// Says how the host is to back guest memory, before it is touched: by small
 /// pages, but for `huge` (guest-physical), which is used as a whole. Advice:
 /// a host without huge pages has nothing to follow.
-pub fn advise(memory: &GuestMemoryMmap, huge: Range<u64>) {
-    for region in memory.iter() {
+pub fn advise(memory: &GuestMemoryMmap, huge: &Range<u64>) {
+    memory.iter().for_each(|region| advise_region(region, huge));
+}
+
+/// As [`advise`], of one region.
+pub fn advise_region(region: &GuestRegionMmap, huge: &Range<u64>) {
+    let start = region.start_addr().raw_value();
+    let part = huge.start.max(start)..huge.end.min(start + region.len());
+    if part != (start..start + region.len()) {
         madvise(region, 0..region.len(), libc::MADV_NOHUGEPAGE);
-        let start = region.start_addr().raw_value();
-        let part = huge.start.max(start)..huge.end.min(start + region.len());
-        if part.start < part.end {
-            madvise(
-                region,
-                part.start - start..part.end - start,
-                libc::MADV_HUGEPAGE,
-            );
-        }
+    }
+    if part.start < part.end {
+        madvise(
+            region,
+            part.start - start..part.end - start,
+            libc::MADV_HUGEPAGE,
+        );
     }
 }
 
@@ -83,9 +88,15 @@ pub fn advise(memory: &GuestMemoryMmap, huge: Range<u64>) {
 /// # Errors
 /// EINVAL: this kernel has no KSM.
 pub fn merge(memory: &GuestMemoryMmap) -> io::Result<()> {
-    memory
-        .iter()
-        .try_for_each(|region| try_madvise(region, 0..region.len(), libc::MADV_MERGEABLE))
+    memory.iter().try_for_each(merge_region)
+}
+
+/// As [`merge`], of one region.
+///
+/// # Errors
+/// EINVAL: this kernel has no KSM.
+pub fn merge_region(region: &GuestRegionMmap) -> io::Result<()> {
+    try_madvise(region, 0..region.len(), libc::MADV_MERGEABLE)
 }
 
 fn madvise(region: &GuestRegionMmap, range: Range<u64>, advice: libc::c_int) {
@@ -153,14 +164,12 @@ fn discard_in(region: &GuestRegionMmap, range: Range<u64>) -> bool {
 }
 
 /// Maps a snapshot's memory file as guest memory of `size` bytes: pages are
-/// the file's until the guest writes them.
-pub fn map_snapshot(size: u64, file: &File) -> Result<GuestMemoryMmap, MemoryError> {
+/// the file's until the guest writes them. The file has `more` bytes after them.
+pub fn map_snapshot(size: u64, more: u64, file: &File) -> Result<GuestMemoryMmap, MemoryError> {
     let found = file.metadata().map_err(MemoryError::File)?.len();
-    if found != size {
-        return Err(MemoryError::Size {
-            found,
-            wanted: size,
-        });
+    let wanted = size.saturating_add(more);
+    if found != wanted {
+        return Err(MemoryError::Size { found, wanted });
     }
     let memory = map(size, 0, |offset| {
         let file = file.try_clone().map_err(MemoryError::File)?;
@@ -180,17 +189,39 @@ fn map(
     let mut regions = Vec::new();
     let mut offset = 0;
     for (base, length) in ranges(size) {
-        let mapping = MmapRegion::build(
-            backing(offset)?,
-            length as usize,
-            libc::PROT_READ | libc::PROT_WRITE,
-            libc::MAP_PRIVATE | libc::MAP_NORESERVE | flags,
-        )
-        .map_err(|source| MemoryError::Map { size, source })?;
-        regions.push(GuestRegionMmap::new(mapping, GuestAddress(base)).ok_or(MemoryError::Wraps)?);
+        regions.push(map_region(base..base + length, flags, backing(offset)?)?);
         offset += length;
     }
     GuestMemoryMmap::from_regions(regions).map_err(MemoryError::Layout)
+}
+
+/// Maps one region at guest-physical addresses: of a snapshot's memory file
+/// from an offset on, or new.
+pub fn region(
+    addresses: Range<u64>,
+    file: Option<FileOffset>,
+) -> Result<GuestRegionMmap, MemoryError> {
+    let flags = match file {
+        Some(_) => 0,
+        None => libc::MAP_ANONYMOUS,
+    };
+    map_region(addresses, flags, file)
+}
+
+fn map_region(
+    addresses: Range<u64>,
+    flags: libc::c_int,
+    backing: Option<FileOffset>,
+) -> Result<GuestRegionMmap, MemoryError> {
+    let size = addresses.end - addresses.start;
+    let mapping = MmapRegion::build(
+        backing,
+        size as usize,
+        libc::PROT_READ | libc::PROT_WRITE,
+        libc::MAP_PRIVATE | libc::MAP_NORESERVE | flags,
+    )
+    .map_err(|source| MemoryError::Map { size, source })?;
+    GuestRegionMmap::new(mapping, GuestAddress(addresses.start)).ok_or(MemoryError::Wraps)
 }
 
 /// Hands out guest-physical windows above all memory (virtio-pmem).
@@ -220,12 +251,18 @@ impl WindowAllocator {
     /// Reserves `size` bytes at the lowest place for them; the guest-physical
     /// address, or none when there is no such place.
     pub fn reserve(&mut self, size: u64) -> Option<u64> {
-        let mut at = self.base;
+        self.reserve_aligned(size, layout::WINDOW_ALIGN)
+    }
+
+    /// As [`Self::reserve`], at a multiple of `align`, which is one of windows'
+    /// alignment.
+    pub fn reserve_aligned(&mut self, size: u64, align: u64) -> Option<u64> {
+        let mut at = self.base.checked_next_multiple_of(align)?;
         for (start, taken) in &self.taken {
-            if start - at >= size {
+            if start.checked_sub(at).is_some_and(|room| room >= size) {
                 break;
             }
-            at = (start + taken).checked_next_multiple_of(layout::WINDOW_ALIGN)?;
+            at = at.max((start + taken).checked_next_multiple_of(align)?);
         }
         self.reserve_at(at, size).then_some(at)
     }
@@ -296,8 +333,8 @@ mod tests {
         let file = vmm_sys_util::tempfile::TempFile::new().unwrap().into_file();
         file.set_len(4 << 20).unwrap();
         std::os::unix::fs::FileExt::write_all_at(&file, &[9; 0x4000], 0).unwrap();
-        let clone = map_snapshot(4 << 20, &file).unwrap();
-        let other = map_snapshot(4 << 20, &file).unwrap();
+        let clone = map_snapshot(4 << 20, 0, &file).unwrap();
+        let other = map_snapshot(4 << 20, 0, &file).unwrap();
         fill(&clone, 0x1000..0x2000, 7);
         // A page of its own and one of the file's.
         assert_eq!(discard(&clone, 0x1000..0x3000), 0x2000);
@@ -322,7 +359,7 @@ mod tests {
     fn memory_is_mergeable_only_when_told() {
         let memory = allocate(4 << 20).unwrap();
         let region = memory.iter().next().unwrap();
-        advise(&memory, 0..0);
+        advise(&memory, &(0..0));
         let address = region.as_ptr() as usize;
         assert!(!has_flag(address, "mg"));
         match merge(&memory) {
@@ -357,6 +394,16 @@ mod tests {
         assert_eq!(windows.reserve(4 << 20), Some(base));
         assert_eq!(windows.reserve(4 << 20), Some(base + (6 << 20)));
         assert_eq!(windows.reserve(u64::MAX), None);
+        let mut windows = WindowAllocator::new(1 << 20);
+        assert_eq!(windows.reserve(2 << 20), Some(base));
+        let aligned = windows.reserve_aligned(1 << 30, 128 << 20);
+        assert_eq!(aligned, Some(base + (128 << 20)));
+        // Between the two.
+        assert_eq!(windows.reserve(4 << 20), Some(base + (2 << 20)));
+        assert_eq!(
+            windows.reserve_aligned(4 << 20, 1 << 30),
+            Some(base + (2 << 30))
+        );
     }
 
     proptest::proptest! {

@@ -60,6 +60,9 @@ pub struct DeviceConfigs {
     /// The memory balloon.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub balloon: Option<BalloonConfig>,
+    /// Memory that comes and goes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mem: Option<MemConfig>,
 }
 
 impl Default for DeviceConfigs {
@@ -73,6 +76,7 @@ impl Default for DeviceConfigs {
             blk: Vec::new(),
             rng: yes(),
             balloon: None,
+            mem: None,
         }
     }
 }
@@ -261,6 +265,15 @@ impl Default for BalloonConfig {
             free_page_reporting: yes(),
         }
     }
+}
+
+/// virtio-mem (virtio 1.2 §5.15): memory beyond [`VmConfig::memory_mib`], none
+/// at first. See [`Call::Memory`](crate::Call::Memory).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MemConfig {
+    /// MiB that it can become, a multiple of 128. A restored VM has what it had.
+    pub max_mib: u32,
 }
 
 /// A device to plug, with the descriptors of its configuration.

@@ -53,6 +53,12 @@ pub enum Call {
     /// Asks the guest to give so much memory back, or to take it again; it
     /// takes its time, and may not give all. Needs a balloon.
     Balloon(BalloonTarget),
+    /// Asks the guest to have so much memory beyond what it booted with, or to
+    /// give it back; it takes its time, and may not do all of it:
+    /// [`Status::memory`] tells. Memory that was given back is the host's at
+    /// once; asked again for the same, the VMM gives up the address space as
+    /// well. Needs a mem device.
+    Memory(MemoryTarget),
     /// Stops the vCPUs and the devices where they are. The reply comes when
     /// all of them rest; then nothing changes guest memory.
     Pause,

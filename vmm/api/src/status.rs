@@ -74,11 +74,13 @@ pub enum DeviceKind {
     Rng,
     /// The balloon.
     Balloon,
+    /// Memory that comes and goes.
+    Mem,
 }
 
 impl DeviceKind {
     /// All of them.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Pmem,
         Self::Fs,
         Self::Vsock,
@@ -86,6 +88,7 @@ impl DeviceKind {
         Self::Blk,
         Self::Rng,
         Self::Balloon,
+        Self::Mem,
     ];
 
     /// Its field in a configuration.
@@ -98,6 +101,7 @@ impl DeviceKind {
             Self::Blk => "blk",
             Self::Rng => "rng",
             Self::Balloon => "balloon",
+            Self::Mem => "mem",
         }
     }
 
@@ -109,6 +113,7 @@ impl DeviceKind {
             Self::Rng => 4,
             Self::Balloon => 5,
             Self::Vsock => 19,
+            Self::Mem => 24,
             Self::Fs => 26,
             Self::Pmem => 27,
         }
@@ -121,6 +126,30 @@ impl DeviceKind {
 pub struct BalloonTarget {
     /// MiB that the guest gives, less than it has.
     pub mib: u32,
+}
+
+/// How much memory the guest is to have beyond what it booted with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MemoryTarget {
+    /// MiB, an even number, and at most the device's `max_mib`.
+    pub mib: u32,
+}
+
+/// How the memory stands that comes and goes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MemoryStatus {
+    /// MiB that it can become.
+    pub max_mib: u32,
+    /// MiB that the guest was asked to have.
+    pub target_mib: u32,
+    /// MiB that it has.
+    pub plugged_mib: u32,
+    /// MiB that it can touch, right or wrong: whole slots.
+    pub mapped_mib: u32,
+    /// KVM's memory slots for it.
+    pub slots: u32,
 }
 
 /// How the balloon stands.
@@ -177,9 +206,16 @@ pub struct Status {
     /// The same of each vCPU.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub vcpus: Vec<Exits>,
+    /// The vCPUs' threads, for who sets their priority or affinity: ids in the
+    /// VMM's pid namespace. Of a VM that has run.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub vcpu_threads: Vec<u32>,
     /// The balloon, where there is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub balloon: Option<BalloonStatus>,
+    /// Memory that comes and goes, where there is such a device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<MemoryStatus>,
     /// What is on the PCI bus, of a VM that has been built.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub devices: Vec<DeviceStatus>,

@@ -1,12 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Puts everything on the machine's buses.
 
-use std::sync::{atomic::AtomicBool, Arc, Mutex};
+use std::sync::{
+    atomic::{AtomicBool, AtomicU32},
+    Arc, Mutex,
+};
 
 use kvm_ioctls::VcpuFd;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 use super::{
+    growth::Backing,
     plug::{Board, Item, Loops, Place},
     system, BuildError, Callbacks, Host, Machine,
 };
@@ -34,6 +38,8 @@ pub(super) struct Parts {
     pub vcpus: Vec<VcpuFd>,
     pub serial: Arc<SerialPort>,
     pub paused: bool,
+    /// Of memory that comes later.
+    pub backing: Backing,
 }
 
 impl Parts {
@@ -75,6 +81,7 @@ impl Parts {
             GuestMemoryAtomic::new(self.memory.clone()),
             Arc::clone(&root),
             WindowAllocator::new(self.memory_size),
+            self.backing,
             callbacks.on_connect.clone(),
         );
         for (item, place) in items {
@@ -91,6 +98,7 @@ impl Parts {
         buses.mmio.insert(layout::BAR_WINDOW, size, registers)?;
         buses.mmio.insert(layout::ECAM, layout::ECAM_SIZE, root)?;
         let exits = self.vcpus.iter().map(|_| ExitCounters::default()).collect();
+        let ids = self.vcpus.iter().map(|_| AtomicU32::new(0)).collect();
         let vcpus = self.vcpus.into_iter();
         Ok(Machine {
             threads: Vec::new(),
@@ -99,13 +107,14 @@ impl Parts {
             shared: Arc::new(Shared {
                 buses,
                 exits,
+                ids,
                 on_end: callbacks.on_end.clone(),
                 rest: Rest::default(),
                 stop: AtomicBool::new(false),
             }),
             serial: self.serial,
             stamps,
-            memory: self.memory,
+            memory_size: self.memory_size,
             board,
             vm: self.vm,
             host: self.host,

@@ -4,16 +4,17 @@
 use std::{
     fs::File,
     os::fd::IntoRawFd,
-    sync::{Arc, Mutex, MutexGuard},
+    sync::{atomic::Ordering, Arc, Mutex, MutexGuard},
 };
 
-use bulkhead_vmm_api::{BalloonStatus, DeviceStatus, Exits};
+use bulkhead_vmm_api::{BalloonStatus, DeviceStatus, Exits, MemoryStatus};
 use kvm_ioctls::VcpuFd;
-use vm_memory::{GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{GuestMemory, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{
     assemble::Parts,
+    growth::{Backing, Growth, GrowthError},
     plug::{self, Board, Loops, Place, UnplugError},
     system, BuildError, Callbacks, Host,
 };
@@ -43,7 +44,8 @@ pub struct Machine {
     pub(super) shared: Arc<Shared>,
     pub(super) serial: Arc<SerialPort>,
     pub(super) stamps: Arc<Stamps>,
-    pub(super) memory: GuestMemoryMmap,
+    /// Bytes of memory that are always there.
+    pub(super) memory_size: u64,
     pub(super) board: Board,
     pub(super) vm: Arc<Vm>,
     pub(super) host: Arc<Host>,
@@ -66,7 +68,11 @@ impl Machine {
             (false, Some(_)) => 0..0,
             (false, None) => boot::extent(&mut resources.kernel),
         };
-        memory::advise(&memory, huge);
+        memory::advise(&memory, &huge);
+        let backing = Backing {
+            huge: resources.huge_pages,
+            merge: resources.merge_group.is_some(),
+        };
         if let Some(held) = resources.merge_group.take() {
             // Closed by the kernel, which does so after it has given the memory
             // back, however this process ends.
@@ -105,6 +111,7 @@ impl Machine {
             vcpus,
             serial,
             paused: false,
+            backing,
         };
         let items = plug::items(resources.devices).into_iter();
         let items = items.map(|item| (item, Place::default())).collect();
@@ -119,8 +126,9 @@ impl Machine {
         stamps: Arc<Stamps>,
     ) -> Result<Self, BuildError> {
         let state = snapshot::state::read(&resources.state)?;
-        let items = plug::arrange(resources.devices, &state)?;
-        let memory = memory::map_snapshot(state.memory_size, &resources.memory)?;
+        let items = plug::arrange(resources.devices, &state, &resources.memory)?;
+        let grown = plug::grown(&items);
+        let memory = memory::map_snapshot(state.memory_size, grown, &resources.memory)?;
         let vm = Arc::new(Vm::new(&host.kvm, &memory)?);
         let interrupt = serial_interrupt(&vm)?;
         let serial = SerialPort::restore(state.serial.clone(), resources.serial, interrupt)
@@ -138,6 +146,7 @@ impl Machine {
             vcpus,
             serial,
             paused: true,
+            backing: Backing::default(),
         };
         let machine = parts.assemble(items, callbacks, stamps)?;
         machine.restore_state(&state)?;
@@ -235,7 +244,7 @@ impl Machine {
         let functions = functions.collect::<Result<_, _>>()?;
         let vcpus = self.vcpus.iter();
         let state = MachineState {
-            memory_size: self.memory.iter().map(GuestMemoryRegion::len).sum(),
+            memory_size: self.memory_size,
             slots,
             functions,
             vm: VmState::save(self.vm.fd())?,
@@ -245,7 +254,7 @@ impl Machine {
             serial: self.serial.save(),
         };
         snapshot::state::write(&state, state_file)?;
-        snapshot::memory::write(&self.memory, &self.host.pagemap, memory_file)
+        snapshot::memory::write(&self.board.memory(), &self.host.pagemap, memory_file)
             .map(|written| tracing::debug!(written, "memory written"))
             .map_err(|source| SnapshotError::File {
                 what: "write the memory file",
@@ -265,7 +274,8 @@ impl Machine {
     /// There is no balloon, or not so much memory.
     pub fn set_balloon(&self, mib: u32) -> Result<(), BalloonError> {
         let balloon = self.board.balloon().ok_or(BalloonError::Absent)?;
-        let size: u64 = self.memory.iter().map(GuestMemoryRegion::len).sum();
+        let memory = self.board.memory();
+        let size: u64 = memory.iter().map(GuestMemoryRegion::len).sum();
         if u64::from(mib) << 20 >= size {
             return Err(BalloonError::TooLarge {
                 mib,
@@ -281,6 +291,28 @@ impl Machine {
         self.board
             .balloon()
             .map(|balloon| lock_device(balloon).status())
+    }
+
+    /// Asks the guest to have `mib` MiB beyond what it booted with.
+    ///
+    /// # Errors
+    /// There is no such device, or so much cannot be.
+    pub fn set_memory(&mut self, mib: u32) -> Result<(), GrowthError> {
+        let growth = self.board.growth_mut().ok_or(GrowthError::Absent)?;
+        growth.set(mib)
+    }
+
+    /// How that memory stands.
+    pub fn memory(&self) -> Option<MemoryStatus> {
+        self.board.growth().map(Growth::status)
+    }
+
+    /// The vCPUs' threads, of a machine that has run.
+    pub fn vcpu_threads(&self) -> Vec<u32> {
+        let ids = self.shared.ids.iter();
+        ids.map(|id| id.load(Ordering::Relaxed))
+            .filter(|id| *id != 0)
+            .collect()
     }
 
     /// Writes what the guest's last, unfinished line was.

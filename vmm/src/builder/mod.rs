@@ -3,6 +3,7 @@
 //! the bus), and led through its life ([`machine`]).
 
 mod assemble;
+mod growth;
 mod machine;
 mod plug;
 
@@ -12,6 +13,7 @@ use bulkhead_vmm_api::FailureKind;
 use kvm_ioctls::Kvm;
 
 pub use self::{
+    growth::GrowthError,
     machine::{BalloonError, Machine},
     plug::UnplugError,
 };
@@ -67,6 +69,9 @@ pub enum BuildError {
     /// No memory for the bus's configuration space.
     #[error("PCI configuration space could not be mapped")]
     ConfigSpace(#[from] vm_memory::mmap::MmapRegionError),
+    /// Memory that comes and goes.
+    #[error(transparent)]
+    Growth(#[from] GrowthError),
     /// A snapshot.
     #[error(transparent)]
     Snapshot(#[from] SnapshotError),
@@ -99,6 +104,7 @@ impl BuildError {
             Self::Bus(_) | Self::Twice { .. } => FailureKind::InvalidRequest,
             Self::NoFiles => FailureKind::Unsupported,
             Self::Snapshot(error) => error.kind(),
+            Self::Growth(error) => error.kind(),
             Self::Memory(MemoryError::Size { .. }) => FailureKind::BadResource,
             Self::Jail(_)
             | Self::Memory(_)

@@ -11,12 +11,15 @@ use std::{
 };
 
 use bulkhead_vmm_api::{
-    BalloonConfig, BlkConfig, DeviceKind, DeviceStatus, FailureKind, FsConfig, NetConfig,
-    PmemConfig, VsockConfig,
+    BalloonConfig, BlkConfig, DeviceKind, DeviceStatus, FailureKind, FsConfig, MemConfig,
+    NetConfig, PmemConfig, VsockConfig,
 };
-use vm_memory::{FileOffset, MmapRegion};
+use vm_memory::{FileOffset, GuestAddressSpace, GuestMemoryMmap, MmapRegion};
 
-use super::{system, BuildError};
+use super::{
+    growth::{Backing, Growth, Saved},
+    system, BuildError,
+};
 use crate::{
     arch::x86_64::layout,
     config::Devices,
@@ -31,6 +34,7 @@ use crate::{
         blk::Blk,
         device::{GuestRam, VirtioDevice},
         fs::Fs,
+        mem::{Layout, Mem, SLOT},
         net::Net,
         pmem::Pmem,
         rng::Rng,
@@ -57,15 +61,18 @@ pub(super) enum Item {
     Blk(BlkConfig, File),
     Rng,
     Balloon(BalloonConfig),
+    Mem(MemConfig),
 }
 
 /// Where a device is to be, as far as that is settled.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Default)]
 pub(super) struct Place {
     /// Its number on the bus; none: the lowest free one.
     slot: Option<u8>,
     /// The guest-physical address of a pmem device's window, and its size.
     window: Option<(u64, u64)>,
+    /// What there was of memory that comes and goes.
+    memory: Option<(Layout, Saved)>,
 }
 
 /// All devices, in the order of their slots: the guest image first, so that it
@@ -85,6 +92,7 @@ pub(super) fn items(devices: Devices) -> Vec<Item> {
     items.extend(blk.map(|(config, file)| Item::Blk(config, file)));
     items.extend(devices.rng.then_some(Item::Rng));
     items.extend(devices.balloon.map(Item::Balloon));
+    items.extend(devices.mem.map(Item::Mem));
     items
 }
 
@@ -96,6 +104,7 @@ pub(super) fn items(devices: Devices) -> Vec<Item> {
 pub(super) fn arrange(
     devices: Devices,
     state: &MachineState,
+    memory: &File,
 ) -> Result<Vec<(Item, Place)>, SnapshotError> {
     let mut left = items(devices);
     let mut arranged = Vec::new();
@@ -117,9 +126,21 @@ pub(super) fn arrange(
         let window = (kind == Some(DeviceKind::Pmem))
             .then(|| Pmem::window_in(function.device()))
             .flatten();
+        let memory = match (kind, Mem::layout_in(function.device())) {
+            (Some(DeviceKind::Mem), Some(layout)) => {
+                let file = memory.try_clone().map_err(|source| SnapshotError::File {
+                    what: "use the memory file",
+                    source,
+                })?;
+                let offset = state.memory_size;
+                Some((layout, Saved { file, offset }))
+            }
+            _ => None,
+        };
         let place = Place {
             slot: Some(*slot),
             window,
+            memory,
         };
         arranged.push((left.remove(found), place));
     }
@@ -130,6 +151,13 @@ pub(super) fn arrange(
         ))),
         None => Ok(arranged),
     }
+}
+
+/// Bytes that a snapshot's memory file has after the memory that was always
+/// there.
+pub(super) fn grown(items: &[(Item, Place)]) -> u64 {
+    let layouts = items.iter().filter_map(|(_, place)| place.memory.as_ref());
+    layouts.map(|(layout, _)| layout.mapped_size()).sum()
 }
 
 /// The kind with a virtio device id.
@@ -149,6 +177,7 @@ impl Item {
             Self::Blk(..) => DeviceKind::Blk,
             Self::Rng => DeviceKind::Rng,
             Self::Balloon(_) => DeviceKind::Balloon,
+            Self::Mem(_) => DeviceKind::Mem,
         }
     }
 
@@ -158,7 +187,7 @@ impl Item {
             Self::Fs(config, _) => &config.tag,
             Self::Net(config, _) => &config.id,
             Self::Blk(config, _) => &config.id,
-            Self::Vsock(..) | Self::Rng | Self::Balloon(_) => "",
+            Self::Vsock(..) | Self::Rng | Self::Balloon(_) | Self::Mem(_) => "",
         }
     }
 
@@ -294,7 +323,9 @@ pub(super) struct Board {
     root: Arc<PciRoot>,
     plugged: BTreeMap<u8, Plugged>,
     balloon: Option<Arc<Mutex<Balloon>>>,
+    growth: Option<Growth>,
     windows: WindowAllocator,
+    backing: Backing,
     on_connect: Arc<dyn Fn(u32) + Send + Sync>,
 }
 
@@ -305,6 +336,7 @@ impl Board {
         ram: GuestRam,
         root: Arc<PciRoot>,
         windows: WindowAllocator,
+        backing: Backing,
         on_connect: Arc<dyn Fn(u32) + Send + Sync>,
     ) -> Self {
         Self {
@@ -313,7 +345,9 @@ impl Board {
             root,
             plugged: BTreeMap::new(),
             balloon: None,
+            growth: None,
             windows,
+            backing,
             on_connect,
         }
     }
@@ -340,6 +374,21 @@ impl Board {
     /// The balloon, where there is one.
     pub fn balloon(&self) -> Option<&Arc<Mutex<Balloon>>> {
         self.balloon.as_ref()
+    }
+
+    /// Memory that comes and goes, where there is such a device.
+    pub fn growth(&self) -> Option<&Growth> {
+        self.growth.as_ref()
+    }
+
+    /// The same, to be changed.
+    pub fn growth_mut(&mut self) -> Option<&mut Growth> {
+        self.growth.as_mut()
+    }
+
+    /// All of the guest's memory, as it is now.
+    pub fn memory(&self) -> Arc<GuestMemoryMmap> {
+        self.ram.memory().into_inner()
     }
 
     /// Shows the guest what was restored.
@@ -400,6 +449,10 @@ impl Board {
                 self.function(device, class::STORAGE, io, slot)
             }
             Item::Rng => self.function(Rng::new(), class::UNASSIGNED, io, slot),
+            Item::Mem(config) => {
+                let device = self.grow(config, place.memory, &named)?;
+                self.shared_function(device, class::OTHER_MEMORY, io, slot)
+            }
             Item::Balloon(config) => {
                 let device = Arc::new(Mutex::new(Balloon::new(&config)));
                 self.balloon = Some(Arc::clone(&device));
@@ -451,7 +504,7 @@ impl Board {
         let device = name(plugged.kind, &plugged.id);
         match plugged.kind {
             DeviceKind::Pmem | DeviceKind::Fs | DeviceKind::Net | DeviceKind::Blk => {}
-            DeviceKind::Vsock | DeviceKind::Rng | DeviceKind::Balloon => {
+            DeviceKind::Vsock | DeviceKind::Rng | DeviceKind::Balloon | DeviceKind::Mem => {
                 return Err(UnplugError::Fixed { slot, device });
             }
         }
@@ -468,6 +521,37 @@ impl Board {
             self.close(window);
         }
         Ok(())
+    }
+
+    /// Makes the device of memory that comes and goes, with its place in the
+    /// guest.
+    fn grow(
+        &mut self,
+        config: MemConfig,
+        saved: Option<(Layout, Saved)>,
+        named: &dyn Fn(io::Error) -> BuildError,
+    ) -> Result<Arc<Mutex<Mem>>, BuildError> {
+        let size = u64::from(config.max_mib) << 20;
+        let base = match &saved {
+            Some((layout, _)) => self
+                .windows
+                .reserve_at(layout.base, layout.size)
+                .then_some(layout.base),
+            None => self.windows.reserve_aligned(size, SLOT),
+        };
+        let base = base
+            .ok_or_else(|| named(io::Error::other("there is no place for it in guest memory")))?;
+        let device = Arc::new(Mutex::new(Mem::new(Layout::new(base, size))));
+        let vm = Arc::clone(&self.vm);
+        let mut growth = Growth::new(vm, self.ram.clone(), Arc::clone(&device), self.backing);
+        if let Some((layout, saved)) = &saved {
+            if layout.size == size {
+                growth.restore(&layout.mapped, saved)?;
+            }
+            // Else it is told when its state is restored.
+        }
+        self.growth = Some(growth);
+        Ok(device)
     }
 
     /// Maps a file into the guest.

@@ -216,6 +216,15 @@ const CONTROL: &[Rule] = &[
         "plugging: pmem",
     ),
     tested(
+        libc::SYS_madvise,
+        &[
+            &[Is(2, libc::MADV_NOHUGEPAGE as u64)],
+            &[Is(2, libc::MADV_HUGEPAGE as u64)],
+            &[Is(2, libc::MADV_MERGEABLE as u64)],
+        ],
+        "growing: new memory is backed as the rest is",
+    ),
+    tested(
         libc::SYS_eventfd2,
         &[&[Is(0, 0)]],
         "plugging: notifications and interrupts",

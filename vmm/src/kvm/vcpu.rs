@@ -4,7 +4,7 @@
 use std::{
     io,
     sync::{
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
         Arc, Condvar, Mutex, MutexGuard,
     },
     thread::JoinHandle,
@@ -14,6 +14,7 @@ use std::{
 use bulkhead_vmm_api::{ExitReason, Exits};
 use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
 use kvm_ioctls::{VcpuExit, VcpuFd};
+use nix::unistd::gettid;
 use vmm_sys_util::signal::{register_signal_handler, Killable, SIGRTMIN};
 
 use crate::{
@@ -60,6 +61,8 @@ pub struct Shared {
     pub buses: Buses,
     /// Exit counters, of each vCPU.
     pub exits: Vec<ExitCounters>,
+    /// The threads' ids, of each vCPU; 0: it has not started.
+    pub ids: Vec<AtomicU32>,
     /// Called when the guest, or KVM, ends the machine.
     pub on_end: OnEnd,
     /// Where the threads rest while the machine is paused.
@@ -171,6 +174,8 @@ impl VcpuThread {
             .name(format!("vcpu{index}"))
             .spawn(move || {
                 confine::enter(Worker::Vcpu);
+                let id = u32::try_from(gettid().as_raw()).unwrap_or(0);
+                inner.ids[usize::from(index)].store(id, Ordering::Relaxed);
                 inner.rest.here();
                 run(&vcpu, &inner, &inner.exits[usize::from(index)]);
             })?;

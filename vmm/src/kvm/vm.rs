@@ -8,7 +8,9 @@ use std::sync::{
 
 use kvm_bindings::{kvm_userspace_memory_region, CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY};
 use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
-use vm_memory::{Address, GuestMemory, GuestMemoryMmap, GuestMemoryRegion, MmapRegion};
+use vm_memory::{
+    Address, GuestMemory, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
+};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{failed, irq::MsiRouter, KvmError};
@@ -66,12 +68,7 @@ impl Vm {
             _memory: memory.clone(),
         };
         for region in memory.iter() {
-            vm.add_slot(
-                region.start_addr().raw_value(),
-                region.len(),
-                region.as_ptr() as u64,
-                false,
-            )?;
+            vm.map_region(region)?;
         }
         Ok(vm)
     }
@@ -125,7 +122,19 @@ impl Vm {
         )
     }
 
-    /// Takes a window out of the guest: its accesses there reach nothing.
+    /// Gives the guest a region of memory, which the caller keeps as it does a
+    /// window's mapping.
+    pub fn map_region(&self, region: &GuestRegionMmap) -> Result<MemorySlot, KvmError> {
+        self.add_slot(
+            region.start_addr().raw_value(),
+            region.len(),
+            region.as_ptr() as u64,
+            false,
+        )
+    }
+
+    /// Takes a window, or a region, out of the guest: its accesses there reach
+    /// nothing.
     pub fn unmap_window(&self, slot: MemorySlot) -> Result<(), KvmError> {
         let region = kvm_userspace_memory_region {
             slot: slot.0,

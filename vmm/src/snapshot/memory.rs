@@ -132,19 +132,19 @@ mod tests {
         assert_eq!(found.len(), size);
         assert!(found.blocks() * 512 < 1 << 20, "{} blocks", found.blocks());
 
-        let clone = memory::map_snapshot(size, file.as_file()).unwrap();
+        let clone = memory::map_snapshot(size, 0, file.as_file()).unwrap();
         for (at, value) in marks {
             assert_eq!(clone.read_obj::<u8>(GuestAddress(at)).unwrap(), value);
         }
         assert_eq!(clone.read_obj::<u8>(GuestAddress(9 << 20)).unwrap(), 0);
         // What a clone writes stays its own.
         clone.write_obj(9_u8, GuestAddress(0)).unwrap();
-        let other = memory::map_snapshot(size, file.as_file()).unwrap();
+        let other = memory::map_snapshot(size, 0, file.as_file()).unwrap();
         assert_eq!(other.read_obj::<u8>(GuestAddress(0)).unwrap(), 1);
         // A clone's own snapshot has what it never touched.
         let second = TempFile::new().unwrap();
         assert_eq!(write(&clone, &pagemap, second.as_file()).unwrap(), 4 * 4096);
-        let grandchild = memory::map_snapshot(size, second.as_file()).unwrap();
+        let grandchild = memory::map_snapshot(size, 0, second.as_file()).unwrap();
         for (at, value) in [(0, 9)].iter().chain(&marks[1..]) {
             assert_eq!(
                 grandchild.read_obj::<u8>(GuestAddress(*at)).unwrap(),
@@ -157,7 +157,7 @@ mod tests {
     fn a_file_of_another_size_is_refused() {
         let file = TempFile::new().unwrap();
         file.as_file().set_len(4096).unwrap();
-        let error = memory::map_snapshot(1 << 20, file.as_file()).unwrap_err();
+        let error = memory::map_snapshot(1 << 20, 0, file.as_file()).unwrap_err();
         assert!(error.to_string().contains("4096"), "{error}");
     }
 }

@@ -7,6 +7,7 @@ pub mod chain;
 pub mod counters;
 pub mod device;
 pub mod fs;
+pub mod mem;
 pub mod net;
 pub mod pmem;
 pub mod rate;

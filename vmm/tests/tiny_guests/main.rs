@@ -6,5 +6,6 @@ mod configuration;
 mod guest;
 mod hotplug;
 mod lifecycle;
+mod resize;
 mod snapshot;
 mod vmm;

@@ -9,7 +9,8 @@
 //! 0xc000_0000  device registers (BARs)
 //! 0xe800_0000  PCI configuration space (ECAM, one bus)
 //! 0xfec0_0000  I/O APIC, VM generation id, local APICs, KVM's own pages
-//! 4 GiB        the rest of memory, then persistent memory windows
+//! 4 GiB        the rest of memory, then windows: persistent memory, and memory
+//!              that comes and goes
 //! ```
 
 /// `hvm_start_info`.
