@@ -8,9 +8,10 @@ use virtio_bindings::{
     virtio_config::VIRTIO_F_VERSION_1,
     virtio_ids::VIRTIO_ID_NET,
     virtio_net::{
-        VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4,
-        VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MAC,
-        VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU,
+        VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE,
+        VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
+        VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF,
+        VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP,
     },
     virtio_ring::VIRTIO_RING_F_EVENT_IDX,
 };
@@ -22,9 +23,12 @@ use crate::virtio::{
 };
 
 /// Token of the tap on the event loop; the queues' are below.
-pub(super) const TAP: u32 = 2;
+pub(super) const TAP: u32 = 3;
 /// `struct virtio_net_hdr_v1`, which the tap exchanges as it is.
 pub(super) const HEADER: usize = 12;
+
+/// Where the status lies in the configuration; its upper byte has no bits.
+const STATUS: usize = 6;
 
 /// A network interface.
 pub struct Net {
@@ -43,7 +47,10 @@ impl Net {
         let mut features = (1 << VIRTIO_F_VERSION_1)
             | (1 << VIRTIO_RING_F_EVENT_IDX)
             | (1 << VIRTIO_NET_F_MAC)
-            | (1 << VIRTIO_NET_F_MRG_RXBUF);
+            | (1 << VIRTIO_NET_F_MRG_RXBUF)
+            | (1 << VIRTIO_NET_F_STATUS)
+            | (1 << VIRTIO_NET_F_CTRL_VQ)
+            | (1 << VIRTIO_NET_F_GUEST_ANNOUNCE);
         if set_header_size(&tap).is_ok() && set_offload(&tap, 0).is_ok() {
             features |= (1 << VIRTIO_NET_F_CSUM)
                 | (1 << VIRTIO_NET_F_GUEST_CSUM)
@@ -55,6 +62,7 @@ impl Net {
         // mac, status, max_virtqueue_pairs, mtu.
         let mut space = [0; 12];
         space[..6].copy_from_slice(&config.mac);
+        space[STATUS] = VIRTIO_NET_S_LINK_UP as u8;
         if let Some(mtu) = config.mtu {
             features |= 1 << VIRTIO_NET_F_MTU;
             space[10..].copy_from_slice(&mtu.to_le_bytes());
@@ -67,6 +75,13 @@ impl Net {
             watched: false,
             active: None,
         })
+    }
+}
+
+impl Net {
+    /// The guest has announced itself.
+    pub(super) fn announced(&mut self) {
+        self.config[STATUS] &= !(VIRTIO_NET_S_ANNOUNCE as u8);
     }
 }
 
@@ -105,7 +120,8 @@ impl VirtioDevice for Net {
     }
 
     fn queue_sizes(&self) -> &[u16] {
-        &[256, 256]
+        // To receive, to transmit, and to control.
+        &[256, 256, 16]
     }
 
     fn features(&self) -> u64 {
@@ -163,5 +179,17 @@ impl VirtioDevice for Net {
 
     fn restore(&mut self, state: &[u8]) -> Result<(), StateError> {
         self.restore_state(state)
+    }
+
+    /// It is elsewhere in the network, and says so itself (virtio 1.2
+    /// §5.1.6.5.4).
+    fn announce(&mut self) {
+        let Some(queues) = &self.active else {
+            return;
+        };
+        if queues.has_feature(VIRTIO_NET_F_GUEST_ANNOUNCE) {
+            self.config[STATUS] |= VIRTIO_NET_S_ANNOUNCE as u8;
+            queues.interrupt.signal_config();
+        }
     }
 }

@@ -4,7 +4,10 @@
 
 use std::{fs::File, io, os::fd::AsRawFd, sync::Arc};
 
-use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_ANNOUNCE_ACK, VIRTIO_NET_ERR, VIRTIO_NET_F_MRG_RXBUF,
+    VIRTIO_NET_OK,
+};
 use virtio_queue::{QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemory, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
@@ -15,11 +18,14 @@ use super::{
 };
 use crate::{
     event::EventHandler,
-    virtio::chain::{add_used_together, pop, segments, wants_interrupt, Broken, Queues, Segment},
+    virtio::chain::{
+        add_used_together, pop, segments, wants_interrupt, Broken, Chain, Queues, Segment,
+    },
 };
 
 const RECEIVE: usize = 0;
 const TRANSMIT: usize = 1;
+const CONTROL: usize = 2;
 /// Most packets per wake-up and direction.
 const ROUND: usize = 128;
 /// The largest packet a tap gives with segmentation offload, with its header.
@@ -40,6 +46,19 @@ impl EventHandler for Net {
                 return;
             }
         } else if !queues.notified(token as usize) {
+            return;
+        }
+        if token as usize == CONTROL {
+            let memory = queues.memory.memory();
+            let mut announced = false;
+            queues.drain(CONTROL, ROUND, |chain| {
+                let (length, done) = control(&memory, chain)?;
+                announced |= done;
+                Ok(length)
+            });
+            if announced {
+                self.announced();
+            }
             return;
         }
         if token as usize == TRANSMIT {
@@ -75,6 +94,33 @@ impl EventHandler for Net {
             }
         }
     }
+}
+
+/// Answers a command (virtio 1.2 §5.1.6.5): the only one that there is says that
+/// the guest has announced itself. How many bytes were written, and whether it
+/// was that one.
+fn control(memory: &GuestMemoryMmap, chain: Chain<'_>) -> Result<(u32, bool), Broken> {
+    let (readable, writable) = segments(chain);
+    let (Some(command), Some(answer)) = (readable.first(), writable.last()) else {
+        return Err(Broken);
+    };
+    let mut bytes = [0_u8; 2];
+    if command.length < 2 || answer.length == 0 {
+        return Err(Broken);
+    }
+    memory
+        .read_slice(&mut bytes, command.address)
+        .map_err(|_| Broken)?;
+    let announced =
+        bytes.map(u32::from) == [VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_ANNOUNCE_ACK];
+    let result = match announced {
+        true => VIRTIO_NET_OK,
+        false => VIRTIO_NET_ERR,
+    };
+    memory
+        .write_obj(result as u8, answer.address)
+        .map_err(|_| Broken)?;
+    Ok((1, announced))
 }
 
 /// Pieces of guest memory as an iovec. The guest's addresses are checked; the

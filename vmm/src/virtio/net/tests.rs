@@ -86,5 +86,63 @@ fn the_address_and_mtu_are_told() {
     let (mut driver, _wire) = interface();
     let mut data = [0; 12];
     driver.device().read_config(0, &mut data);
-    assert_eq!(data, [2, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0x78, 5]);
+    assert_eq!(data, [2, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0x78, 5]);
+}
+
+/// A command, and the answer to it.
+fn command(driver: &mut Driver<Net>, class: u8, command: u8) -> u8 {
+    let at = driver.buffer(2);
+    driver.write(at, &[class, command]);
+    let answer = driver.buffer(1);
+    driver.write(answer, &[0xff]);
+    driver.queue(2, &[(at, 2, READ_ONLY), (answer, 1, READ_WRITE)]);
+    driver.kick(2);
+    assert_eq!(driver.used(2), [1]);
+    driver.read(answer, 1)[0]
+}
+
+#[test]
+fn a_restored_guest_is_asked_to_announce_itself_until_it_has() {
+    let (mut driver, _wire) = interface();
+    let status = |driver: &mut Driver<Net>| {
+        let mut data = [0; 2];
+        driver.device().read_config(6, &mut data);
+        u16::from_le_bytes(data)
+    };
+    assert_eq!(status(&mut driver), 1);
+    driver.device().announce();
+    assert_eq!(status(&mut driver), 3);
+    // It is asked still when it is restored once more.
+    let state = driver.device().save().unwrap();
+    // What there is no command for, and another than the acknowledgement.
+    for (class, number) in [(0, 0), (3, 1), (4, 0), (255, 255)] {
+        assert_eq!(command(&mut driver, class, number), 1);
+        assert_eq!(status(&mut driver), 3);
+    }
+    assert_eq!(command(&mut driver, 3, 0), 0);
+    assert_eq!(status(&mut driver), 1);
+    driver.device().restore(&state).unwrap();
+    assert_eq!(status(&mut driver), 3);
+    assert!(!driver.broken());
+}
+
+#[test]
+fn a_command_in_the_wrong_form_stops_the_device() {
+    for chain in [
+        vec![(0, 1, READ_ONLY), (8, 1, READ_WRITE)],
+        vec![(0, 2, READ_ONLY)],
+        vec![(8, 1, READ_WRITE)],
+        vec![(0, 2, READ_ONLY), (8, 0, READ_WRITE)],
+        vec![(0, 2, READ_ONLY), (1 << 40, 1, READ_WRITE)],
+    ] {
+        let (mut driver, _wire) = interface();
+        let at = driver.buffer(64);
+        let chain: Vec<_> = chain
+            .into_iter()
+            .map(|(offset, length, flags)| (at + offset, length, flags))
+            .collect();
+        driver.queue(2, &chain);
+        driver.kick(2);
+        assert!(driver.broken(), "{chain:?}");
+    }
 }
