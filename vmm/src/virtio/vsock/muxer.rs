@@ -246,8 +246,8 @@ impl Muxer {
     /// Takes clients from the listener.
     pub fn on_listener(&mut self, listener: &UnixListener) {
         for _ in 0..ACCEPTS {
-            let socket = match listener.accept() {
-                Ok((socket, _)) => socket,
+            let socket = match sys::accept(listener) {
+                Ok(socket) => socket,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => {
@@ -255,7 +255,7 @@ impl Muxer {
                     return;
                 }
             };
-            if self.len() >= MAX_CONNECTIONS || socket.set_nonblocking(true).is_err() {
+            if self.len() >= MAX_CONNECTIONS {
                 // Closed: that is how a client learns of a refusal.
                 tracing::warn!("vsock client refused: too many connections");
                 continue;

@@ -5,8 +5,8 @@
 use std::{
     io::{self, IoSlice},
     os::{
-        fd::{AsFd, AsRawFd},
-        unix::net::UnixStream,
+        fd::{AsFd, AsRawFd, FromRawFd},
+        unix::net::{UnixListener, UnixStream},
     },
     path::Path,
 };
@@ -14,8 +14,8 @@ use std::{
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout},
     sys::socket::{
-        connect as connect_socket, sendmsg, socket, AddressFamily, MsgFlags, SockFlag, SockType,
-        UnixAddr,
+        accept4, connect as connect_socket, sendmsg, socket, AddressFamily, MsgFlags, SockFlag,
+        SockType, UnixAddr,
     },
 };
 use vm_memory::VolatileSlice;
@@ -98,6 +98,14 @@ pub fn send_bytes(socket: &UnixStream, parts: &[&[u8]]) -> io::Result<usize> {
             Err(error) => return Err(error.into()),
         }
     }
+}
+
+/// Takes a client from the listener. The socket does not block.
+pub fn accept(listener: &UnixListener) -> io::Result<UnixStream> {
+    let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+    let socket = accept4(listener.as_raw_fd(), flags)?;
+    // SAFETY: the kernel has just made it for us, and nobody else knows it.
+    Ok(unsafe { UnixStream::from_raw_fd(socket) })
 }
 
 /// Connects to the socket at `path` without waiting: a listener whose backlog
