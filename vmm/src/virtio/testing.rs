@@ -8,6 +8,7 @@ use std::sync::{
 };
 
 use bulkhead_vmm_api::DeviceMetrics;
+use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::{epoll::EventSet, eventfd::EventFd};
@@ -15,7 +16,10 @@ use vmm_sys_util::{epoll::EventSet, eventfd::EventFd};
 use super::counters::Counters;
 use super::device::{Activation, ActiveQueue, Interrupt, VirtioDevice};
 use crate::{
-    confine::seccomp::Worker,
+    confine::{
+        self,
+        seccomp::{Worker, LEFT_OUT},
+    },
     event::{EventHandler, EventLoop},
 };
 
@@ -80,7 +84,7 @@ impl<D: VirtioDevice + 'static> Driver<D> {
 
     fn with(device: D, live: bool) -> Self {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap();
-        let event_loop = EventLoop::spawn("test", Worker::Devices).unwrap();
+        let event_loop = EventLoop::spawn("test", worker(&device)).unwrap();
         let device = Arc::new(Mutex::new(device));
         let recorder = Arc::new(Recorder::default());
         let mut this = Self {
@@ -203,10 +207,24 @@ impl<D: VirtioDevice + 'static> Driver<D> {
 
     /// Notifies the device of a queue, and lets it work.
     pub fn kick(&mut self, index: usize) {
-        self.device
-            .lock()
-            .unwrap()
-            .handle(index as u32, EventSet::IN);
+        self.event(index as u32);
+    }
+
+    /// Lets it work on an event of any of its descriptors.
+    pub fn event(&mut self, token: u32) {
+        let device = &self.device;
+        if std::env::var_os(LEFT_OUT).is_none() {
+            device.lock().unwrap().handle(token, EventSet::IN);
+            return;
+        }
+        // As in a VM: on a thread that may do nothing else.
+        let worker = worker(&*device.lock().unwrap());
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                confine::enter(worker);
+                device.lock().unwrap().handle(token, EventSet::IN);
+            });
+        });
     }
 
     /// Lengths of the chains used since the last call.
@@ -236,6 +254,14 @@ impl<D: VirtioDevice + 'static> Driver<D> {
     /// Whether the device gave up on its driver.
     pub fn broken(&self) -> bool {
         self.recorder.broken.load(Ordering::SeqCst)
+    }
+}
+
+/// Whose work the device's is.
+fn worker(device: &dyn VirtioDevice) -> Worker {
+    match device.device_id().into() {
+        VIRTIO_ID_FS => Worker::Files,
+        _ => Worker::Devices,
     }
 }
 

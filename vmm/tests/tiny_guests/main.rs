@@ -8,5 +8,6 @@ mod guest;
 mod hotplug;
 mod lifecycle;
 mod resize;
+mod rules;
 mod snapshot;
 mod vmm;

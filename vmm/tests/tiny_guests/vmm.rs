@@ -113,6 +113,11 @@ pub struct Vmm {
 
 impl Vmm {
     pub fn spawn() -> Self {
+        Self::spawn_with(&[])
+    }
+
+    /// As [`Self::spawn`], with these in its environment.
+    pub fn spawn_with(environment: &[(&str, &str)]) -> Self {
         let (ours, theirs) = Channel::pair().unwrap();
         limit(&ours);
         let number = theirs.as_raw_fd();
@@ -122,6 +127,7 @@ impl Vmm {
         }
         command.args(["--control-fd", &number.to_string()]);
         command.stderr(Stdio::null());
+        command.envs(environment.iter().copied());
         keep(&mut command, &[(number, number)]);
         Self {
             child: command.spawn().unwrap(),

@@ -7,15 +7,11 @@ use std::{
 };
 
 use bulkhead_vmm_api::NetConfig;
-use vmm_sys_util::epoll::EventSet;
 
 use super::{device::TAP, Net};
-use crate::{
-    event::EventHandler,
-    virtio::{
-        device::VirtioDevice,
-        testing::{Driver, READ_ONLY, READ_WRITE},
-    },
+use crate::virtio::{
+    device::VirtioDevice,
+    testing::{Driver, READ_ONLY, READ_WRITE},
 };
 
 fn interface() -> (Driver<Net>, UnixDatagram) {
@@ -49,7 +45,7 @@ fn packets_go_both_ways() {
     driver.queue(0, &[(first, 64, READ_WRITE)]);
     driver.queue(0, &[(second, 64, READ_WRITE)]);
     wire.send(&[9; 100]).unwrap();
-    driver.device().handle(TAP, EventSet::IN);
+    driver.event(TAP);
     // Merged: two buffers, and the header says so.
     assert_eq!(driver.used(0), [64, 36]);
     assert_eq!(driver.read(first + 10, 2), [2, 0]);
@@ -60,7 +56,7 @@ fn packets_go_both_ways() {
 fn without_buffers_the_tap_is_not_watched() {
     let (mut driver, wire) = interface();
     wire.send(&[1; 50]).unwrap();
-    driver.device().handle(TAP, EventSet::IN);
+    driver.event(TAP);
     assert!(!driver.device().watched);
     let buffer = driver.buffer(64);
     driver.queue(0, &[(buffer, 64, READ_WRITE)]);
@@ -73,7 +69,7 @@ fn an_address_outside_memory_stops_the_device() {
     let (mut driver, wire) = interface();
     driver.queue(0, &[(0xffff_ffff_0000, 64, READ_WRITE)]);
     wire.send(&[1; 50]).unwrap();
-    driver.device().handle(TAP, EventSet::IN);
+    driver.event(TAP);
     assert!(driver.broken());
     let (mut driver, _wire) = interface();
     driver.queue(1, &[(0xffff_ffff_0000, 64, READ_ONLY)]);
