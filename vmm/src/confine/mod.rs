@@ -63,6 +63,13 @@ pub fn enter(worker: Worker) {
         if let Err(error) = sys::keep_only(kept) {
             panic!("capabilities cannot be given up: {error}");
         }
+        // In a jail without anything, and without the calls for it: should one
+        // of these not hold, this does.
+        if worker != Worker::Files {
+            if let Err(error) = sys::forbid_paths() {
+                panic!("paths cannot be forbidden (Landlock): {error}");
+            }
+        }
     }
     if let Err(error) = seccomp::restrict(worker, policy.seccomp) {
         panic!("{}", crate::control::chain(&error));
