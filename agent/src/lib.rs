@@ -24,6 +24,7 @@ pub mod fuzzing;
 mod log;
 mod mirror;
 mod netlink;
+mod processors;
 mod reaper;
 mod sandbox;
 mod seccomp;

@@ -13,6 +13,7 @@ use ttrpc::r#async::TtrpcContext;
 use crate::container::{Containers, Message};
 use crate::devices;
 use crate::error::AgentError;
+use crate::processors;
 use crate::sandbox::{self, Times};
 use crate::stdio;
 use crate::steps::Steps;
@@ -250,6 +251,15 @@ impl agent_ttrpc::Agent for Service {
     ) -> ttrpc::Result<agent::Empty> {
         stdio::port::dial(&self.containers.shared().dialer, &request).await?;
         Ok(agent::Empty::new())
+    }
+
+    async fn online_cpus(
+        &self,
+        _: &TtrpcContext,
+        request: agent::OnlineCpusRequest,
+    ) -> ttrpc::Result<agent::CpusReply> {
+        let in_guest = self.containers.shared().in_guest;
+        Ok(processors::set_online(&request, in_guest)?)
     }
 
     async fn check(&self, _: &TtrpcContext, _: agent::Empty) -> ttrpc::Result<agent::Empty> {
