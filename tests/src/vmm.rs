@@ -9,11 +9,11 @@ use std::time::Duration;
 
 use anyhow::{bail, Context, Result};
 use bulkhead_agent_protocol::{AGENT_PORT, SHARED_TAG, STREAM_PORT};
-use bulkhead_runtime::hypervisor::cmdline;
+use bulkhead_runtime::hypervisor::cmdline::{self, Later};
 use bulkhead_vmm_api::{
     BalloonConfig, Call, Channel, DeviceConfigs, Event, FromVmm, FsCache, FsConfig, KernelConfig,
-    Outcome, PlugConfig, PmemConfig, Request, RestoreConfig, SnapshotFiles, Status, UnplugTarget,
-    VmConfig, VsockConfig,
+    MemConfig, Outcome, PlugConfig, PmemConfig, Request, RestoreConfig, SnapshotFiles, Status,
+    UnplugTarget, VmConfig, VsockConfig,
 };
 use nix::fcntl::{fcntl, FcntlArg, FdFlag};
 use nix::sys::socket::{setsockopt, sockopt::ReceiveTimeout};
@@ -155,7 +155,31 @@ impl Vmm {
     /// # Errors
     /// When it does not.
     pub fn boot_sized(&mut self, products: &Products, dir: &Path, memory_mib: u32) -> Result<()> {
-        self.boot_with(products, dir, memory_mib, None)
+        let size = Size {
+            memory_mib,
+            ..Size::default()
+        };
+        self.boot_with(products, dir, size, None)
+    }
+
+    /// As [`Self::boot`], of a guest that may get more: processors that it does
+    /// not use at first, and so many MiB of memory.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn boot_to_grow(
+        &mut self,
+        products: &Products,
+        dir: &Path,
+        extra_vcpus: u8,
+        extra_mib: u32,
+    ) -> Result<()> {
+        let size = Size {
+            extra_vcpus,
+            extra_mib,
+            ..Size::default()
+        };
+        self.boot_with(products, dir, size, None)
     }
 
     /// As [`Self::boot`], with mergeable memory when there is something to hold
@@ -169,17 +193,24 @@ impl Vmm {
         dir: &Path,
         merge_group: Option<OwnedFd>,
     ) -> Result<()> {
-        self.boot_with(products, dir, 256, merge_group)
+        self.boot_with(products, dir, Size::default(), merge_group)
     }
 
     fn boot_with(
         &mut self,
         products: &Products,
         dir: &Path,
-        memory_mib: u32,
+        size: Size,
         merge_group: Option<OwnedFd>,
     ) -> Result<()> {
-        let devices = Devices::new(products, dir)?;
+        let mut devices = Devices::new(products, dir)?;
+        let later = Later {
+            vcpus: (size.extra_vcpus > 0).then_some(1),
+            memory: size.extra_mib > 0,
+        };
+        devices.config.mem = later.memory.then_some(MemConfig {
+            max_mib: size.extra_mib,
+        });
         let mut fds = devices.fds;
         fds.push(File::open(products.kernel())?.into());
         let kernel = fds.len() as u32 - 1;
@@ -188,13 +219,13 @@ impl Vmm {
             kernel + 1
         });
         let config = VmConfig {
-            vcpus: 1,
-            memory_mib,
+            vcpus: 1 + size.extra_vcpus,
+            memory_mib: size.memory_mib,
             huge_pages: false,
             merge_group,
             kernel: KernelConfig {
                 image: kernel,
-                cmdline: cmdline::build(""),
+                cmdline: cmdline::build_for(later, ""),
                 initrd: None,
             },
             serial: Some(0),
@@ -285,6 +316,24 @@ impl Vmm {
         self.call(Call::Restore(Box::new(config)), &fds)?;
         self.call(Call::Resume, &[])?;
         Ok(())
+    }
+}
+
+/// How large a guest is, and what it may get.
+#[derive(Debug, Clone, Copy)]
+struct Size {
+    memory_mib: u32,
+    extra_vcpus: u8,
+    extra_mib: u32,
+}
+
+impl Default for Size {
+    fn default() -> Self {
+        Self {
+            memory_mib: 256,
+            extra_vcpus: 0,
+            extra_mib: 0,
+        }
     }
 }
 

@@ -120,6 +120,8 @@ calls! {
     delete_process(ProcessRequest) -> Empty, "delete process", short;
     /// Looks for devices that were plugged.
     rescan_devices(Empty) -> DevicesReply, "look for devices", long;
+    /// Uses so many processors.
+    online_cpus(OnlineCpusRequest) -> CpusReply, "use processors", long;
     /// Lets go of a device that is to be unplugged.
     remove_device(RemoveDeviceRequest) -> Empty, "remove device", long;
 }

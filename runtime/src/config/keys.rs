@@ -62,6 +62,8 @@ keys! {
     hypervisor.memory_mib, MEMORY_MIB, any, true, "Guest memory of a pod without a memory limit, in MiB.";
     hypervisor.max_vcpus, VCPUS, any, false, "Most virtual processors of a pod, whatever its limits say.";
     hypervisor.max_memory_mib, MEMORY_MIB, any, false, "Most guest memory of a pod, in MiB; one that asks for more is refused.";
+    hypervisor.extra_vcpus, 0..=*VCPUS.end(), any, true, "Virtual processors that a running pod gets when its limits are raised, beyond those it starts with.";
+    hypervisor.extra_memory_mib, 0..=*MEMORY_MIB.end(), any, true, "Guest memory that a running pod gets when its limits are raised, beyond what it starts with, in MiB.";
     hypervisor.overhead_mib, 16..=4096, any, false, "What the guest's kernel and agent get beside a pod's memory limit, in MiB.";
     hypervisor.huge_pages, ANY, any, true, "Back guest memory by huge pages: a little faster, 2 MiB of the host's for each page touched.";
     hypervisor.free_page_reporting, ANY, any, true, "Have the guest give back memory that it does not use.";

@@ -71,6 +71,12 @@ pub struct Hypervisor {
     pub max_vcpus: u8,
     /// Most guest memory, MiB.
     pub max_memory_mib: u32,
+    /// Virtual processors beyond those that a pod starts with, for when its
+    /// limits are raised.
+    pub extra_vcpus: u8,
+    /// Guest memory beyond what a pod starts with, for when its limits are
+    /// raised, MiB.
+    pub extra_memory_mib: u32,
     /// What the guest's kernel and agent need beside the containers, MiB.
     pub overhead_mib: u32,
     /// Whether the host may back all of it by transparent huge pages: a little
@@ -237,6 +243,8 @@ impl Default for Hypervisor {
             memory_mib: 256,
             max_vcpus: 64,
             max_memory_mib: 1_048_576,
+            extra_vcpus: 0,
+            extra_memory_mib: 0,
             overhead_mib: 64,
             huge_pages: false,
             free_page_reporting: true,

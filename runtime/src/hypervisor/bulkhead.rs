@@ -21,7 +21,8 @@ use std::{
 use async_trait::async_trait;
 use bulkhead_vmm_api::{
     BalloonConfig, Call, Channel, ChannelError, DeviceConfigs, FdIndex, FsCache, FsConfig,
-    KernelConfig, NetConfig, Outcome, PmemConfig, Request, Timeline, VmConfig, VsockConfig,
+    KernelConfig, MemConfig, MemoryTarget, NetConfig, Outcome, PmemConfig, Request, Timeline,
+    VmConfig, VsockConfig,
 };
 use rustix::{
     fs::{fcntl_setfl, OFlags},
@@ -266,6 +267,26 @@ impl Hypervisor for BulkheadVmm {
         self.inner.done("boot", booted).await
     }
 
+    async fn set_extra_memory(&self, mib: u32) -> Result<(), HypervisorError> {
+        let call = Call::Memory(MemoryTarget { mib });
+        let answer = self.inner.send(call, &[]).await?;
+        self.inner.done("memory", answer).await
+    }
+
+    async fn extra_memory(&self) -> Result<u32, HypervisorError> {
+        let answer = self.inner.send(Call::Status, &[]).await?;
+        match answer.await {
+            Ok(Outcome::Status(status)) => Ok(status.memory.map_or(0, |memory| memory.plugged_mib)),
+            Ok(Outcome::Failed(failure)) => Err(HypervisorError::Refused {
+                call: "status",
+                failure,
+            }),
+            // No other outcome answers this call.
+            Ok(Outcome::Done | Outcome::Plugged(_)) => Ok(0),
+            Err(_) => Err(HypervisorError::Ended(self.inner.ended().await)),
+        }
+    }
+
     fn ending(&self) -> watching::Receiver<Option<Ending>> {
         self.inner.ending.subscribe()
     }
@@ -346,6 +367,9 @@ fn describe(machine: &Machine) -> (VmConfig, Vec<&OwnedFd>) {
                 })
                 .collect(),
             balloon: machine.free_page_reporting.then(BalloonConfig::default),
+            mem: (machine.extra_memory_mib > 0).then_some(MemConfig {
+                max_mib: machine.extra_memory_mib,
+            }),
             ..DeviceConfigs::default()
         },
     };

@@ -10,9 +10,30 @@ const BASE: &str = "console=ttyS0 quiet loglevel=4 reboot=k panic=-1 cryptomgr.n
     dummy.numdummies=0 root=/dev/pmem0 rootfstype=erofs ro rootflags=dax=always rootwait=5 \
     init=/sbin/init";
 
-/// The command line, with the configuration's `hypervisor.kernel_params`.
+/// What a guest is to know of what it may get later.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Later {
+    /// Processors to use at first, where the machine has more.
+    pub vcpus: Option<u8>,
+    /// Whether memory may come, and go again: only what can be moved lies there.
+    pub memory: bool,
+}
+
+/// The command line of a guest that stays as it is, with the configuration's
+/// `hypervisor.kernel_params`.
 pub fn build(kernel_params: &str) -> String {
+    build_for(Later::default(), kernel_params)
+}
+
+/// As [`build`], of one that may get more.
+pub fn build_for(later: Later, kernel_params: &str) -> String {
     let mut line = BASE.to_owned();
+    if let Some(vcpus) = later.vcpus {
+        line.push_str(&format!(" maxcpus={vcpus}"));
+    }
+    if later.memory {
+        line.push_str(" memhp_default_state=online_movable");
+    }
     let extra = kernel_params.trim();
     if !extra.is_empty() {
         line.push(' ');
@@ -30,5 +51,15 @@ mod tests {
         assert!(build("").ends_with(" init=/sbin/init"));
         assert!(build(" loglevel=7 ").ends_with(" init=/sbin/init loglevel=7"));
         assert!(!build("").contains("  "));
+    }
+
+    #[test]
+    fn what_may_come_later_is_told() {
+        let later = Later {
+            vcpus: Some(2),
+            memory: true,
+        };
+        let line = build_for(later, "x");
+        assert!(line.ends_with(" maxcpus=2 memhp_default_state=online_movable x"));
     }
 }

@@ -18,10 +18,12 @@ pub use self::error::HypervisorError;
 /// A virtual machine to be booted. Everything it uses is handed over open.
 #[derive(Debug)]
 pub struct Machine {
-    /// Virtual processors.
+    /// Virtual processors, with those that the guest does not use at first.
     pub vcpus: u8,
     /// Guest memory in MiB.
     pub memory_mib: u32,
+    /// MiB that it may become more; 0: it stays as it is.
+    pub extra_memory_mib: u32,
     /// Whether the host may back all of it by huge pages.
     pub huge_pages: bool,
     /// Whether the guest has a balloon that gives free memory back.
@@ -79,6 +81,19 @@ pub trait Hypervisor: Send + Sync {
     /// # Errors
     /// What is wrong with the machine, or why the process ended.
     async fn boot(&self, machine: Machine) -> Result<(), HypervisorError>;
+
+    /// Asks the guest to have so many MiB beyond what it booted with. It takes
+    /// its time: [`Self::extra_memory`] tells.
+    ///
+    /// # Errors
+    /// So much cannot be, or why the process ended.
+    async fn set_extra_memory(&self, mib: u32) -> Result<(), HypervisorError>;
+
+    /// MiB that the guest really has beyond what it booted with.
+    ///
+    /// # Errors
+    /// Why the process ended.
+    async fn extra_memory(&self) -> Result<u32, HypervisorError>;
 
     /// Changes from none once, when the process has ended.
     fn ending(&self) -> watch::Receiver<Option<Ending>>;

@@ -28,7 +28,7 @@ pub use self::{
     merge::merge_group,
     process::process,
     resources::resources,
-    size::Size,
+    size::{Limits, Size},
 };
 
 /// Why a bundle's config.json cannot be used.

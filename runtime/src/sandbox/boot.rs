@@ -28,7 +28,7 @@ use tokio::{
     net::UnixStream,
     sync::{
         mpsc::{unbounded_channel, UnboundedReceiver},
-        watch,
+        watch, Semaphore,
     },
     time::timeout,
 };
@@ -39,7 +39,7 @@ use super::{
     files::PodFiles,
     observe::watch_health,
     ports,
-    state::Pod,
+    state::{Extra, Pod},
     Event, Inner, Sandbox, SandboxRequest,
 };
 use crate::{
@@ -51,7 +51,7 @@ use crate::{
     hooks::Lifecycle,
     hypervisor::{
         bulkhead::{open_image, open_kernel, BulkheadVmm},
-        cmdline,
+        cmdline::{self, Later},
         console::Console,
         Ending, Hypervisor, HypervisorError, Machine, NicDevice, Vsock,
     },
@@ -263,12 +263,19 @@ async fn boot(
         guest_interfaces.push(nic.guest);
     }
     let machine = Machine {
-        vcpus: plan.size.vcpus,
+        vcpus: plan.size.vcpus + plan.size.extra_vcpus,
         memory_mib: plan.size.memory_mib,
+        extra_memory_mib: plan.size.extra_memory_mib,
         huge_pages: config.hypervisor.huge_pages,
         free_page_reporting: config.hypervisor.free_page_reporting,
         merge_group: merging.take_held(),
-        cmdline: cmdline::build(&config.hypervisor.kernel_params),
+        cmdline: cmdline::build_for(
+            Later {
+                vcpus: (plan.size.extra_vcpus > 0).then_some(plan.size.vcpus),
+                memory: plan.size.extra_memory_mib > 0,
+            },
+            &config.hypervisor.kernel_params,
+        ),
         kernel: plan.kernel,
         image: plan.image,
         console: console_writer,
@@ -348,6 +355,7 @@ async fn boot(
         closing: false,
         events,
         pid: vm.pid(),
+        extra: Extra::default(),
     };
     let inner = Arc::new(Inner {
         namespace: request.namespace.clone(),
@@ -368,6 +376,7 @@ async fn boot(
         timeline,
         files,
         pod: Mutex::new(pod),
+        extra: Semaphore::new(1),
         hooked: AtomicBool::new(plan.hooks_network),
         _network: made,
         closed: watch::Sender::new(None),

@@ -18,6 +18,7 @@ use super::{
     directory::check_name,
     mirror::{self, Mirrored},
     process::{self, Requested},
+    resize::Resize,
     rootfs,
     state::{label, Container, Frozen, Phase, Process, Stage},
     CreateRequest, Deleted, Event, Exit, Inner,
@@ -27,7 +28,7 @@ use crate::{
     fault,
     hooks::Lifecycle,
     io::Copies,
-    oci::{self, Prepared},
+    oci::{self, Limits, Prepared},
     resource::{journal::Resource, mount},
 };
 
@@ -65,6 +66,7 @@ pub async fn create(inner: Arc<Inner>, mut request: CreateRequest) -> Result<u32
             hooks: None,
             mirrors: Vec::new(),
             entry,
+            limits: Limits::default(),
         };
         pod.containers.insert(id.clone(), container);
     }
@@ -73,6 +75,7 @@ pub async fn create(inner: Arc<Inner>, mut request: CreateRequest) -> Result<u32
             copies,
             hooks,
             mirrors,
+            limits,
         }) => {
             let follow = |each: Mirrored| each.follow(Arc::downgrade(&inner), id.clone());
             let mirrors = mirrors.into_iter().map(follow).collect();
@@ -85,6 +88,7 @@ pub async fn create(inner: Arc<Inner>, mut request: CreateRequest) -> Result<u32
                     container.init.copies = Some(Arc::new(copies));
                     container.hooks = Some(hooks);
                     container.mirrors = mirrors;
+                    container.limits = limits;
                 }
                 pod.tell(Event::Created {
                     id: id.clone(),
@@ -116,6 +120,7 @@ struct Made {
     copies: Copies,
     hooks: Arc<Lifecycle>,
     mirrors: Vec<Mirrored>,
+    limits: Limits,
 }
 
 async fn make(
@@ -135,11 +140,15 @@ async fn make(
     let prepared = oci::container(&spec, &request.id, Some(pod))?;
     let hooks = Lifecycle::new(&spec, &request.id, &request.bundle)?;
     match make_hooked(inner, request, stdio, directory, &spec, prepared, &hooks).await {
-        Ok((copies, mirrors)) => Ok(Made {
-            copies,
-            hooks: Arc::new(hooks),
-            mirrors,
-        }),
+        Ok((copies, mirrors)) => {
+            let resources = spec.linux().as_ref().and_then(|l| l.resources().as_ref());
+            Ok(Made {
+                copies,
+                hooks: Arc::new(hooks),
+                mirrors,
+                limits: Limits::default().changed(resources),
+            })
+        }
         Err(error) => {
             // What its hooks have done is theirs to undo.
             hooks.poststop().await;
@@ -401,15 +410,27 @@ pub async fn stats(inner: &Inner, id: &str) -> Result<StatsReply, Error> {
 }
 
 /// See [`super::Sandbox::update`].
-pub async fn update(inner: &Inner, id: &str, resources: &LinuxResources) -> Result<(), Error> {
-    exists(inner, id)?;
-    let resources = oci::resources(resources)?;
+pub async fn update(inner: Arc<Inner>, id: String, resources: LinuxResources) -> Result<(), Error> {
+    exists(&inner, &id)?;
+    let translated = oci::resources(&resources)?;
+    let resize = Resize::begin(&inner, &id, &resources).await?;
+    // More before it may be used, less when it is not used any more.
+    resize.grow().await?;
     let update = inner.agent.update_container(UpdateContainerRequest {
-        container_id: id.into(),
-        resources: Some(resources).into(),
+        container_id: id.clone(),
+        resources: Some(translated).into(),
         ..Default::default()
     });
-    asked(inner, update.await).await.map(drop)
+    match asked(&inner, update.await).await {
+        Ok(_) => {
+            resize.finish(&id).await;
+            Ok(())
+        }
+        Err(error) => {
+            resize.undo().await;
+            Err(error)
+        }
+    }
 }
 
 /// See [`super::Sandbox::pause`].

@@ -13,6 +13,7 @@ mod mirror;
 mod observe;
 mod ports;
 mod process;
+mod resize;
 mod rootfs;
 mod state;
 mod types;
@@ -31,7 +32,7 @@ use std::{
 use bulkhead_agent_protocol::agent::StatsReply;
 use oci_spec::runtime::{LinuxResources, Process};
 use tokio::{
-    sync::{mpsc::UnboundedReceiver, watch},
+    sync::{mpsc::UnboundedReceiver, watch, Semaphore},
     task::JoinSet,
     time::timeout,
 };
@@ -88,6 +89,9 @@ struct Inner {
     /// What goes on beside; ends with the pod.
     tasks: Mutex<JoinSet<()>>,
     pod: Mutex<Pod>,
+    /// What the machine has beyond what it booted with: one at a time changes
+    /// it.
+    extra: Semaphore,
     /// The first container's hooks have run already, for its network.
     hooked: AtomicBool,
     /// The network namespace that was made for those; its path is open here.
@@ -315,12 +319,16 @@ impl Sandbox {
         self.whole(container::resume(inner, id)).await
     }
 
-    /// Changes a container's limits.
+    /// Changes a container's limits, and the machine's size with them as far as
+    /// the configuration lets it (`hypervisor.extra_vcpus`,
+    /// `hypervisor.extra_memory_mib`).
     ///
     /// # Errors
-    /// It does not exist, or the agent's answer.
+    /// It does not exist, the agent's answer, or the guest does not take what it
+    /// is to get; nothing is changed then.
     pub async fn update(&self, id: &str, resources: LinuxResources) -> Result<(), Error> {
-        container::update(&self.inner, id, &resources).await
+        let (inner, id) = (self.inner.clone(), id.to_owned());
+        self.whole(container::update(inner, id, resources)).await
     }
 
     /// Removes a container or a further process that has ended or was never

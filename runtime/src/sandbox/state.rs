@@ -18,6 +18,7 @@ use crate::{
     error::Error,
     hooks::Lifecycle,
     io::{Copies, Stdio, StdioPaths},
+    oci::Limits,
     operator::history::History,
     resource::journal::EntryId,
 };
@@ -38,6 +39,15 @@ pub struct Pod {
     pub history: Arc<History>,
     /// What stands for every process on the host: the VMM.
     pub pid: u32,
+    /// What the machine has beyond what it booted with.
+    pub extra: Extra,
+}
+
+/// Processors and MiB.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Extra {
+    pub vcpus: u8,
+    pub memory_mib: u32,
 }
 
 /// Where a container is between being asked for and gone.
@@ -69,6 +79,8 @@ pub struct Container {
     pub mirrors: Vec<Following>,
     /// Its directory in the journal.
     pub entry: EntryId,
+    /// What of its limits the machine's size depends on.
+    pub limits: Limits,
 }
 
 /// Where a process is in its life.

@@ -23,6 +23,7 @@ fn pod() -> (Pod, UnboundedReceiver<Event>) {
         hooks: None,
         mirrors: Vec::new(),
         entry,
+        limits: crate::oci::Limits::default(),
     };
     let pod = Pod {
         containers: BTreeMap::from([("c".into(), container)]),
@@ -31,6 +32,7 @@ fn pod() -> (Pod, UnboundedReceiver<Event>) {
         events,
         history: Arc::new(History::new("n", "s", 8)),
         pid: 7,
+        extra: Extra::default(),
     };
     (pod, told)
 }

@@ -29,6 +29,7 @@ mod pods;
 mod ports;
 mod programs;
 mod recovery;
+mod resize;
 mod runner;
 mod soak;
 mod stdio;
@@ -69,6 +70,7 @@ fn all() -> Vec<Test> {
         ports::TESTS,
         hotplug::TESTS,
         guest::TESTS,
+        resize::TESTS,
         ksm::TESTS,
         cli::TESTS,
         recovery::TESTS,
