@@ -4,7 +4,7 @@
 
 use std::fs::{self, File};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::UnixDatagram;
 use std::process::{Command, Stdio};
 
@@ -14,7 +14,8 @@ use bulkhead_runtime::agent::Agent;
 use bulkhead_tests::install::which;
 use bulkhead_tests::vmm::Vmm;
 use bulkhead_vmm_api::{
-    BlkConfig, Event, ExitReason, FsCache, FsConfig, NetConfig, PlugConfig, PmemConfig,
+    BlkConfig, Event, ExitReason, FsCache, FsConfig, NetConfig, PlugConfig, PmemConfig, Rate,
+    RateLimits,
 };
 use tokio::runtime::Runtime;
 
@@ -24,6 +25,7 @@ use crate::vmm::{runtime, Host};
 
 pub const TESTS: &[Test] = tests![
     disks_come_and_go_while_a_guest_runs,
+    a_disk_does_what_it_offers,
     all_kinds_of_devices_come_and_go,
     the_bus_is_filled_and_emptied,
     a_clone_has_what_was_plugged,
@@ -378,6 +380,80 @@ fn disks_come_and_go_while_a_guest_runs(context: &Context) -> Result<()> {
     guest.wait_for("works", "begun")?;
     guest.take_out(slot)?;
     same(guest.end("works")?, 7)?;
+    guest.stop()
+}
+
+/// Discards, zeroes, several queues, its name and its limits, as a real kernel
+/// uses them.
+fn a_disk_does_what_it_offers(context: &Context) -> Result<()> {
+    const SIZE: u64 = 64 << 20;
+    let mut guest = Guest::boot(context, "disk-features")?;
+    let file = guest.file("disk", SIZE)?;
+    file.write_all_at(&pattern(32 << 20), 0)?;
+    file.sync_all()?;
+    let before = file.metadata()?.blocks();
+    let limits = RateLimits {
+        operations: Some(Rate {
+            per_second: 2,
+            burst: 1,
+        }),
+        ..RateLimits::default()
+    };
+    let config = BlkConfig {
+        id: "bulkhead-disk-0123".into(),
+        queues: Some(4),
+        rate: Some(limits),
+        ..BlkConfig::default()
+    };
+    let fd: OwnedFd = file.try_clone()?.into();
+    let slot = guest.vmm.plug(PlugConfig::Blk(config), fd)?;
+    let node = guest.look_at(slot, "virtio_blk")?;
+    let script = format!(
+        "cd /sys/block/{0}; busybox cat serial > /serial; busybox ls mq | busybox wc -l > /queues; \
+         busybox cat queue/discard_max_bytes queue/write_zeroes_max_bytes > /limits; \
+         busybox blkdiscard -o 0 -l {1} /dev/disk; \
+         busybox dd if=/dev/disk of=/first bs=4096 count=1; \
+         busybox dd if=/dev/disk of=/kept bs=4096 count=1 skip={2}; \
+         busybox dd if=/dev/disk of=/dev/null bs=8M count=1 iflag=direct",
+        node.name,
+        16 << 20,
+        (16 << 20) / 4096,
+    );
+    let throttled = |guest: &mut Guest| -> Result<u64> {
+        let devices = guest.vmm.status()?.devices;
+        let device = devices.iter().find(|device| device.slot == slot);
+        Ok(device.context("it is gone")?.metrics.throttled)
+    };
+    guest.run("features", Some(&node), &script)?;
+    same(
+        guest.left("features", "serial").trim_end(),
+        "bulkhead-disk-0123",
+    )?;
+    // One for each processor at most: the guest has one.
+    same(guest.left("features", "queues").trim(), "1")?;
+    let text = guest.left("features", "limits");
+    let mut limits = text.lines().map(str::parse::<u64>);
+    let (discard, zeroes) = (limits.next(), limits.next());
+    if !matches!((discard, zeroes), (Some(Ok(1..)), Some(Ok(1..)))) {
+        bail!("limits of discards and zeroes: {text:?}");
+    }
+    let dir = guest.host.dir.join("shared/features");
+    same(fs::read(dir.join("first"))? == vec![0; 4096], true)?;
+    let all = pattern(32 << 20);
+    same(fs::read(dir.join("kept"))? == all[16 << 20..][..4096], true)?;
+    // What was discarded takes no space on the host.
+    let mut head = vec![1; 16 << 20];
+    file.read_exact_at(&mut head, 0)?;
+    same(head.iter().all(|byte| *byte == 0), true)?;
+    let after = file.metadata()?.blocks();
+    if after + (15 << 20) / 512 > before {
+        bail!("{before} blocks, and {after} after 16 MiB were discarded");
+    }
+    // More than a request can be, so that several come at once.
+    if throttled(&mut guest)? == 0 {
+        bail!("the limit was never reached");
+    }
+    guest.take_out(slot)?;
     guest.stop()
 }
 
