@@ -80,6 +80,8 @@ fn is_missed(worker: Worker, number: usize) -> bool {
             .args(*tests)
             .args(["--test-threads", "4"])
             .env(LEFT_OUT, format!("{worker:?} {number}"))
+            // One heap for all threads, as the VMM has it.
+            .env("MALLOC_ARENA_MAX", "1")
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .status()
