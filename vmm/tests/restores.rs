@@ -7,7 +7,7 @@ use std::{
     fs::{self, File},
     os::fd::OwnedFd,
     sync::Arc,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use bulkhead_vmm::{
@@ -22,6 +22,8 @@ use bulkhead_vmm_api::{
 use vmm_sys_util::tempfile::TempFile;
 
 const RESTORES: u32 = 300;
+/// How long what is left over may take to end.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What a process has of the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -159,9 +161,14 @@ fn machines_leave_nothing() {
     for _ in 0..count {
         restore(&host, &files);
     }
-    let after = held();
-    println!("{count} restores in {:.1?}: {after:?}", begin.elapsed());
-    assert_eq!(before, after);
+    println!("{count} restores in {:.1?}", begin.elapsed());
+    // A vCPU that does not leave its guest at once, on a machine with much to
+    // do, is not waited for when its machine is dropped.
+    let deadline = Instant::now() + PATIENCE;
+    while held() != before && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert_eq!(held(), before);
 }
 
 /// The one kernel that is needed here.
