@@ -113,14 +113,15 @@ FUZZ_TARGET := x86_64-unknown-linux-gnu
 FUZZ_SECONDS ?= 60
 
 fuzz: deps ## Runs each fuzz target of VMM and agent for a minute (FUZZ_SECONDS)
-	@for crate in vmm:snapshot,control,pci,blk,vsock,kernel agent:specification,request,answer; do \
+	@for crate in vmm:snapshot,control,pci,blk,vsock,kernel,mem,fs agent:specification,request,answer; do \
 		cd "$(CURDIR)/$${crate%%:*}/fuzz"; \
 		RUSTFLAGS="$(FUZZ_FLAGS)" cargo build --release --target $(FUZZ_TARGET); \
 		targets=$${crate#*:}; \
 		for target in $${targets//,/ }; do \
 			echo "fuzz: $${crate%%:*} $$target"; \
 			mkdir -p corpus/$$target artifacts; \
-			target/$(FUZZ_TARGET)/release/$$target corpus/$$target seeds/$$target -artifact_prefix=artifacts/$$target- \
+			case $$target in fs) apart="unshare --user --map-root-user";; *) apart="";; esac; \
+			$$apart target/$(FUZZ_TARGET)/release/$$target corpus/$$target seeds/$$target -artifact_prefix=artifacts/$$target- \
 				-max_total_time=$(FUZZ_SECONDS) -timeout=10 -rss_limit_mb=1024 -print_final_stats=1 2>&1 | tail -n 12; \
 		done; \
 	done
