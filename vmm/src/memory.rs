@@ -176,7 +176,7 @@ pub fn map_snapshot(size: u64, more: u64, file: &File) -> Result<GuestMemoryMmap
         Ok(Some(FileOffset::new(file, offset)))
     })?;
     // By this advice `smaps` shows which memory is the guest's.
-    advise(&memory, 0..0);
+    advise(&memory, &(0..0));
     Ok(memory)
 }
 

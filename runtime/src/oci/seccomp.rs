@@ -112,6 +112,7 @@ mod tests {
             name: name.into(),
             recursive: true,
             read_only: false,
+            follows: false,
         };
         let volumes = [volume("/srv", "2"), volume("/srv/pod/x", "3")];
         let place = |action: &str, path: &str| {
