@@ -84,6 +84,11 @@ pub fn cached() -> Result<PathBuf> {
     let name = format!("image-{}.tar", &sha256(key.as_bytes())[..16]);
     let dir = crate::boxed::cache_dir()?;
     let path = dir.join(name);
+    if path.exists() {
+        return Ok(path);
+    }
+    // Boxes start side by side, also those of one process.
+    let _lock = crate::boxed::lock_cache(&dir)?;
     if !path.exists() {
         let part = dir.join(format!(".image-{}", std::process::id()));
         write(&part)?;

@@ -33,6 +33,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 pub use cache::dir as cache_dir;
+pub use cache::lock as lock_cache;
 pub use command::{Command, Output};
 pub use error::BoxError;
 pub use kernel::{fetch as fetch_kernel, Kernel};
