@@ -28,16 +28,15 @@ pub const TESTS: &[Test] = tests![
     a_disk_does_what_it_offers,
     all_kinds_of_devices_come_and_go,
     the_bus_is_filled_and_emptied,
-    a_clone_has_what_was_plugged,
-    a_clone_announces_itself
+    a_clone_has_what_was_plugged
 ];
 
 /// A guest with its agent.
-struct Guest {
-    host: Host,
-    vmm: Vmm,
-    runtime: Runtime,
-    agent: Agent,
+pub struct Guest {
+    pub host: Host,
+    pub vmm: Vmm,
+    pub runtime: Runtime,
+    pub agent: Agent,
 }
 
 /// A device as the guest sees it.
@@ -57,7 +56,7 @@ impl Guest {
         Self::boot_with(context, name, bulkhead_agent_protocol::SHARED_TAG)
     }
 
-    fn boot_with(context: &Context, name: &str, tag: &str) -> Result<Self> {
+    pub fn boot_with(context: &Context, name: &str, tag: &str) -> Result<Self> {
         context.only_bulkhead()?;
         let host = Host::new(context, name)?;
         let mut vmm = Vmm::start(&context.products, LIMIT)?;
@@ -118,7 +117,7 @@ impl Guest {
     }
 
     /// What the guest finds in one slot, where something must be.
-    fn look_at(&self, slot: u8, driver: &str) -> Result<agent::DeviceNode> {
+    pub fn look_at(&self, slot: u8, driver: &str) -> Result<agent::DeviceNode> {
         let mut found = None;
         // What the device is for may come a little later than its driver: the
         // kernel adds persistent memory in a thread of its own.
@@ -643,87 +642,4 @@ fn a_clone_has_what_was_plugged(context: &Context) -> Result<()> {
     clone.look_at(gap, "virtio_blk")?;
     clone.take_out(gap)?;
     clone.stop()
-}
-
-/// An interface of the tests: what it is plugged with, and the wire's end.
-fn interface() -> Result<(NetConfig, OwnedFd, UnixDatagram)> {
-    let (ours, theirs) = UnixDatagram::pair()?;
-    theirs.set_nonblocking(true)?;
-    ours.set_read_timeout(Some(LIMIT))?;
-    let config = NetConfig {
-        id: "eth7".into(),
-        tap: 0,
-        mac: [2, 0, 0, 0, 0, 7],
-        mtu: None,
-    };
-    Ok((config, theirs.into(), ours))
-}
-
-/// Waits for a frame that says unasked which hardware address has 10.9.9.1
-/// (RFC 5227: sender and target are the same).
-fn announcement(wire: &UnixDatagram) -> Result<()> {
-    const HEADERS: usize = 12 + 14;
-    let mut packet = [0; 2048];
-    loop {
-        let length = wire.recv(&mut packet).context("no announcement")?;
-        let frame = &packet[..length];
-        if length < HEADERS + 28 || frame[12 + 12..HEADERS] != [8, 6] {
-            continue;
-        }
-        let arp = &frame[HEADERS..];
-        let (sender, address, target) = (&arp[8..14], &arp[14..18], &arp[24..28]);
-        if address == target {
-            same(sender, &[2, 0, 0, 0, 0, 7][..])?;
-            return same(address, &[10, 9, 9, 1][..]);
-        }
-    }
-}
-
-fn a_clone_announces_itself(context: &Context) -> Result<()> {
-    let mut guest = Guest::boot_with(context, "announce-template", "")?;
-    let (config, tap, wire) = interface()?;
-    let slot = guest.vmm.plug(PlugConfig::Net(config), tap)?;
-    guest.look_at(slot, "virtio_net")?;
-    let request = agent::SetupSandboxRequest {
-        sandbox_id: "clone".into(),
-        entropy: vec![7; 32],
-        interfaces: vec![agent::Interface {
-            mac: vec![2, 0, 0, 0, 0, 7],
-            name: "eth0".into(),
-            mtu: 1500,
-            addresses: vec![agent::IpAddress {
-                address: vec![10, 9, 9, 1],
-                prefix_len: 24,
-                ..Default::default()
-            }],
-            ..Default::default()
-        }],
-        ..Default::default()
-    };
-    guest.runtime.block_on(guest.agent.setup_sandbox(request))?;
-    drop(wire);
-    let dir = guest.host.dir.clone();
-    guest
-        .vmm
-        .snapshot(&dir.join("state"), &dir.join("memory"))?;
-    drop(guest);
-
-    let host = Host::new(context, "announce-clone")?;
-    let (config, tap, wire) = interface()?;
-    let mut vmm = Vmm::start(&context.products, LIMIT)?;
-    vmm.clone_with(
-        &dir.join("state"),
-        &dir.join("memory"),
-        &context.products,
-        &host.dir,
-        |devices, fds| {
-            fds.push(tap);
-            devices.net.push(NetConfig {
-                tap: fds.len() as u32 - 1,
-                ..config
-            });
-        },
-    )?;
-    announcement(&wire).with_context(|| host.console())?;
-    vmm.wait_clone().with_context(|| host.console())
 }

@@ -7,6 +7,7 @@
 //! themselves with runc.
 #![forbid(unsafe_code)]
 
+mod announce;
 mod basic;
 mod boxed;
 mod cgroups;
@@ -69,6 +70,7 @@ fn all() -> Vec<Test> {
         pods::TESTS,
         ports::TESTS,
         hotplug::TESTS,
+        announce::TESTS,
         guest::TESTS,
         resize::TESTS,
         ksm::TESTS,
