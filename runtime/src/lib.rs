@@ -25,6 +25,7 @@ pub mod oci;
 pub mod operator;
 pub mod resource;
 pub mod sandbox;
+pub mod spans;
 mod sys;
 pub mod timeline;
 

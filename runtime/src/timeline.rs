@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The start timeline: when each step of a pod's start happened, logged as
-//! one line once the first container has written something, or has ended.
+//! one line once the first container has written something, or has ended, and
+//! sent to a collector of [spans] where there is one.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use crate::{clock::monotonic_us, operator::Start};
+use crate::{clock::monotonic_us, operator::Start, spans};
 
 /// Stamps of CLOCK_MONOTONIC in microseconds.
 #[derive(Debug)]
@@ -101,6 +102,16 @@ impl Timeline {
             first_output = since(zero, Some(now)),
             "start timeline"
         );
+        let steps = [
+            ("start.shim", vm.vmm_start),
+            ("start.vmm", vm.kernel_entry),
+            ("start.guest", stamps.agent_ready),
+            ("start.sandbox", stamps.sandbox_ready),
+            ("start.container", stamps.container_started),
+            ("start.output", stamps.first_output),
+        ];
+        drop(stamps);
+        spans::start(zero, &steps);
     }
 }
 

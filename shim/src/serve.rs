@@ -10,7 +10,11 @@ use std::{
     time::Duration,
 };
 
-use bulkhead_runtime::config::{self, Config};
+use bulkhead_runtime::{
+    config::{self, Config},
+    error::chain,
+    spans,
+};
 use rustix::net::sockopt::socket_acceptconn;
 use tokio::{
     runtime::{Builder, Runtime},
@@ -34,6 +38,9 @@ const EVENTS: &str = "TTRPC_ADDRESS";
 
 /// How long the answer to `Shutdown` has to be on its way.
 const LAST_ANSWER: Duration = Duration::from_millis(20);
+
+/// How long the last spans have to be sent.
+const LAST_SPANS: Duration = Duration::from_secs(2);
 
 /// Stack of a thread for blocking work. The default is larger by far than
 /// what is ever used of it.
@@ -92,7 +99,7 @@ pub fn run(flags: &Flags) -> Result<(), ServeError> {
         options,
     };
     let runtime = runtime().map_err(step("start the event loop"))?;
-    let served = runtime.block_on(serve(identity, listener, &config.shim));
+    let served = runtime.block_on(serve(identity, listener, &config));
     // A thread may be in the middle of something that is of no use any more.
     runtime.shutdown_background();
     served
@@ -145,8 +152,16 @@ fn set_up_log(flags: &Flags, bundle: &Path, config: &Config) {
 async fn serve(
     identity: Identity,
     listener: UnixListener,
-    config: &config::Shim,
+    config: &Config,
 ) -> Result<(), ServeError> {
+    let runtime = &config.runtime;
+    let config = &config.shim;
+    if !runtime.otlp_endpoint.is_empty() {
+        let (namespace, group) = (&identity.namespace, &identity.group);
+        if let Err(error) = spans::install(&runtime.otlp_endpoint, namespace, group) {
+            tracing::warn!(error = chain(&error), "no spans are sent");
+        }
+    }
     let listener = Listener::try_from(listener).map_err(step("watch the socket"))?;
     let events = std::env::var(EVENTS).unwrap_or_default();
     let (queue, forwarder) = forward::forwarder(&events, config);
@@ -185,6 +200,7 @@ async fn serve(
     {
         tracing::warn!("containerd has not taken the last events");
     }
+    spans::flush(LAST_SPANS).await;
     sleep(LAST_ANSWER).await;
     Ok(())
 }

@@ -6,7 +6,7 @@
 use std::{collections::HashMap, sync::Arc};
 
 use async_trait::async_trait;
-use bulkhead_runtime::{error::chain, ErrorKind};
+use bulkhead_runtime::{error::chain, spans::Span, ErrorKind};
 use bulkhead_shim_protocol::{shim, shim_ttrpc, shim_v3_ttrpc};
 use protobuf::well_known_types::empty::Empty;
 use ttrpc::asynchronous::{Service, TtrpcContext};
@@ -38,6 +38,37 @@ pub fn answer<T>(call: &'static str, id: &str, result: Result<T, CallError>) -> 
     Ok(result?)
 }
 
+/// A call that changes something: what [`answer`] does, and a span for it.
+pub struct Call {
+    name: &'static str,
+    id: String,
+    span: Option<Span>,
+}
+
+impl Call {
+    /// It has just come.
+    pub fn begin(name: &'static str, context: &TtrpcContext, id: &str, exec: &str) -> Self {
+        let mut span = Span::of_call(name, &context.metadata);
+        if let Some(span) = &mut span {
+            span.attribute("container.id", id);
+            span.attribute("bulkhead.exec.id", exec);
+        }
+        Self {
+            name,
+            id: id.into(),
+            span,
+        }
+    }
+
+    /// The answer to it.
+    pub fn answer<T>(self, result: Result<T, CallError>) -> ttrpc::Result<T> {
+        if let Some(span) = self.span {
+            span.end(result.as_ref().err().map(|error| chain(error)));
+        }
+        answer(self.name, &self.id, result)
+    }
+}
+
 fn empty((): ()) -> Empty {
     Empty::new()
 }
@@ -57,30 +88,30 @@ macro_rules! task {
 
             async fn create(
                 &self,
-                _: &TtrpcContext,
+                context: &TtrpcContext,
                 request: shim::CreateTaskRequest,
             ) -> ttrpc::Result<shim::CreateTaskResponse> {
                 self.0.called();
-                let id = request.id.clone();
-                answer("Create", &id, self.0.create(request).await)
+                let call = Call::begin("Create", context, &request.id, "");
+                call.answer(self.0.create(request).await)
             }
 
             async fn start(
                 &self,
-                _: &TtrpcContext,
+                context: &TtrpcContext,
                 request: shim::StartRequest,
             ) -> ttrpc::Result<shim::StartResponse> {
-                let id = request.id.clone();
-                answer("Start", &id, self.0.start(request).await)
+                let call = Call::begin("Start", context, &request.id, &request.exec_id);
+                call.answer(self.0.start(request).await)
             }
 
             async fn delete(
                 &self,
-                _: &TtrpcContext,
+                context: &TtrpcContext,
                 request: shim::DeleteRequest,
             ) -> ttrpc::Result<shim::DeleteResponse> {
-                let id = request.id.clone();
-                answer("Delete", &id, self.0.delete(request).await)
+                let call = Call::begin("Delete", context, &request.id, &request.exec_id);
+                call.answer(self.0.delete(request).await)
             }
 
             async fn pids(
@@ -94,20 +125,20 @@ macro_rules! task {
 
             async fn pause(
                 &self,
-                _: &TtrpcContext,
+                context: &TtrpcContext,
                 request: shim::PauseRequest,
             ) -> ttrpc::Result<Empty> {
-                let id = request.id.clone();
-                answer("Pause", &id, self.0.pause(request).await.map(empty))
+                let call = Call::begin("Pause", context, &request.id, "");
+                call.answer(self.0.pause(request).await.map(empty))
             }
 
             async fn resume(
                 &self,
-                _: &TtrpcContext,
+                context: &TtrpcContext,
                 request: shim::ResumeRequest,
             ) -> ttrpc::Result<Empty> {
-                let id = request.id.clone();
-                answer("Resume", &id, self.0.resume(request).await.map(empty))
+                let call = Call::begin("Resume", context, &request.id, "");
+                call.answer(self.0.resume(request).await.map(empty))
             }
 
             async fn checkpoint(
@@ -120,20 +151,20 @@ macro_rules! task {
 
             async fn kill(
                 &self,
-                _: &TtrpcContext,
+                context: &TtrpcContext,
                 request: shim::KillRequest,
             ) -> ttrpc::Result<Empty> {
-                let id = request.id.clone();
-                answer("Kill", &id, self.0.kill(request).await.map(empty))
+                let call = Call::begin("Kill", context, &request.id, &request.exec_id);
+                call.answer(self.0.kill(request).await.map(empty))
             }
 
             async fn exec(
                 &self,
-                _: &TtrpcContext,
+                context: &TtrpcContext,
                 request: shim::ExecProcessRequest,
             ) -> ttrpc::Result<Empty> {
-                let id = request.id.clone();
-                answer("Exec", &id, self.0.exec(request).await.map(empty))
+                let call = Call::begin("Exec", context, &request.id, &request.exec_id);
+                call.answer(self.0.exec(request).await.map(empty))
             }
 
             async fn resize_pty(
@@ -160,11 +191,11 @@ macro_rules! task {
 
             async fn update(
                 &self,
-                _: &TtrpcContext,
+                context: &TtrpcContext,
                 request: shim::UpdateTaskRequest,
             ) -> ttrpc::Result<Empty> {
-                let id = request.id.clone();
-                answer("Update", &id, self.0.update(request).await.map(empty))
+                let call = Call::begin("Update", context, &request.id, "");
+                call.answer(self.0.update(request).await.map(empty))
             }
 
             async fn wait(

@@ -7,7 +7,7 @@ use std::ops::RangeInclusive;
 use toml::Value;
 
 use super::{field::Field, Config, MEMORY_MIB, VCPUS};
-use crate::{fault, oci::annotation_names};
+use crate::{fault, oci::annotation_names, spans};
 
 /// Longest accepted deadline: an hour.
 const MS: RangeInclusive<u64> = 1..=3_600_000;
@@ -83,6 +83,7 @@ keys! {
     runtime.guest_console, ANY, absolute, false, "Prefix of the files for guests' consoles, the pod's id follows; empty: the end is kept in memory.";
     runtime.console_kept_kib, 1..=1024, any, false, "How much of a guest's console is kept in memory.";
     runtime.events_kept, 0..=10_000, any, false, "How many events of a pod are kept for `bulkhead events`.";
+    runtime.otlp_endpoint, ANY, collector, false, "A collector of OpenTelemetry spans, OTLP over HTTP, as http://127.0.0.1:4318; empty: none.";
     runtime.operator_socket, ANY, any, false, "Answer questions about a pod (metrics, state, events) on a socket beside its state.";
     runtime.allowed_annotations, ANY, annotations, false, "The annotations that a pod may set.";
     runtime.sandbox_cgroup_only, ANY, any, false, "Whether a pod's front end is in the pod's cgroup on the host, as its VMM is.";
@@ -157,6 +158,16 @@ fn any(_: &Value) -> Result<(), String> {
 fn one_line(value: &Value) -> Result<(), String> {
     match value.as_str() {
         Some(text) if text.contains(['\n', '\0']) => Err("contains a line break or NUL".into()),
+        _ => Ok(()),
+    }
+}
+
+fn collector(value: &Value) -> Result<(), String> {
+    match value.as_str() {
+        Some(url) if !url.is_empty() => {
+            let problem = "is not an address as http://127.0.0.1:4318 (https is not spoken: name a collector on this node)";
+            spans::check_endpoint(url).map_err(|_| format!("{url:?} {problem}"))
+        }
         _ => Ok(()),
     }
 }

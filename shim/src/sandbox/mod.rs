@@ -39,7 +39,7 @@ use crate::{
     convert,
     error::CallError,
     pod::{give_back, Pod},
-    service::answer,
+    service::{answer, Call},
 };
 
 /// What containerd reads as a pod that takes containers, and as one that does
@@ -306,12 +306,12 @@ impl sandbox_ttrpc::Sandbox for Api {
 
     async fn start_sandbox(
         &self,
-        _: &TtrpcContext,
+        context: &TtrpcContext,
         request: StartSandboxRequest,
     ) -> ttrpc::Result<StartSandboxResponse> {
-        let id = request.sandbox_id.clone();
+        let call = Call::begin("StartSandbox", context, &request.sandbox_id, "");
         let started = whole(self.0.clone().start_sandbox(request)).await;
-        answer("StartSandbox", &id, started)
+        call.answer(started)
     }
 
     async fn platform(
@@ -332,12 +332,12 @@ impl sandbox_ttrpc::Sandbox for Api {
 
     async fn stop_sandbox(
         &self,
-        _: &TtrpcContext,
+        context: &TtrpcContext,
         request: StopSandboxRequest,
     ) -> ttrpc::Result<StopSandboxResponse> {
-        let id = request.sandbox_id.clone();
+        let call = Call::begin("StopSandbox", context, &request.sandbox_id, "");
         let stopped = whole(self.0.clone().stop_sandbox(request)).await;
-        answer("StopSandbox", &id, stopped)
+        call.answer(stopped)
     }
 
     async fn wait_sandbox(

@@ -51,7 +51,7 @@ fn bulkhead_check_names_what_is_missing(context: &Context) -> Result<()> {
 }
 
 /// A directory with busybox as a rootfs.
-fn rootfs(context: &Context) -> Result<String> {
+pub fn rootfs(context: &Context) -> Result<String> {
     let root = context.dir.join("plain-rootfs");
     if !root.exists() {
         for dir in ["bin", "dev", "etc", "proc", "sys", "tmp"] {

@@ -33,6 +33,7 @@ mod recovery;
 mod resize;
 mod runner;
 mod soak;
+mod spans;
 mod stdio;
 mod vmm;
 mod volumes;
@@ -76,6 +77,7 @@ fn all() -> Vec<Test> {
         ksm::TESTS,
         cli::TESTS,
         recovery::TESTS,
+        spans::TESTS,
     ]
     .concat()
 }
