@@ -14,6 +14,7 @@ mod cgroups;
 mod cli;
 mod context;
 mod cri;
+mod exhaustion;
 mod failure;
 mod guest;
 mod host;
@@ -21,6 +22,7 @@ mod hotplug;
 mod kill;
 mod ksm;
 mod lifecycle;
+mod logger;
 mod memory;
 mod merging;
 mod network;
@@ -32,6 +34,7 @@ mod programs;
 mod recovery;
 mod resize;
 mod runner;
+mod sandbox_api;
 mod soak;
 mod spans;
 mod stdio;
@@ -54,6 +57,7 @@ fn all() -> Vec<Test> {
     [
         basic::TESTS,
         stdio::TESTS,
+        logger::TESTS,
         lifecycle::TESTS,
         memory::TESTS,
         merging::TESTS,
@@ -77,7 +81,9 @@ fn all() -> Vec<Test> {
         ksm::TESTS,
         cli::TESTS,
         recovery::TESTS,
+        exhaustion::TESTS,
         spans::TESTS,
+        sandbox_api::TESTS,
     ]
     .concat()
 }

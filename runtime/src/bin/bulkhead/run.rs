@@ -199,7 +199,10 @@ impl Bundle {
 
 impl Drop for Bundle {
     fn drop(&mut self) {
-        if let Err(error) = fs::remove_dir_all(&self.0) {
+        // Names what there is: going through the directory takes a descriptor,
+        // and having none left may be why the start failed.
+        let _ = fs::remove_file(self.0.join("config.json"));
+        if let Err(error) = fs::remove_dir(&self.0) {
             eprintln!("bulkhead: remove {}: {error}", self.0.display());
         }
         // The last one of all.
