@@ -28,7 +28,13 @@ fn plan_of(spec: &oci::Spec) {
 }
 
 fn limits(resources: &oci::Resources) {
-    let _ = resources::settings(resources, "0-3");
+    let _ = resources::settings(
+        resources,
+        resources::Now {
+            online: "0-3",
+            cpu_max: "max 100000",
+        },
+    );
     let _ = devices::compile(&resources.devices);
 }
 

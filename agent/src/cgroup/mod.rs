@@ -13,6 +13,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use nix::sys::statfs::{statfs, CGROUP2_SUPER_MAGIC};
 use tokio::time::{sleep, Instant};
 
 use crate::error::{AgentError, Context, Result};
@@ -189,6 +190,23 @@ impl Cgroup {
         let mut pids = Vec::new();
         collect_processes(&self.path, &mut pids)?;
         Ok(pids)
+    }
+
+    /// The directory of the group that the process is in, if it is this one or
+    /// below it.
+    pub fn group_of(&self, pid: i32) -> Option<OwnedFd> {
+        let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
+        let path = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
+        let of_cgroups = |directory: &&Path| {
+            statfs(*directory).is_ok_and(|found| found.filesystem_type() == CGROUP2_SUPER_MAGIC)
+        };
+        // The kernel tells the path below the hierarchy's root.
+        let root = self.path.ancestors().take_while(of_cgroups).last()?;
+        let path = root.join(path);
+        if !path.starts_with(&self.path) {
+            return None;
+        }
+        Some(File::open(path).ok()?.into())
     }
 
     /// Freezes or thaws the group and waits until it is so.

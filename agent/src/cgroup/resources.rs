@@ -29,7 +29,11 @@ pub struct Setting {
 /// failed.
 pub fn apply(group: &Cgroup, resources: &oci::Resources, with_devices: bool) -> Result<()> {
     let online = fs::read_to_string("/sys/devices/system/cpu/online").unwrap_or_default();
-    for setting in settings(resources, &online)? {
+    let now = Now {
+        online: &online,
+        cpu_max: &fs::read_to_string(group.path().join("cpu.max")).unwrap_or_default(),
+    };
+    for setting in settings(resources, now)? {
         let exists = group.has(setting.controller) && group.path().join(&setting.file).exists();
         if exists || setting.controller.is_empty() {
             group.write(&setting.file, &setting.value)?;
@@ -58,11 +62,20 @@ pub fn apply(group: &Cgroup, resources: &oci::Resources, with_devices: bool) -> 
     Ok(())
 }
 
-/// Translates all but devices. `online` is the kernel's list of online CPUs.
+/// What settings depend on besides the specification.
+#[derive(Clone, Copy, Debug)]
+pub struct Now<'a> {
+    /// The kernel's list of online CPUs.
+    pub online: &'a str,
+    /// The group's cpu.max; empty: it has none.
+    pub cpu_max: &'a str,
+}
+
+/// Translates all but devices.
 ///
 /// # Errors
 /// [`AgentError::Invalid`] as for [`apply`].
-pub fn settings(resources: &oci::Resources, online: &str) -> Result<Vec<Setting>> {
+pub fn settings(resources: &oci::Resources, now: Now<'_>) -> Result<Vec<Setting>> {
     let mut list = Vec::new();
     let mut set = |controller: &'static str, file: &str, value: String| {
         list.push(Setting {
@@ -75,7 +88,7 @@ pub fn settings(resources: &oci::Resources, online: &str) -> Result<Vec<Setting>
         memory_settings(memory, &mut set)?;
     }
     if let Some(cpu) = resources.cpu.as_ref() {
-        cpu_settings(cpu, online, &mut set)?;
+        cpu_settings(cpu, now, &mut set)?;
     }
     match resources.pids_limit {
         // 0 is "not set" to the runtimes that write it.
@@ -92,8 +105,11 @@ pub fn settings(resources: &oci::Resources, online: &str) -> Result<Vec<Setting>
                 page.page_size
             )));
         }
-        let file = format!("hugetlb.{}.max", page.page_size);
-        set("hugetlb", &file, page.limit.to_string());
+        // What is used, and what is reserved by those who may use it later.
+        for kind in ["max", "rsvd.max"] {
+            let file = format!("hugetlb.{}.{kind}", page.page_size);
+            set("hugetlb", &file, page.limit.to_string());
+        }
     }
     let mut unified: Vec<_> = resources.unified.iter().collect();
     unified.sort();
@@ -164,7 +180,7 @@ fn has_swap() -> bool {
 
 fn cpu_settings(
     cpu: &oci::Cpu,
-    online: &str,
+    now: Now<'_>,
     set: &mut impl FnMut(&'static str, &str, String),
 ) -> Result<()> {
     if let Some(shares) = cpu.shares.filter(|shares| *shares != 0) {
@@ -183,7 +199,11 @@ fn cpu_settings(
             };
             set("cpu", "cpu.max", value);
         }
-        (None, Some(period)) => set("cpu", "cpu.max", format!("max {period}")),
+        (None, Some(period)) => {
+            // An update of the period alone leaves the quota.
+            let quota = now.cpu_max.split_whitespace().next().unwrap_or("max");
+            set("cpu", "cpu.max", format!("{quota} {period}"));
+        }
         (None, None) => {}
     }
     if let Some(burst) = cpu.burst {
@@ -194,7 +214,7 @@ fn cpu_settings(
             AgentError::Invalid(format!("linux.resources.cpu.cpus: {:?}", cpu.cpus))
         })?;
         // The host's numbering reaches further than the guest's.
-        let online = parse_list(online).unwrap_or_default();
+        let online = parse_list(now.online).unwrap_or_default();
         let clipped: Vec<u32> = wanted.into_iter().filter(|n| online.contains(n)).collect();
         if clipped.is_empty() {
             crate::warn_limited!(
@@ -287,8 +307,13 @@ fn format_list(list: &[u32]) -> String {
 mod tests {
     use super::*;
 
+    const NOW: Now<'_> = Now {
+        online: "0-1\n",
+        cpu_max: "20000 100000\n",
+    };
+
     fn values(resources: &oci::Resources) -> Vec<(String, String)> {
-        settings(resources, "0-1\n")
+        settings(resources, NOW)
             .unwrap()
             .into_iter()
             .map(|setting| (setting.file, setting.value))
@@ -352,7 +377,7 @@ mod tests {
             .into(),
             ..Default::default()
         };
-        let error = settings(&resources, "0").unwrap_err();
+        let error = settings(&resources, NOW).unwrap_err();
         assert!(matches!(error, AgentError::Invalid(_)), "{error}");
     }
 
@@ -375,12 +400,57 @@ mod tests {
     }
 
     #[test]
+    fn cpu_time_and_huge_pages() {
+        let of = |cpu: oci::Cpu| {
+            values(&oci::Resources {
+                cpu: Some(cpu).into(),
+                ..Default::default()
+            })
+        };
+        let cpu = |quota: Option<i64>, period: Option<u64>| oci::Cpu {
+            quota,
+            period,
+            ..Default::default()
+        };
+        for (quota, period, wanted) in [
+            (Some(5000), None, Some("5000")),
+            (Some(-1), None, Some("max")),
+            (Some(5000), Some(50_000), Some("5000 50000")),
+            (None, Some(50_000), Some("20000 50000")),
+            (Some(0), Some(0), None),
+        ] {
+            let wanted: Vec<_> = wanted.iter().map(|value| pair("cpu.max", value)).collect();
+            assert_eq!(of(cpu(quota, period)), wanted, "{quota:?} {period:?}");
+        }
+        let idle = oci::Cpu {
+            shares: Some(0),
+            idle: Some(1),
+            burst: Some(7),
+            ..Default::default()
+        };
+        assert_eq!(
+            of(idle),
+            [pair("cpu.idle", "1"), pair("cpu.max.burst", "7")]
+        );
+        let pages = oci::Resources {
+            hugepage_limits: vec![oci::HugepageLimit {
+                page_size: "2MB".into(),
+                limit: 9,
+                ..Default::default()
+            }],
+            ..Default::default()
+        };
+        let wanted = ["hugetlb.2MB.max", "hugetlb.2MB.rsvd.max"].map(|file| pair(file, "9"));
+        assert_eq!(values(&pages), wanted);
+    }
+
+    #[test]
     fn unified_keys_cannot_leave_the_group() {
         let mut resources = oci::Resources::default();
         resources
             .unified
             .insert("../agent/cgroup.procs".into(), "1".into());
-        assert!(settings(&resources, "0").is_err());
+        assert!(settings(&resources, NOW).is_err());
     }
 
     #[test]

@@ -194,16 +194,8 @@ pub fn container(spec: &oci::Spec, id: &str) -> Result<ContainerPlan> {
             .iter()
             .filter_map(|each| device(each).transpose())
             .collect::<Result<_>>()?,
-        masked_paths: linux
-            .masked_paths
-            .iter()
-            .map(|p| mounts::normalise(p))
-            .collect(),
-        read_only_paths: linux
-            .readonly_paths
-            .iter()
-            .map(|p| mounts::normalise(p))
-            .collect(),
+        masked_paths: absolute(&linux.masked_paths, "linux.maskedPaths")?,
+        read_only_paths: absolute(&linux.readonly_paths, "linux.readonlyPaths")?,
         hostname: own(&spec.hostname),
         domainname: own(&spec.domainname),
         sysctls: sysctls(&linux.sysctl, namespaces.flags)?,
@@ -316,6 +308,16 @@ fn strings(list: &[String], field: &str) -> Result<Vec<CString>> {
     list.iter()
         .map(|text| {
             CString::new(text.as_str()).map_err(|_| invalid(format!("{field}: NUL in {text:?}")))
+        })
+        .collect()
+}
+
+/// Paths that the specification wants to be absolute.
+fn absolute(list: &[String], field: &str) -> Result<Vec<PathBuf>> {
+    list.iter()
+        .map(|path| match path.starts_with('/') {
+            true => Ok(mounts::normalise(path)),
+            false => Err(invalid(format!("{field}: {path:?} is not absolute"))),
         })
         .collect()
 }

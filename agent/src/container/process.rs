@@ -209,7 +209,7 @@ pub fn spawn_exec(
             match process::spawn(0, Some(cgroup.directory().as_fd()), body) {
                 // The container manages cgroups of its own: go where its first
                 // process is.
-                Err(Errno::EBUSY) => match group_of(init.pid) {
+                Err(Errno::EBUSY) => match cgroup.group_of(init.pid) {
                     Some(group) => process::spawn(0, Some(group.as_fd()), body),
                     None => Err(Errno::EBUSY),
                 },
@@ -243,14 +243,6 @@ fn in_pid_namespace<T>(
         Err(Errno::ENOMEM) => Err(gone()),
         other => other.step(|| "create process"),
     }
-}
-
-/// The cgroup directory that a process is in.
-fn group_of(pid: pid_t) -> Option<OwnedFd> {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
-    let path = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
-    let path = PathBuf::from("/sys/fs/cgroup").join(path);
-    Some(std::fs::File::open(path).ok()?.into())
 }
 
 fn spawn(

@@ -72,21 +72,23 @@ impl Lifecycle {
         Ok(())
     }
 
-    /// Runs `poststart`. What fails is only logged.
-    pub async fn poststart(&self, pid: u32) {
+    /// Runs `poststart`, up to the first that fails.
+    ///
+    /// # Errors
+    /// That one's.
+    pub async fn poststart(&self, pid: u32) -> Result<(), HookError> {
         let state = self.state("running", Some(pid));
-        self.all(&self.hooks.poststart, &state).await;
+        for hook in &self.hooks.poststart {
+            run(hook, &self.bundle, &state).await?;
+        }
+        Ok(())
     }
 
     /// Runs `poststop`. What fails is only logged.
     pub async fn poststop(&self) {
         let state = self.state("stopped", None);
-        self.all(&self.hooks.poststop, &state).await;
-    }
-
-    async fn all(&self, hooks: &[Hook], state: &[u8]) {
-        for hook in hooks {
-            if let Err(error) = run(hook, &self.bundle, state).await {
+        for hook in &self.hooks.poststop {
+            if let Err(error) = run(hook, &self.bundle, &state).await {
                 tracing::warn!(container = self.id, error = chain(&error), "hook failed");
             }
         }

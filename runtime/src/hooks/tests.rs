@@ -106,19 +106,21 @@ async fn the_first_that_fails_is_the_last_that_runs() {
 }
 
 #[tokio::test]
-async fn after_the_start_all_run_whatever_fails() {
+async fn after_the_end_all_run_whatever_fails() {
     let bundle = tempfile::tempdir().unwrap();
     let hooks = format!(
         r#"[{},{{"path":"/no/such/program"}},{}]"#,
         script("exit 1", ""),
         script("touch done", "")
     );
-    for kind in ["poststart", "poststop"] {
-        let life = lifecycle(bundle.path(), &format!(r#"{{"{kind}":{hooks}}}"#)).unwrap();
-        life.poststart(1).await;
-        life.poststop().await;
-        fs::remove_file(bundle.path().join("done")).unwrap();
-    }
+    let life = lifecycle(bundle.path(), &format!(r#"{{"poststop":{hooks}}}"#)).unwrap();
+    life.poststop().await;
+    fs::remove_file(bundle.path().join("done")).unwrap();
+    let life = lifecycle(bundle.path(), &format!(r#"{{"poststart":{hooks}}}"#)).unwrap();
+    let error = life.poststart(1).await.unwrap_err();
+    let wanted = "hooks.poststart[0] /bin/sh: exit status: 1";
+    assert!(chain(&error).starts_with(wanted), "{}", chain(&error));
+    assert!(!bundle.path().join("done").exists());
 }
 
 #[tokio::test]

@@ -249,6 +249,13 @@ fn translate_linux(
     let Some(linux) = linux else {
         return Ok(out);
     };
+    if let Some(device) = linux.net_devices().iter().flat_map(|all| all.keys()).min() {
+        return Err(SpecError::field(
+            format!("linux.netDevices: {device}"),
+            "the host's network devices are not in the guest: give it to the pod's network \
+             namespace, whose interfaces the guest has",
+        ));
+    }
     for namespace in linux.namespaces().iter().flatten() {
         out.namespaces
             .extend(namespaces::translate(namespace, linux, role, pod)?);

@@ -82,7 +82,29 @@ pub fn load(bundle: &Path) -> Result<Spec, SpecError> {
         Ok(text) => text,
         Err(source) => return Err(SpecError::Read { path, source }),
     };
-    parse(&text).map_err(|source| SpecError::Syntax { path, source })
+    let spec = parse(&text).map_err(|source| SpecError::Syntax { path, source })?;
+    check_version(&spec)?;
+    Ok(spec)
+}
+
+/// Refuses versions of the specification whose meaning is unknown: others than
+/// 1.x, as all of them are compatible (config.md, "Specification version").
+fn check_version(spec: &Spec) -> Result<(), SpecError> {
+    let version = spec.version();
+    let core = version.split(['-', '+']).next().unwrap_or_default();
+    let numbers: Vec<&str> = core.split('.').collect();
+    let numeric = |part: &&str| part.parse::<u32>().is_ok();
+    if numbers.len() != 3 || !numbers.iter().all(numeric) {
+        let problem = format!("{version:?} is no version (it should be like 1.2.0)");
+        return Err(SpecError::field("ociVersion", problem));
+    }
+    match numbers[0] {
+        "1" => Ok(()),
+        _ => Err(SpecError::field(
+            "ociVersion",
+            format!("{version:?}: only versions 1.x of the specification are known"),
+        )),
+    }
 }
 
 /// Reads a specification, or a process of one.
@@ -160,6 +182,71 @@ fn name<T: Serialize>(value: &T) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Cases misc_props, process_capabilities_fail, process_rlimits_fail,
+    /// memory_policy and net_devices of the conformance suites.
+    #[test]
+    fn unknown_properties_are_ignored_and_unknown_values_refused() {
+        let read = |version: &str, process: &str, linux: &str| {
+            let directory = tempfile::tempdir().unwrap();
+            let text = format!(
+                r#"{{"ociVersion":"{version}","unknown":{{"x":1}},"annotations":{{"org.unknown":""}},
+                    "root":{{"path":"rootfs"}},"process":{{"cwd":"/","args":["true"],
+                    "user":{{"uid":0,"gid":0}}{process}}},"linux":{{{linux}}}}}"#
+            );
+            std::fs::write(directory.path().join("config.json"), text).unwrap();
+            let spec = load(directory.path())?;
+            container(&spec, "c", None).map(drop)
+        };
+        for version in ["1.0.0", "1.0.2-dev", "1.3.0+x"] {
+            read(version, "", "").unwrap();
+        }
+        for (version, process, linux, word) in [
+            ("invalid", "", "", "ociVersion"),
+            ("1.0", "", "", "ociVersion"),
+            ("2.0.0", "", "", "ociVersion"),
+            (
+                "1.2.0",
+                r#","rlimits":[{"type":"RLIMIT_TEST","soft":1,"hard":1}]"#,
+                "",
+                "RLIMIT_TEST",
+            ),
+            (
+                "1.2.0",
+                r#","capabilities":{"bounding":["CAP_TEST"]}"#,
+                "",
+                "TEST",
+            ),
+            (
+                "1.3.0",
+                "",
+                r#""memoryPolicy":{"mode":"INTERLEAVE","nodes":"0"}"#,
+                "INTERLEAVE",
+            ),
+            (
+                "1.3.0",
+                "",
+                r#""memoryPolicy":{"mode":"MPOL_BIND","nodes":"0","flags":["badflag"]}"#,
+                "badflag",
+            ),
+            ("1.3.0", "", r#""memoryPolicy":{"nodes":"0"}"#, "mode"),
+            (
+                "1.3.0",
+                "",
+                r#""netDevices":{"eth1":{"name":"eth2"}}"#,
+                "linux.netDevices: eth1",
+            ),
+        ] {
+            let error = read(version, process, linux).unwrap_err();
+            let mut text = error.to_string();
+            if let Some(source) = std::error::Error::source(&error) {
+                text.push_str(&source.to_string());
+            }
+            assert!(text.contains(word), "{text} has no {word}");
+        }
+        let policy = r#""memoryPolicy":{"mode":"MPOL_DEFAULT","nodes":""},"netDevices":{}"#;
+        read("1.3.0", "", policy).unwrap();
+    }
 
     #[test]
     fn the_hosts_network_is_refused() {

@@ -169,7 +169,12 @@ pub async fn start(inner: Arc<Inner>, id: String, exec: Option<String>) -> Resul
             };
             match (&exec, hooks) {
                 (Some(_), _) => watch(&inner, &id, exec.as_deref()),
-                (None, Some(hooks)) => hooks.poststart(pid).await,
+                (None, Some(hooks)) => {
+                    if let Err(error) = hooks.poststart(pid).await {
+                        end_after_hook(&inner, &id).await;
+                        return Err(error.into());
+                    }
+                }
                 (None, None) => {}
             }
             Ok(pid)
@@ -178,6 +183,27 @@ pub async fn start(inner: Arc<Inner>, id: String, exec: Option<String>) -> Resul
             inner.pod().start_failed(&id, exec.as_deref(), NOT_RUN);
             Err(error)
         }
+    }
+}
+
+/// A container whose `poststart` hook has failed is stopped (runtime.md,
+/// "Lifecycle", step 9). Its end is told as any.
+async fn end_after_hook(inner: &Inner, id: &str) {
+    let limit = inner.config.agent.rpc_timeout();
+    let ended = async {
+        send_signal(inner, id, None, 9, true).await?;
+        wait(inner, id, None).await
+    };
+    match tokio::time::timeout(limit, ended).await {
+        Ok(Ok(_)) => {}
+        Ok(Err(error)) => {
+            tracing::warn!(
+                container = id,
+                error = chain(&error),
+                "not ended after a hook"
+            );
+        }
+        Err(_) => tracing::warn!(container = id, "not ended in time after a hook"),
     }
 }
 

@@ -29,7 +29,7 @@ pub const TESTS: &[Test] = tests![
 ];
 
 /// The shared directory's root file system.
-const ROOT: &str = "root";
+pub const ROOT: &str = "root";
 
 /// The whole number, or one that an emulated machine can bear.
 fn number(full: usize, quick: usize) -> usize {
@@ -39,7 +39,7 @@ fn number(full: usize, quick: usize) -> usize {
     }
 }
 
-fn boot(context: &Context, name: &str, memory_mib: u32) -> Result<Guest> {
+pub fn boot(context: &Context, name: &str, memory_mib: u32) -> Result<Guest> {
     let guest = Guest::boot(
         &context.products,
         &context.dir.join(name),
@@ -56,7 +56,7 @@ fn fill(root: &Path) -> Result<()> {
         fs::create_dir_all(root.join(below))?;
     }
     fs::copy("/bin/busybox", root.join("bin/busybox"))?;
-    for name in ["sh", "sleep", "dd", "echo"] {
+    for name in ["cat", "dd", "echo", "mkdir", "sh", "sleep"] {
         symlink("busybox", root.join("bin").join(name))?;
     }
     Ok(())
@@ -76,7 +76,7 @@ fn spec(id: &str, args: &[&str]) -> Result<oci::Spec> {
     specification(&config, id, ROOT)
 }
 
-fn process(args: &[&str]) -> Result<oci::Process> {
+pub fn process(args: &[&str]) -> Result<oci::Process> {
     Ok(spec("x", args)?.process.unwrap_or_default())
 }
 
@@ -96,7 +96,7 @@ fn check(guest: &Guest) -> Result<()> {
     guest.wait_for(guest.agent().check(Empty::new())).map(drop)
 }
 
-async fn end(guest: &Guest, id: &str) -> Result<WaitProcessReply> {
+pub async fn end(guest: &Guest, id: &str) -> Result<WaitProcessReply> {
     let request = WaitProcessRequest {
         container_id: id.into(),
         ..Default::default()
@@ -104,7 +104,7 @@ async fn end(guest: &Guest, id: &str) -> Result<WaitProcessReply> {
     Ok(guest.agent().wait_process(request).await?)
 }
 
-fn kill(guest: &Guest, id: &str) -> Result<()> {
+pub fn kill(guest: &Guest, id: &str) -> Result<()> {
     let request = SignalProcessRequest {
         container_id: id.into(),
         signal: libc::SIGKILL as u32,

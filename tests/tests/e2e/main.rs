@@ -12,6 +12,7 @@ mod basic;
 mod boxed;
 mod cgroups;
 mod cli;
+mod conformance;
 mod context;
 mod cri;
 mod exhaustion;
@@ -77,6 +78,7 @@ fn all() -> Vec<Test> {
         hotplug::TESTS,
         announce::TESTS,
         guest::TESTS,
+        conformance::TESTS,
         resize::TESTS,
         ksm::TESTS,
         cli::TESTS,

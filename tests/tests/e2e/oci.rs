@@ -129,6 +129,23 @@ fn a_hook_that_fails_ends_the_create(context: &Context) -> Result<()> {
         same(fs::read_to_string(&log)?.as_str(), "stopped\n")
             .with_context(|| spec["hooks"].to_string())?;
     }
+    // One of poststart fails the start of a program that runs already, and ends
+    // it; the ones behind it do not run.
+    fs::write(&log, "")?;
+    let note =
+        |word: &str, status: u8| sh(&format!("echo {word} >> {}; exit {status}", log.display()));
+    spec["hooks"] = json!({ "poststart": [note("first", 0), note("second", 9), note("third", 0)],
+        "poststop": [note("stopped", 0)] });
+    spec["process"]["args"] = json!(["busybox", "sleep", "9999"]);
+    let done = run_spec(context, &spec)?;
+    if done.code == 0 {
+        bail!("a start whose poststart hook failed");
+    }
+    mentions(&done.err(), &["poststart", "9"])?;
+    same(
+        fs::read_to_string(&log)?.as_str(),
+        "first\nsecond\nstopped\n",
+    )?;
     context.containerd.clean()?;
     fs::remove_file(log)?;
     context.nothing_left(&before, LIMIT)
