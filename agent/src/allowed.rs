@@ -10,9 +10,12 @@ use ttrpc::{get_status, Code};
 
 use crate::error::{AgentError, Result};
 
-/// The kernel parameter: names of calls with commas between. Without it all
-/// are answered.
+/// The kernel parameter: names of calls with commas between. With `+` before
+/// each they come to those that are answered without it.
 pub const PARAMETER: &str = "bulkhead.rpcs";
+
+/// Calls that must be asked for; without the parameter all others are answered.
+const ON_REQUEST: [&str; 1] = ["ExecGuest"];
 
 /// The list in a kernel's command line; the last one counts.
 pub fn in_cmdline(cmdline: &str) -> Option<&str> {
@@ -30,18 +33,31 @@ pub fn only(
     mut services: HashMap<String, Service>,
     list: Option<&str>,
 ) -> Result<HashMap<String, Service>> {
-    let Some(list) = list else {
-        return Ok(services);
-    };
-    let allowed: BTreeSet<&str> = list.split(',').filter(|name| !name.is_empty()).collect();
-    let known = |name: &&str| services.values().any(|s| s.methods.contains_key(*name));
+    let names = list.unwrap_or_default().split(',');
+    let named: Vec<&str> = names.filter(|name| !name.is_empty()).collect();
+    let besides = named.iter().filter(|name| name.starts_with('+')).count();
+    if besides > 0 && besides < named.len() {
+        return Err(AgentError::Invalid(format!(
+            "{PARAMETER}: some names have a + and some have not"
+        )));
+    }
+    let mut allowed: BTreeSet<String> = named
+        .iter()
+        .map(|name| name.trim_start_matches('+').to_owned())
+        .collect();
+    let known = |name: &&String| services.values().any(|s| s.methods.contains_key(*name));
     if let Some(name) = allowed.iter().find(|name| !known(name)) {
         return Err(AgentError::Invalid(format!(
             "{PARAMETER}: there is no call {name:?}"
         )));
     }
+    if list.is_none() || besides > 0 {
+        let all = services.values().flat_map(|s| s.methods.keys());
+        let usual = all.filter(|name| !ON_REQUEST.contains(&name.as_str()));
+        allowed.extend(usual.cloned());
+    }
     for (name, method) in services.values_mut().flat_map(|s| &mut s.methods) {
-        if !allowed.contains(name.as_str()) {
+        if !allowed.contains(name) {
             *method = Box::new(Refused(name.clone()));
         }
     }

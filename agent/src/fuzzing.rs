@@ -43,7 +43,7 @@ pub fn request(bytes: &[u8]) {
     let Some((call, bytes)) = bytes.split_first() else {
         return;
     };
-    match call % 8 {
+    match call % 9 {
         0 => with(bytes, |request: agent::CreateContainerRequest| {
             let _ = check_name(&request.container_id, "container_id");
             if let Some(spec) = request.spec.as_ref() {
@@ -77,12 +77,16 @@ pub fn request(bytes: &[u8]) {
         6 => with(bytes, |request: agent::RemoveDeviceRequest| {
             let _ = crate::devices::is_address(&request.address);
         }),
+        7 => with(bytes, |request: agent::CopyFileRequest| {
+            let _ = crate::container::copy::CopyPlan::new(&request);
+        }),
         // Those of nothing but names.
         _ => {
             let _ = agent::ContainerRequest::parse_from_bytes(bytes);
             let _ = agent::ProcessRequest::parse_from_bytes(bytes);
             let _ = agent::StartContainerRequest::parse_from_bytes(bytes);
             let _ = agent::WaitProcessRequest::parse_from_bytes(bytes);
+            let _ = agent::KernelLogRequest::parse_from_bytes(bytes);
             let _ = agent::Empty::parse_from_bytes(bytes);
         }
     }

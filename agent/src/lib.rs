@@ -21,6 +21,7 @@ mod devices;
 mod error;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;
+mod guest;
 mod log;
 mod mirror;
 mod netlink;

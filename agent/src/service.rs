@@ -10,9 +10,10 @@ use bulkhead_agent_protocol::{agent, agent_ttrpc};
 use tokio::sync::{mpsc, oneshot};
 use ttrpc::r#async::TtrpcContext;
 
-use crate::container::{Containers, Message};
+use crate::container::{Containers, Message, Work};
 use crate::devices;
 use crate::error::AgentError;
+use crate::guest;
 use crate::processors;
 use crate::sandbox::{self, Times};
 use crate::stdio;
@@ -37,6 +38,20 @@ impl Service {
             times,
             shutdown,
         }
+    }
+
+    /// Makes a further process in a container.
+    async fn work(&self, id: &str, work: Work) -> ttrpc::Result<agent::ExecProcessReply> {
+        let steps = Steps::received();
+        let made = self
+            .containers
+            .ask(id, |reply| Message::Exec(Box::new(work), steps, reply))
+            .await?;
+        Ok(agent::ExecProcessReply {
+            pid: made.pid,
+            steps: made.steps.to_protocol(),
+            ..Default::default()
+        })
     }
 
     async fn empty<F>(&self, id: &str, message: F) -> ttrpc::Result<agent::Empty>
@@ -89,16 +104,25 @@ impl agent_ttrpc::Agent for Service {
         request: agent::ExecProcessRequest,
     ) -> ttrpc::Result<agent::ExecProcessReply> {
         let id = request.container_id.clone();
-        let steps = Steps::received();
-        let made = self
-            .containers
-            .ask(&id, |reply| Message::Exec(Box::new(request), steps, reply))
-            .await?;
-        Ok(agent::ExecProcessReply {
-            pid: made.pid,
-            steps: made.steps.to_protocol(),
-            ..Default::default()
-        })
+        self.work(&id, Work::Program(request)).await
+    }
+
+    async fn exec_guest(
+        &self,
+        _: &TtrpcContext,
+        request: agent::ExecProcessRequest,
+    ) -> ttrpc::Result<agent::ExecProcessReply> {
+        let id = request.container_id.clone();
+        self.work(&id, Work::Guest(request)).await
+    }
+
+    async fn copy_file(
+        &self,
+        _: &TtrpcContext,
+        request: agent::CopyFileRequest,
+    ) -> ttrpc::Result<agent::ExecProcessReply> {
+        let id = request.container_id.clone();
+        self.work(&id, Work::Copy(request)).await
     }
 
     async fn signal_process(
@@ -260,6 +284,22 @@ impl agent_ttrpc::Agent for Service {
     ) -> ttrpc::Result<agent::CpusReply> {
         let in_guest = self.containers.shared().in_guest;
         Ok(processors::set_online(&request, in_guest)?)
+    }
+
+    async fn stats_guest(
+        &self,
+        _: &TtrpcContext,
+        _: agent::Empty,
+    ) -> ttrpc::Result<agent::StatsGuestReply> {
+        Ok(guest::stats::collect())
+    }
+
+    async fn kernel_log(
+        &self,
+        _: &TtrpcContext,
+        request: agent::KernelLogRequest,
+    ) -> ttrpc::Result<agent::KernelLogReply> {
+        Ok(guest::log::read(&request)?)
     }
 
     async fn check(&self, _: &TtrpcContext, _: agent::Empty) -> ttrpc::Result<agent::Empty> {

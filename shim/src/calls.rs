@@ -9,10 +9,10 @@ use std::{future::Future, path::PathBuf, sync::Arc, time::Duration};
 use bulkhead_runtime::{
     error::chain,
     io::StdioPaths,
-    sandbox::{CreateRequest, Status},
+    sandbox::{CreateRequest, Status, Work, FILE_COPY, GUEST_COMMAND},
 };
 use bulkhead_shim_protocol::{runc::ProcessDetails, shim, task::ProcessInfo, Named};
-use oci_spec::runtime::{LinuxResources, Process};
+use oci_spec::runtime::LinuxResources;
 use protobuf::{well_known_types::any::Any, EnumOrUnknown, MessageField};
 use serde::de::DeserializeOwned;
 use tokio::time::timeout;
@@ -38,6 +38,16 @@ fn json<T: DeserializeOwned>(what: &'static str, any: &MessageField<Any>) -> Res
         }
         None => Err(CallError::Invalid(format!("{what} is missing"))),
     }
+}
+
+/// What a further process is to do, by the type of its description: of
+/// containerd's, or of `bulkhead cp` and `bulkhead exec --guest`.
+fn work(spec: &MessageField<Any>) -> Result<Work, CallError> {
+    Ok(match spec.as_ref().map(|any| any.type_url.as_str()) {
+        Some(GUEST_COMMAND) => Work::Guest(json("the command", spec)?),
+        Some(FILE_COPY) => Work::Copy(json("the file", spec)?),
+        _ => Work::Program(json("the process's specification", spec)?),
+    })
 }
 
 /// Runs to its end even when nobody waits any more.
@@ -195,7 +205,7 @@ impl Pod {
         if request.exec_id.is_empty() {
             return Err(CallError::Invalid("the process has no id".into()));
         }
-        let process: Process = json("the process's specification", &request.spec)?;
+        let work = work(&request.spec)?;
         let pod = self.clone();
         whole(async move {
             let (id, exec_id) = (&request.id, &request.exec_id);
@@ -210,7 +220,7 @@ impl Pod {
                 stderr: request.stderr,
             };
             let (stdio, streams) = stdio::open(pod.owner(id), request.terminal, paths).await?;
-            sandbox.exec(id, exec_id, process, stdio).await?;
+            sandbox.exec(id, exec_id, work, stdio).await?;
             pod.keep(id, Some(exec_id), streams);
             Ok(())
         })

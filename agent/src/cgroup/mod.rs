@@ -134,7 +134,20 @@ impl Hierarchy {
     /// # Errors
     /// When the group is there already or cannot be made.
     pub fn container(&self, id: &str) -> Result<Cgroup> {
-        let path = self.pod.join(id);
+        self.make(self.pod.join(id))
+    }
+
+    /// Makes a group beside the pod's for processes of the guest itself that
+    /// belong to the container `id`.
+    ///
+    /// # Errors
+    /// As for [`Self::container`].
+    pub fn beside(&self, id: &str) -> Result<Cgroup> {
+        let top = self.pod.parent().unwrap_or(&self.pod);
+        self.make(top.join(format!("guest-{id}")))
+    }
+
+    fn make(&self, path: PathBuf) -> Result<Cgroup> {
         fs::create_dir(&path).step(|| format!("create cgroup {}", path.display()))?;
         let directory = File::open(&path).step(|| format!("open cgroup {}", path.display()))?;
         Ok(Cgroup {

@@ -112,7 +112,7 @@ fn io_stats(text: &str) -> Vec<agent::IoStat> {
 }
 
 /// /proc/net/dev: two lines of headings, then sixteen figures per interface.
-fn network_stats(text: &str) -> Vec<agent::NetworkStat> {
+pub fn network_stats(text: &str) -> Vec<agent::NetworkStat> {
     text.lines()
         .skip(2)
         .filter_map(|line| {

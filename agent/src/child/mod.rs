@@ -3,6 +3,7 @@
 //! program. Everything here may block or fail without harm to the agent: the
 //! child reports what went wrong and ends.
 
+mod copy;
 mod devices;
 mod hooks;
 mod path;
@@ -20,6 +21,7 @@ use nix::errno::Errno;
 use nix::sched::{unshare, CloneFlags};
 use nix::unistd::setsid;
 
+use crate::container::copy::CopyPlan;
 use crate::container::hooks::GuestHooks;
 use crate::container::namespaces::CLONE_NEWTIME;
 use crate::container::plan::{ContainerPlan, ProcessPlan};
@@ -68,6 +70,40 @@ pub fn run_exec(
         begin(parts, &[init]).and_then(|()| set_up_exec(container, plan, init, parts, &mut steps));
     let result = result.map(|program| (program, steps));
     end(result, plan, None, parts)
+}
+
+/// Runs a program in the guest itself.
+pub fn run_guest(plan: &ProcessPlan, parts: &Parts<'_>) -> Infallible {
+    let mut steps = Steps::default();
+    let result = begin(parts, &[]).and_then(|()| set_up_guest(plan, parts, &mut steps));
+    let result = result.map(|program| (program, steps));
+    end(result, plan, None, parts)
+}
+
+/// Copies a file of the container of `init` (its pidfd).
+pub fn run_copy(
+    container: &ContainerPlan,
+    plan: &CopyPlan,
+    init: &OwnedFd,
+    parts: &Parts<'_>,
+) -> Infallible {
+    let channel = parts.channel.as_fd();
+    let mut steps = Steps::default();
+    let entered = begin(parts, &[init]).and_then(|()| {
+        steps.done(Step::Born);
+        enter(container, init)?;
+        terminal::pipes(parts.ends)
+    });
+    if let Err(failure) = entered {
+        let _ = report::send_failure(channel, &failure);
+        exit_now(EXIT_FAILED);
+    }
+    await_start(parts, &steps);
+    // As the execution of a program does it: the agent sees that it runs.
+    match fd::close_all_but(&mut [0, 1, 2]) {
+        Ok(()) => exit_now(copy::run(plan)),
+        Err(_) => exit_now(EXIT_FAILED),
+    }
 }
 
 /// Drops everything that is the agent's. A descriptor kept here would keep
@@ -174,22 +210,56 @@ fn set_up_exec(
 ) -> Done<program::Program> {
     steps.done(Step::Born);
     set_oom_score(plan.oom_score_adj)?;
-    match setns(init.as_fd(), container.namespaces.to_join()) {
-        Err(Errno::ESRCH) => {
-            return Err(Failure::invalid("the container's first process has ended"))
-        }
-        other => other.at("join namespaces", "")?,
-    }
+    enter(container, init)?;
     let own_user_namespace = container.namespaces.user.is_some();
-    if own_user_namespace {
-        program::become_its_root()?;
-    }
     nix::sys::stat::umask(nix::sys::stat::Mode::empty());
     terminal::set_up(plan, parts.ends, parts.channel.as_fd(), false)?;
     program::limit(plan, own_user_namespace)?;
     let program = program::become_user(plan, container.seccomp.as_deref(), parts.channel.as_fd())?;
     steps.done(Step::User);
     Ok(program)
+}
+
+/// Joins the namespaces of a container, as its root.
+fn enter(container: &ContainerPlan, init: &OwnedFd) -> Done<()> {
+    match setns(init.as_fd(), container.namespaces.to_join()) {
+        Err(Errno::ESRCH) => {
+            return Err(Failure::invalid("the container's first process has ended"))
+        }
+        other => other.at("join namespaces", "")?,
+    }
+    match container.namespaces.user {
+        Some(_) => program::become_its_root(),
+        None => Ok(()),
+    }
+}
+
+fn set_up_guest(
+    plan: &ProcessPlan,
+    parts: &Parts<'_>,
+    steps: &mut Steps,
+) -> Done<program::Program> {
+    steps.done(Step::Born);
+    set_oom_score(plan.oom_score_adj)?;
+    nix::sys::stat::umask(nix::sys::stat::Mode::empty());
+    terminal::set_up(plan, parts.ends, parts.channel.as_fd(), false)?;
+    program::limit(plan, false)?;
+    let program = program::become_user(plan, None, parts.channel.as_fd())?;
+    steps.done(Step::User);
+    Ok(program)
+}
+
+/// Reports that all is ready, and waits until it is to go on. Without the
+/// agent, or when it has given up on this process, there is no return.
+fn await_start(parts: &Parts<'_>, steps: &Steps) {
+    if parts.die_with_agent {
+        let _ = prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL as libc::c_ulong);
+    }
+    let channel = parts.channel.as_fd();
+    let told = report::send_ready(channel, steps).and_then(|()| report::await_go(channel));
+    if !matches!(told, Ok(true)) {
+        exit_now(EXIT_FAILED);
+    }
 }
 
 /// Reports, waits for the start and runs the program, after the hooks of a
@@ -203,17 +273,10 @@ fn end(
     let channel = parts.channel.as_fd();
     let failure = match result {
         Ok((program, steps)) => {
-            if parts.die_with_agent {
-                let _ = prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL as libc::c_ulong);
-            }
-            let told = report::send_ready(channel, &steps).and_then(|()| report::await_go(channel));
-            match told {
-                Ok(true) => match hooks.map_or(Ok(()), |hooks| start(hooks, &program)) {
-                    Ok(()) => program.execute(plan),
-                    Err(failure) => failure,
-                },
-                // The agent has given up on this process.
-                _ => exit_now(EXIT_FAILED),
+            await_start(parts, &steps);
+            match hooks.map_or(Ok(()), |hooks| start(hooks, &program)) {
+                Ok(()) => program.execute(plan),
+                Err(failure) => failure,
             }
         }
         Err(failure) => failure,

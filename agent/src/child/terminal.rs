@@ -25,19 +25,27 @@ pub fn set_up(
 ) -> Done<()> {
     match ends {
         ChildEnds::Terminal => terminal(plan, channel, console)?,
-        ChildEnds::Pipes(ends) => {
-            let null = OpenOptions::new()
-                .read(true)
-                .write(true)
-                .open("/dev/null")
-                .at("open", "/dev/null")?;
-            for (number, end) in ends.iter().enumerate() {
-                let from = end.as_ref().map_or(null.as_raw_fd(), AsRawFd::as_raw_fd);
-                dup_onto(from, number as i32).at("set up standard stream", "")?;
-            }
-        }
+        ChildEnds::Pipes(_) => pipes(ends)?,
     }
     give_to_user(plan)
+}
+
+/// Puts pipes in the places of descriptors 0, 1 and 2; /dev/null where there
+/// is none.
+pub fn pipes(ends: &ChildEnds) -> Done<()> {
+    let ChildEnds::Pipes(ends) = ends else {
+        return Err(Failure::invalid("there is a terminal instead of pipes"));
+    };
+    let null = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/null")
+        .at("open", "/dev/null")?;
+    for (number, end) in ends.iter().enumerate() {
+        let from = end.as_ref().map_or(null.as_raw_fd(), AsRawFd::as_raw_fd);
+        dup_onto(from, number as i32).at("set up standard stream", "")?;
+    }
+    Ok(())
 }
 
 fn terminal(plan: &ProcessPlan, channel: BorrowedFd<'_>, console: bool) -> Done<()> {

@@ -9,11 +9,12 @@ use bulkhead_agent_protocol::agent;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 
+use super::copy::CopyPlan;
 use super::namespaces::PidNamespace;
 use super::plan::{self, ContainerPlan};
-use super::process::{self, ExitWatch, Gate, Process};
+use super::process::{self, ExitWatch, Further, Gate, Process};
 use super::state::{next, Event, State};
-use super::{check_name, Containers, Made, Message, Reply};
+use super::{check_name, Containers, Made, Message, Reply, Work};
 use crate::cgroup::{resources, stats, Cgroup};
 use crate::error::{AgentError, Result};
 use crate::mirror::Mirrors;
@@ -57,6 +58,8 @@ struct Actor {
     gate: Option<Gate>,
     execs: HashMap<String, Exec>,
     mirrors: Mirrors,
+    /// Of processes of the guest itself, once there were any.
+    guest_group: Option<Arc<Cgroup>>,
     created: Option<Reply<Made>>,
 }
 
@@ -94,6 +97,7 @@ pub fn start(
         gate: None,
         execs: HashMap::new(),
         mirrors,
+        guest_group: None,
         created: Some(created),
     };
     actor.launch(neighbour, stdio, steps);
@@ -114,7 +118,8 @@ impl Actor {
         tokio::spawn(async move {
             let launch = async {
                 let shared = shared.shared();
-                let streams = process::open_streams(shared, stdio.as_ref(), &plan.process).await?;
+                let streams =
+                    process::open_streams(shared, stdio.as_ref(), plan.process.terminal).await?;
                 steps.done(Step::Streams);
                 let child =
                     process::spawn_init(shared, &plan, neighbour.as_ref(), &cgroup, streams)?;
@@ -139,9 +144,9 @@ impl Actor {
     async fn handle(&mut self, message: Message) -> bool {
         match message {
             Message::Start(reply) => self.start(reply),
-            Message::Exec(request, steps, reply) => {
-                let id = request.exec_id.clone();
-                match self.exec(*request) {
+            Message::Exec(work, steps, reply) => {
+                let id = work.exec_id().to_owned();
+                match self.exec(*work) {
                     Ok(job) => self.run_exec(id, job, steps, reply),
                     Err(error) => answer(reply, Err(error)),
                 }
@@ -210,8 +215,10 @@ impl Actor {
             Own::Exited => {
                 self.state = next(self.state, Event::Exited).unwrap_or(self.state);
                 // With a pid namespace the kernel has done it.
-                if self.plan.namespaces.pid != PidNamespace::Own {
-                    if let Err(error) = self.cgroup.kill() {
+                let own = self.plan.namespaces.pid == PidNamespace::Own;
+                let group = (!own).then_some(&self.cgroup);
+                for group in group.into_iter().chain(&self.guest_group) {
+                    if let Err(error) = group.kill() {
                         crate::warn!("msg=\"cannot kill\" id={} error=\"{error}\"", self.id);
                     }
                 }
@@ -261,43 +268,65 @@ impl Actor {
     }
 
     /// Checks a request for a further process and takes its name.
-    fn exec(&mut self, request: agent::ExecProcessRequest) -> Result<ExecJob> {
-        check_name(&request.exec_id, "exec_id")?;
+    fn exec(&mut self, work: Work) -> Result<ExecJob> {
+        let exec_id = work.exec_id().to_owned();
+        check_name(&exec_id, "exec_id")?;
         self.allows(Event::Exec)?;
         let init = self
             .init
             .clone()
             .ok_or_else(|| AgentError::Internal("no first process".into()))?;
-        if self.execs.contains_key(&request.exec_id) {
+        if self.execs.contains_key(&exec_id) {
             return Err(AgentError::AlreadyExists(format!(
-                "process {} of container {}",
-                request.exec_id, self.id
+                "process {exec_id} of container {}",
+                self.id
             )));
         }
-        let process = request
-            .process
-            .as_ref()
-            .ok_or_else(|| AgentError::Invalid("process: missing".into()))?;
-        let plan = plan::process(process, Some(&self.plan.process))?;
-        self.execs.insert(request.exec_id, Exec::Creating);
+        let missing = || AgentError::Invalid("process: missing".into());
+        let mut cgroup = self.cgroup.clone();
+        let (what, stdio) = match work {
+            Work::Program(request) => {
+                let process = request.process.as_ref().ok_or_else(missing)?;
+                let plan = plan::process(process, Some(&self.plan.process))?;
+                (Further::Program(plan), request.stdio)
+            }
+            Work::Guest(request) => {
+                let process = request.process.as_ref().ok_or_else(missing)?;
+                let plan = plan::process(process, None)?;
+                cgroup = self.guest_group()?;
+                (Further::Guest(plan), request.stdio)
+            }
+            Work::Copy(request) => (Further::Copy(CopyPlan::new(&request)?), request.stdio),
+        };
+        self.execs.insert(exec_id, Exec::Creating);
         Ok(ExecJob {
-            plan,
+            what,
             init,
-            stdio: request.stdio.into_option(),
+            cgroup,
+            stdio: stdio.into_option(),
         })
+    }
+
+    /// The group of the guest's own processes that belong to this container.
+    fn guest_group(&mut self) -> Result<Arc<Cgroup>> {
+        if let Some(group) = &self.guest_group {
+            return Ok(group.clone());
+        }
+        let made = self.containers.shared().hierarchy.beside(&self.id)?;
+        Ok(self.guest_group.insert(Arc::new(made)).clone())
     }
 
     fn run_exec(&self, id: String, job: ExecJob, mut steps: Steps, reply: Reply<Made>) {
         let containers = self.containers.clone();
-        let (plan, cgroup, mailbox) =
-            (self.plan.clone(), self.cgroup.clone(), self.mailbox.clone());
+        let (plan, mailbox) = (self.plan.clone(), self.mailbox.clone());
         tokio::spawn(async move {
             let launch = async {
                 let shared = containers.shared();
-                let streams = process::open_streams(shared, job.stdio.as_ref(), &job.plan).await?;
+                let terminal = job.what.terminal();
+                let streams = process::open_streams(shared, job.stdio.as_ref(), terminal).await?;
                 steps.done(Step::Streams);
-                let child =
-                    process::spawn_exec(shared, &plan, &job.plan, &job.init, &cgroup, streams)?;
+                let (what, init, cgroup) = (&job.what, &job.init, &job.cgroup);
+                let child = process::spawn_further(shared, &plan, what, init, cgroup, streams)?;
                 let (process, gate, steps) = child.ready(steps, || {}).await?;
                 gate.open().await?;
                 Ok((process, steps))
@@ -430,6 +459,9 @@ impl Actor {
         // A process that was never started waits at the gate no longer.
         self.gate = None;
         self.cgroup.kill()?;
+        if let Some(group) = &self.guest_group {
+            group.remove().await?;
+        }
         if let Some(init) = &self.init {
             let mut exit = init.exit.clone();
             let ended = exit.wait_for(Option::is_some);
@@ -460,8 +492,9 @@ impl Actor {
 
 /// A further process, ready to be made.
 struct ExecJob {
-    plan: plan::ProcessPlan,
+    what: Further,
     init: Process,
+    cgroup: Arc<Cgroup>,
     stdio: Option<agent::Stdio>,
 }
 

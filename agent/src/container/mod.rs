@@ -6,6 +6,7 @@
 
 mod actor;
 pub mod caps;
+pub mod copy;
 pub mod hooks;
 pub mod limits;
 pub mod mounts;
@@ -40,13 +41,34 @@ pub struct Made {
     pub steps: Steps,
 }
 
+/// A further process of a container, as it is asked for.
+#[derive(Debug)]
+pub enum Work {
+    /// ExecProcess.
+    Program(agent::ExecProcessRequest),
+    /// ExecGuest.
+    Guest(agent::ExecProcessRequest),
+    /// CopyFile.
+    Copy(agent::CopyFileRequest),
+}
+
+impl Work {
+    /// The process's name.
+    fn exec_id(&self) -> &str {
+        match self {
+            Self::Program(request) | Self::Guest(request) => &request.exec_id,
+            Self::Copy(request) => &request.exec_id,
+        }
+    }
+}
+
 /// What can be asked of a container.
 #[derive(Debug)]
 pub enum Message {
     /// StartContainer.
     Start(Reply<()>),
-    /// ExecProcess, with what has been done of it.
-    Exec(Box<agent::ExecProcessRequest>, Steps, Reply<Made>),
+    /// A further process, with what has been done of it.
+    Exec(Box<Work>, Steps, Reply<Made>),
     /// SignalProcess.
     Signal(agent::SignalProcessRequest, Reply<()>),
     /// WaitProcess for the named process (empty: the first one).

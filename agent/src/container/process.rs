@@ -11,6 +11,7 @@ use nix::errno::Errno;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{oneshot, watch};
 
+use super::copy::CopyPlan;
 use super::limits;
 use super::namespaces::PidNamespace;
 use super::notify::Notice;
@@ -18,7 +19,7 @@ use super::plan::{ContainerPlan, ProcessPlan};
 use super::user::UserPlan;
 use crate::cgroup::{stats, Cgroup, Hierarchy};
 use crate::child::report::{self, Report};
-use crate::child::{run_exec, run_init, Parts};
+use crate::child::{run_copy, run_exec, run_guest, run_init, Parts};
 use crate::error::{AgentError, Context, Result};
 use crate::reaper::{Reaped, Reaper};
 use crate::stdio::dial::Dialer;
@@ -41,6 +42,27 @@ pub struct Shared {
     pub pid_namespace: OwnedFd,
     /// Whether this is PID 1 of a guest.
     pub in_guest: bool,
+}
+
+/// What a further process of a container does.
+#[derive(Debug)]
+pub enum Further {
+    /// Runs a program in the container.
+    Program(ProcessPlan),
+    /// Runs a program in the guest itself.
+    Guest(ProcessPlan),
+    /// Copies a file of the container.
+    Copy(CopyPlan),
+}
+
+impl Further {
+    /// Whether it has a terminal.
+    pub fn terminal(&self) -> bool {
+        match self {
+            Self::Program(plan) | Self::Guest(plan) => plan.terminal,
+            Self::Copy(_) => false,
+        }
+    }
 }
 
 /// How a process ended.
@@ -164,7 +186,8 @@ pub fn spawn_init(
         std::fs::write(path, value).step(|| format!("write sysctl {}", path.display()))?;
     }
     let user = plan.namespaces.user.as_ref();
-    let mut child = spawn(shared, &plan.process, user, cgroup, streams, |parts| {
+    let owner = user.map(|user| (user, &plan.process));
+    let mut child = spawn(shared, owner, cgroup, streams, |parts| {
         in_pid_namespace(shared, neighbour, || {
             process::spawn(
                 plan.namespaces.flags,
@@ -189,22 +212,33 @@ pub fn spawn_init(
     Ok(child)
 }
 
-/// Starts a further process in the container whose first one is `init`.
+/// Starts a further process of the container whose first one is `init`.
 ///
 /// # Errors
 /// When the process cannot be made.
-pub fn spawn_exec(
+pub fn spawn_further(
     shared: &Shared,
     container: &ContainerPlan,
-    plan: &ProcessPlan,
+    what: &Further,
     init: &Process,
     cgroup: &Arc<Cgroup>,
     streams: Streams,
 ) -> Result<Child> {
-    let user = container.namespaces.user.as_ref();
+    let owner = match what {
+        Further::Program(plan) => container.namespaces.user.as_ref().map(|user| (user, plan)),
+        Further::Guest(_) | Further::Copy(_) => None,
+    };
     let neighbour = (container.namespaces.pid != PidNamespace::Guest).then_some(init);
-    let mut child = spawn(shared, plan, user, cgroup, streams, |parts| {
-        let body = || run_exec(container, plan, init.pidfd(), parts);
+    let mut child = spawn(shared, owner, cgroup, streams, |parts| {
+        let body = || match what {
+            Further::Program(plan) => run_exec(container, plan, init.pidfd(), parts),
+            Further::Guest(plan) => run_guest(plan, parts),
+            Further::Copy(plan) => run_copy(container, plan, init.pidfd(), parts),
+        };
+        if let Further::Guest(_) = what {
+            let made = process::spawn(0, Some(cgroup.directory().as_fd()), body);
+            return made.step(|| "create process");
+        }
         in_pid_namespace(shared, neighbour, || {
             match process::spawn(0, Some(cgroup.directory().as_fd()), body) {
                 // The container manages cgroups of its own: go where its first
@@ -247,14 +281,13 @@ fn in_pid_namespace<T>(
 
 fn spawn(
     shared: &Shared,
-    plan: &ProcessPlan,
-    user: Option<&UserPlan>,
+    owner: Option<(&UserPlan, &ProcessPlan)>,
     cgroup: &Arc<Cgroup>,
     streams: Streams,
     make: impl FnOnce(&Parts<'_>) -> Result<(pid_t, OwnedFd)>,
 ) -> Result<Child> {
     let (child_ends, ends) = stdio::connect(streams)?;
-    if let Some(uid) = user.and_then(|user| user.outside(plan.uid)) {
+    if let Some(uid) = owner.and_then(|(user, plan)| user.outside(plan.uid)) {
         child_ends
             .give_to(uid)
             .step(|| format!("give standard streams to user {uid}"))?;
@@ -282,7 +315,7 @@ fn spawn(
         exit,
         cgroup: cgroup.clone(),
         oom_kills_before,
-        limits: user.map(|_| Box::new(plan.clone())),
+        limits: owner.map(|(_, plan)| Box::new(plan.clone())),
         notice: None,
     })
 }
@@ -387,8 +420,8 @@ async fn await_ready(
 pub async fn open_streams(
     shared: &Shared,
     stdio: Option<&agent::Stdio>,
-    plan: &ProcessPlan,
+    terminal: bool,
 ) -> Result<Streams> {
     let none = agent::Stdio::default();
-    Streams::open(&shared.dialer, stdio.unwrap_or(&none), plan.terminal).await
+    Streams::open(&shared.dialer, stdio.unwrap_or(&none), terminal).await
 }

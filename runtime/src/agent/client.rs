@@ -94,6 +94,14 @@ calls! {
     start_container(StartContainerRequest) -> Empty, "start container", long;
     /// Makes and runs a further process.
     exec_process(ExecProcessRequest) -> ExecProcessReply, "run process", long;
+    /// Makes and runs a process of the guest itself.
+    exec_guest(ExecProcessRequest) -> ExecProcessReply, "run process in the guest", long;
+    /// Copies a file of a container.
+    copy_file(CopyFileRequest) -> ExecProcessReply, "copy file", long;
+    /// The guest's figures.
+    stats_guest(Empty) -> StatsGuestReply, "read the guest's statistics", short;
+    /// The guest kernel's log.
+    kernel_log(KernelLogRequest) -> KernelLogReply, "read the kernel's log", short;
     /// Sends a signal.
     signal_process(SignalProcessRequest) -> Empty, "send signal", short;
     /// Sets a terminal's size.

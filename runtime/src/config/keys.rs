@@ -77,6 +77,7 @@ keys! {
     agent.stream_timeout_ms, MS, any, false, "How long the guest may take to open a process's standard stream.";
     agent.health_interval_ms, 0..=3_600_000, any, true, "How often the agent is asked whether it is there; 0: never.";
     agent.health_failures, 1..=1000, any, false, "How many such questions in a row without an answer end the virtual machine.";
+    agent.debug_shell, ANY, absolute, false, "A static program of the host (busybox) with which `bulkhead exec --guest` runs commands in the guest itself; empty: never.";
     runtime.state_dir, ANY, any, false, "Where sandboxes keep their state: on a tmpfs, a short path.";
     runtime.log_level, ANY, any, false, "What is logged: error, warn, info, debug or trace.";
     runtime.log_kept_kib, 0..=65_536, any, false, "How much of a shim's log is kept beside the pod, for `bulkhead logs`.";

@@ -67,6 +67,9 @@ pub struct Agent {
     pub health_interval_ms: u64,
     /// How many such questions in a row may stay without an answer.
     pub health_failures: u32,
+    /// The host's static program with which commands are run in the guest
+    /// itself; empty: never.
+    pub debug_shell: PathBuf,
 }
 
 /// `[runtime]`: the host's side.
@@ -222,6 +225,7 @@ impl Default for Agent {
             stream_timeout_ms: 10_000,
             health_interval_ms: 10_000,
             health_failures: 3,
+            debug_shell: PathBuf::new(),
         }
     }
 }

@@ -10,7 +10,7 @@ use std::{
 use oci_spec::runtime::Spec;
 use serde::Serialize;
 
-use super::{run::run, Hook, HookError, HostHooks};
+use super::{run::run, HookError, HostHooks};
 use crate::{error::chain, oci::SpecError};
 
 /// The hooks of one container, and what they are told.

@@ -41,7 +41,7 @@ async fn every_hook_gets_the_state_in_its_turn() {
     )
     .unwrap();
     life.before_start(7).await.unwrap();
-    life.poststart(7).await;
+    life.poststart(7).await.unwrap();
     life.poststop().await;
     let log = fs::read_to_string(bundle.path().join("log")).unwrap();
     let lines: Vec<&str> = log.lines().collect();

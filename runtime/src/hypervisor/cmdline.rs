@@ -19,6 +19,8 @@ pub struct Later {
     pub vcpus: Option<u8>,
     /// Whether memory may come, and go again: only what can be moved lies there.
     pub memory: bool,
+    /// Whether commands may be run in the guest itself.
+    pub debug: bool,
 }
 
 /// The command line of a guest that stays as it is, with the configuration's
@@ -35,6 +37,9 @@ pub fn build_for(later: Later, kernel_params: &str) -> String {
     }
     if later.memory {
         line.push_str(" memhp_default_state=online_movable");
+    }
+    if later.debug {
+        line.push_str(" bulkhead.rpcs=+ExecGuest");
     }
     let extra = kernel_params.trim();
     if !extra.is_empty() {
@@ -60,8 +65,10 @@ mod tests {
         let later = Later {
             vcpus: Some(2),
             memory: true,
+            debug: true,
         };
         let line = build_for(later, "x");
-        assert!(line.ends_with(" maxcpus=2 memhp_default_state=online_movable x"));
+        assert!(line
+            .ends_with(" maxcpus=2 memhp_default_state=online_movable bulkhead.rpcs=+ExecGuest x"));
     }
 }

@@ -5,7 +5,7 @@ pub mod bulkhead;
 pub mod cmdline;
 pub mod console;
 mod error;
-mod tail;
+pub(crate) mod tail;
 
 use std::{fmt, os::fd::OwnedFd, path::PathBuf, time::Duration};
 

@@ -49,6 +49,13 @@ families! {
     START = "sandbox_start_seconds", Gauge, "When a step of the pod's start was done, after the front end was started";
     EVENTS = "sandbox_events_total", Counter, "Events of the pod by kind";
     CONTAINERS = "sandbox_containers", Gauge, "Containers of the pod by status";
+    GUEST_MEMORY = "guest_memory_bytes", Gauge, "Memory of the guest by line of its /proc/meminfo";
+    GUEST_LOAD = "guest_load", Gauge, "Load average of the guest by minutes";
+    GUEST_THREADS = "guest_threads", Gauge, "Threads of the guest, its kernel's as well";
+    GUEST_PRESSURE = "guest_pressure_seconds_total", Counter, "How long some or all of the guest have waited for a resource, where its kernel keeps that (psi=1)";
+    GUEST_DISK_READ = "guest_disk_read_bytes_total", Counter, "Bytes the guest has read from a disk";
+    GUEST_DISK_WRITTEN = "guest_disk_written_bytes_total", Counter, "Bytes the guest has written to a disk";
+    GUEST_DISK_BUSY = "guest_disk_busy_seconds_total", Counter, "How long a disk of the guest was busy";
     NET_RX_BYTES = "sandbox_network_receive_bytes_total", Counter, "Bytes received by the pod";
     NET_RX_PACKETS = "sandbox_network_receive_packets_total", Counter, "Packets received by the pod";
     NET_RX_DROPS = "sandbox_network_receive_drop_total", Counter, "Packets for the pod that were dropped";

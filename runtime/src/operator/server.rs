@@ -20,7 +20,7 @@ use tokio::{
 };
 
 use super::history::Happened;
-use crate::sandbox::Observed;
+use crate::{error::chain, sandbox::Observed};
 
 /// Clients at a time.
 const CLIENTS: usize = 16;
@@ -98,11 +98,15 @@ async fn answer<P: Observed>(mut client: UnixStream, pod: &Weak<P>) -> io::Resul
             lines.push('\n');
             ("200 OK", text, lines)
         }
+        "/kernel" => match pod.kernel_log().await {
+            Ok(log) => ("200 OK", text, log),
+            Err(error) => ("503 Service Unavailable", text, chain(&error)),
+        },
         "/events" => return events(client, pod, query == "follow").await,
         _ => (
             "404 Not Found",
             text,
-            "GET /metrics, /state, /events, /events?follow or /console\n".into(),
+            "GET /metrics, /state, /events, /events?follow, /kernel or /console\n".into(),
         ),
     };
     let head = format!(

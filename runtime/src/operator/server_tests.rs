@@ -30,6 +30,10 @@ impl Observed for Pod {
         }
     }
 
+    async fn kernel_log(&self) -> Result<String, crate::Error> {
+        Ok("[    0.000000] Linux\n".into())
+    }
+
     fn console(&self, _: usize) -> Vec<String> {
         vec!["last words".into()]
     }

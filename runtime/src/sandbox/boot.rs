@@ -40,7 +40,7 @@ use super::{
     observe::watch_health,
     ports,
     state::{Extra, Pod},
-    Event, Inner, Sandbox, SandboxRequest,
+    work, Event, Inner, Sandbox, SandboxRequest,
 };
 use crate::{
     agent::{Agent, Streams},
@@ -188,6 +188,7 @@ async fn boot(
         .step(|| format!("create the journal in {}", directory.path().display()))?;
     let fault = config.debug.fault();
     share(&directory, &journal)?;
+    work::give_debug_shell(&config.agent.debug_shell, &directory.shared())?;
     fault.after(fault::Step::Share)?;
     let files = plan.files.map(|files| PodFiles::write(&directory, files));
     let files = files.transpose()?;
@@ -273,6 +274,7 @@ async fn boot(
             Later {
                 vcpus: (plan.size.extra_vcpus > 0).then_some(plan.size.vcpus),
                 memory: plan.size.extra_memory_mib > 0,
+                debug: !config.agent.debug_shell.as_os_str().is_empty(),
             },
             &config.hypervisor.kernel_params,
         ),

@@ -17,6 +17,7 @@ mod resize;
 mod rootfs;
 mod state;
 mod types;
+mod work;
 
 use std::{
     fs::File,
@@ -30,7 +31,7 @@ use std::{
 };
 
 use bulkhead_agent_protocol::agent::StatsReply;
-use oci_spec::runtime::{LinuxResources, Process};
+use oci_spec::runtime::LinuxResources;
 use tokio::{
     sync::{mpsc::UnboundedReceiver, watch, Semaphore},
     task::JoinSet,
@@ -38,8 +39,11 @@ use tokio::{
 };
 
 pub(crate) use self::observe::Observed;
-pub use self::types::*;
 use self::{directory::Directory, files::PodFiles, state::Pod};
+pub use self::{
+    types::*,
+    work::{Arriving, FileCopy, GuestCommand, Work, FILE_COPY, GUEST_COMMAND},
+};
 use crate::{
     agent::{Agent, Streams},
     config::Config,
@@ -224,10 +228,10 @@ impl Sandbox {
         &self,
         id: &str,
         exec_id: &str,
-        process: Process,
+        work: Work,
         stdio: Stdio,
     ) -> Result<(), Error> {
-        process::describe(&self.inner, id, exec_id, &process, stdio)
+        process::describe(&self.inner, id, exec_id, work, stdio)
     }
 
     /// What the host knows of a process; the guest is not asked.

@@ -4,7 +4,9 @@
 use std::{fs, sync::Arc, sync::Weak, time::Duration};
 
 use async_trait::async_trait;
-use bulkhead_agent_protocol::agent::{ContainerRequest, Empty, NetworkStat, StatsReply};
+use bulkhead_agent_protocol::agent::{
+    ContainerRequest, Empty, KernelLogRequest, NetworkStat, StatsGuestReply, StatsReply,
+};
 use tokio::time::{sleep, timeout};
 
 use super::{
@@ -12,7 +14,8 @@ use super::{
     Inner,
 };
 use crate::{
-    hypervisor::Hypervisor,
+    error::Error,
+    hypervisor::{tail::printable, Hypervisor},
     operator::{
         history::History,
         metrics::{self, Metrics},
@@ -23,6 +26,22 @@ use crate::{
 /// How long the guest may take for all figures of one answer.
 const FIGURES: Duration = Duration::from_secs(3);
 
+/// How much the guest may tell of one kind.
+const MOST_FIGURES: usize = 64;
+
+/// Longest name that it may give to something, in bytes.
+const LONGEST_NAME: usize = 32;
+
+/// How much of the guest kernel's log is asked for at a time, in bytes.
+const LOG_PART: u32 = 128 << 10;
+
+/// How often it is asked for one answer.
+const LOG_PARTS: usize = 16;
+
+/// Most lines of one answer, and characters of each.
+const LOG_LINES: usize = 16_384;
+const LOG_LINE: usize = 1024;
+
 /// Whatever an operator can ask about.
 #[async_trait]
 pub trait Observed: Send + Sync + 'static {
@@ -32,6 +51,11 @@ pub trait Observed: Send + Sync + 'static {
     fn state(&self) -> State;
     /// The last lines of the guest's console.
     fn console(&self, lines: usize) -> Vec<String>;
+    /// The guest kernel's log.
+    ///
+    /// # Errors
+    /// Why there is none.
+    async fn kernel_log(&self) -> Result<String, Error>;
     /// What has happened.
     fn history(&self) -> &History;
 }
@@ -46,8 +70,15 @@ impl Observed for Inner {
         let mut answered = state.ended.is_none();
         let figures = async {
             let mut network = None;
-            if answered && state.containers.is_empty() {
-                answered = self.agent.check(Empty::new()).await.is_ok();
+            if answered {
+                match self.agent.stats_guest(Empty::new()).await {
+                    Ok(stats) => {
+                        of_guest(&mut metrics, &stats);
+                        network = Some(stats.network);
+                    }
+                    // It may not be allowed to tell; what counts is an answer.
+                    Err(_) => answered = self.agent.check(Empty::new()).await.is_ok(),
+                }
             }
             for container in state.containers.iter().filter(|c| c.status != "creating") {
                 if !answered {
@@ -102,8 +133,77 @@ impl Observed for Inner {
         self.console.lines(lines)
     }
 
+    async fn kernel_log(&self) -> Result<String, Error> {
+        let mut request = KernelLogRequest {
+            max_bytes: LOG_PART,
+            ..Default::default()
+        };
+        let (mut text, mut lines) = (String::new(), 0);
+        for _ in 0..LOG_PARTS {
+            let reply = self.agent.kernel_log(request.clone()).await?;
+            lines += reply.lines.len();
+            if lines > LOG_LINES {
+                break;
+            }
+            for line in &reply.lines {
+                let line: String = printable(line).chars().take(LOG_LINE).collect();
+                text.push_str(&line);
+                text.push('\n');
+            }
+            // One that does not get on has no more.
+            if !reply.more || reply.next <= request.from {
+                break;
+            }
+            request.from = reply.next;
+        }
+        Ok(text)
+    }
+
     fn history(&self) -> &History {
         &self.history
+    }
+}
+
+/// Whether the guest may call something so: what a kernel calls its devices.
+fn plain(name: &str) -> bool {
+    let letter = |byte: u8| byte.is_ascii_alphanumeric() || b"_.-@:".contains(&byte);
+    !name.is_empty() && name.len() <= LONGEST_NAME && name.bytes().all(letter)
+}
+
+fn of_guest(metrics: &mut Metrics, stats: &StatsGuestReply) {
+    let seconds = |micros: u64| micros as f64 / 1e6;
+    for figure in stats.memory.iter().take(MOST_FIGURES) {
+        if plain(&figure.name) {
+            let labels = [("kind", figure.name.as_str())];
+            metrics.add(&metrics::GUEST_MEMORY, &labels, figure.bytes as f64);
+        }
+    }
+    for (minutes, load) in ["1", "5", "15"].iter().zip(&stats.load_thousandths) {
+        let labels = [("minutes", *minutes)];
+        metrics.add(&metrics::GUEST_LOAD, &labels, f64::from(*load) / 1000.0);
+    }
+    metrics.add(&metrics::GUEST_THREADS, &[], stats.threads.into());
+    for pressure in stats.pressure.iter().take(MOST_FIGURES) {
+        if !plain(&pressure.resource) {
+            continue;
+        }
+        for (kind, micros) in [("some", pressure.some_usec), ("full", pressure.full_usec)] {
+            let labels = [("resource", pressure.resource.as_str()), ("waiting", kind)];
+            metrics.add(&metrics::GUEST_PRESSURE, &labels, seconds(micros));
+        }
+    }
+    for disk in stats.disks.iter().take(MOST_FIGURES) {
+        if !plain(&disk.name) {
+            continue;
+        }
+        let labels = [("device", disk.name.as_str())];
+        for (family, value) in [
+            (&metrics::GUEST_DISK_READ, disk.read_bytes as f64),
+            (&metrics::GUEST_DISK_WRITTEN, disk.written_bytes as f64),
+            (&metrics::GUEST_DISK_BUSY, disk.busy_ms as f64 / 1e3),
+        ] {
+            metrics.add(family, &labels, value);
+        }
     }
 }
 
@@ -240,7 +340,8 @@ fn of_container(metrics: &mut Metrics, id: &str, stats: &StatsReply) {
 }
 
 fn of_network(metrics: &mut Metrics, network: &[NetworkStat]) {
-    for stat in network {
+    let named = network.iter().filter(|stat| plain(&stat.name));
+    for stat in named.take(MOST_FIGURES) {
         let labels = [("interface", stat.name.as_str())];
         for (family, value) in [
             (&metrics::NET_RX_BYTES, stat.rx_bytes),

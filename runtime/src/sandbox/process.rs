@@ -4,13 +4,14 @@
 use std::{sync::Arc, time::Duration};
 
 use bulkhead_agent_protocol::agent::{
-    self, ExecProcessRequest, ProcessRequest, ResizePtyRequest, SignalProcessRequest,
-    StartContainerRequest, WaitProcessRequest,
+    self, CopyFileRequest, ExecProcessRequest, ProcessRequest, ResizePtyRequest,
+    SignalProcessRequest, StartContainerRequest, WaitProcessRequest,
 };
 
 use super::{
     directory::check_name,
     state::{label, wall_clock, Described, Process, Stage},
+    work::{Translated, Work},
     Deleted, Event, Exit, Inner,
 };
 use crate::{
@@ -18,7 +19,6 @@ use crate::{
     error::{chain, Error, ErrorKind, Step},
     hypervisor::Hypervisor,
     io::{Copies, GuestStreams, Stdio},
-    oci,
 };
 
 /// What a shell says of a program that cannot be run.
@@ -97,12 +97,12 @@ pub fn describe(
     inner: &Inner,
     id: &str,
     exec: &str,
-    process: &oci_spec::runtime::Process,
+    work: Work,
     stdio: Stdio,
 ) -> Result<(), Error> {
     check_name("process", exec)?;
-    let mut translated = oci::process(process)?;
-    translated.terminal = stdio.terminal;
+    let debug_shell = !inner.config.agent.debug_shell.as_os_str().is_empty();
+    let work = Translated::new(work, stdio.terminal, debug_shell)?;
     let mut pod = inner.pod();
     pod.accepts()?;
     let container = pod.container(id)?;
@@ -116,10 +116,7 @@ pub fn describe(
         return Err(Error::AlreadyExists(label(id, Some(exec))));
     }
     let mut described = Process::new(stdio.terminal, stdio.paths.clone());
-    described.described = Some(Box::new(Described {
-        process: translated,
-        stdio,
-    }));
+    described.described = Some(Box::new(Described { work, stdio }));
     container.execs.insert(exec.into(), described);
     pod.tell(Event::ExecAdded {
         id: id.into(),
@@ -224,16 +221,26 @@ async fn start_exec(
     described: Described,
 ) -> Result<(), Error> {
     let requested = Requested::of(&inner.streams, &described.stdio);
-    inner
-        .agent
-        .exec_process(ExecProcessRequest {
-            container_id: id.into(),
-            exec_id: exec.into(),
-            process: Some(described.process).into(),
-            stdio: Some(requested.ids()).into(),
-            ..Default::default()
-        })
-        .await?;
+    let of = |process| ExecProcessRequest {
+        container_id: id.into(),
+        exec_id: exec.into(),
+        process: Some(process).into(),
+        stdio: Some(requested.ids()).into(),
+        ..Default::default()
+    };
+    match described.work {
+        Translated::Program(process) => inner.agent.exec_process(of(process)).await?,
+        Translated::Guest(process) => inner.agent.exec_guest(of(process)).await?,
+        Translated::Copy(copy) => {
+            let copy = CopyFileRequest {
+                container_id: id.into(),
+                exec_id: exec.into(),
+                stdio: Some(requested.ids()).into(),
+                ..copy
+            };
+            inner.agent.copy_file(copy).await?
+        }
+    };
     let copies = requested
         .connect(described.stdio, inner.config.agent.stream_timeout(), || {})
         .await?;
@@ -384,8 +391,7 @@ pub async fn resize(
         }
         if let (Stage::Created, Some(described)) = (process.stage, &mut process.described) {
             // It gets it when it starts.
-            let size = described.process.console_size.mut_or_insert_default();
-            (size.width, size.height) = (width.into(), height.into());
+            described.work.resize(width, height);
             return Ok(());
         }
         pod.accepts()?;

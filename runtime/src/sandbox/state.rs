@@ -10,10 +10,9 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use bulkhead_agent_protocol::oci;
 use tokio::sync::{mpsc::UnboundedSender, watch};
 
-use super::{mirror::Following, Event, Exit, ProcessState, Status};
+use super::{mirror::Following, work::Translated, Event, Exit, ProcessState, Status};
 use crate::{
     error::Error,
     hooks::Lifecycle,
@@ -97,7 +96,7 @@ pub enum Stage {
 /// A further process that has not been started.
 #[derive(Debug)]
 pub struct Described {
-    pub process: oci::Process,
+    pub work: Translated,
     pub stdio: Stdio,
 }
 

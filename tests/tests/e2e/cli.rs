@@ -19,6 +19,7 @@ use crate::runner::{tests, Test};
 
 pub const TESTS: &[Test] = tests![
     cli_tells_of_a_pod_and_runs_commands_in_it,
+    cli_copies_files_and_looks_into_the_guest,
     cli_lists_silent_and_dead_shims,
     cli_tells_the_configuration,
     annotations_are_allowed_by_name,
@@ -223,6 +224,88 @@ fn cli_lists_silent_and_dead_shims(context: &Context) -> Result<()> {
     })?;
     context.ctr(&["container", "delete", &id])?.ok()?;
     context.nothing_left(&before, SOON)
+}
+
+fn cli_copies_files_and_looks_into_the_guest(context: &Context) -> Result<()> {
+    context.only_bulkhead()?;
+    let before = context.listing()?;
+    let container = context.detached(&[], &["sleep", "1000"])?;
+    let id = container.id.as_str();
+    let (here, back) = (context.dir.join("here"), context.dir.join("back"));
+    let contents: Vec<u8> = (0..500_000u32).flat_map(u32::to_le_bytes).collect();
+    fs::write(&here, &contents)?;
+    let name = |path: &std::path::Path| path.display().to_string();
+    let inside = |path: &str| format!("{id}:{path}");
+    let copy = |from: &str, to: &str| bulkhead(context, &["cp", "--owner", "7:8", from, to]);
+    copy(&name(&here), &inside("/tmp/"))?.ok()?;
+    let done = bulkhead(
+        context,
+        &["exec", id, "--", "stat", "-c", "%s %u:%g", "/tmp/here"],
+    )?;
+    same(done.ok()?.out().trim(), "2000000 7:8")?;
+    copy(&inside("/tmp/here"), &name(&back))?.ok()?;
+    if fs::read(&back)? != contents {
+        bail!("another file came back");
+    }
+    let script = "ln -s /etc/shadow /tmp/link; echo inside > /etc/shadow";
+    bulkhead(context, &["exec", id, "--", "sh", "-c", script])?.ok()?;
+    copy(&inside("/tmp/link"), &name(&back))?.ok()?;
+    same(fs::read_to_string(&back)?.as_str(), "inside\n")?;
+    for (from, to, why) in [
+        (inside("/tmp"), name(&back), "is a directory"),
+        (inside("/none"), name(&back), "No such file"),
+        (name(&here), inside("/no/where"), "No such file"),
+        (name(&here), name(&back), "NAME:PATH"),
+        (name(&here), inside("relative"), "path"),
+    ] {
+        let done = copy(&from, &to)?;
+        same(done.code, 125).with_context(|| format!("{from} {to}"))?;
+        mentions(&done.err(), &[why])?;
+    }
+    same(fs::read_to_string(&back)?.as_str(), "inside\n")?;
+    fs::remove_file(&here)?;
+    fs::remove_file(&back)?;
+
+    let log = bulkhead(context, &["logs", "--kernel", id])?.ok()?.out();
+    mentions(&log, &["Linux version", "] "])?;
+    let text = bulkhead(context, &["metrics"])?.ok()?.out();
+    for family in ["guest_memory_bytes", "guest_threads"] {
+        if metric(&text, family, id)? <= 0.0 {
+            bail!("{family} is nothing: {text}");
+        }
+    }
+    mentions(&text, &["kind=\"MemAvailable\"", "bulkhead_guest_load{"])?;
+
+    // Into the guest itself only where that is configured.
+    let script = "echo $1; cat /proc/1/comm /proc/self/cgroup";
+    let look = ["exec", "--guest", id, "--", "sh", "-c", script, "x", "word"];
+    let done = bulkhead(context, &look)?;
+    same(done.code, 125)?;
+    mentions(&done.err(), &["agent.debug_shell"])?;
+    container.remove()?;
+
+    let drop_ins = context.dir.join("config.d");
+    fs::create_dir_all(&drop_ins)?;
+    let program = bulkhead_tests::install::which("busybox").context("busybox is missing")?;
+    let text = format!(
+        "[agent]\ndebug_shell = {:?}\n",
+        program.display().to_string()
+    );
+    fs::write(drop_ins.join("debug.toml"), text)?;
+    let looked = (|| {
+        let container = context.detached(&[], &["sleep", "1000"])?;
+        let id = container.id.as_str();
+        let look = ["exec", "--guest", id, "--", "sh", "-c", script, "x", "word"];
+        let done = bulkhead(context, &look)?.ok()?;
+        same(
+            done.out().as_str(),
+            format!("word\ninit\n0::/guest-{id}").as_str(),
+        )?;
+        container.remove()
+    })();
+    fs::remove_dir_all(&drop_ins)?;
+    looked?;
+    context.nothing_left(&before, Duration::from_secs(10))
 }
 
 /// Runs with another configuration.

@@ -4,12 +4,17 @@
 
 use std::{
     fs,
-    io::{stdin, Read},
+    io::Read,
     path::{Path, PathBuf},
     time::Duration,
 };
 
-use bulkhead_runtime::{clock, config::Config, error::chain};
+use bulkhead_runtime::{
+    clock,
+    config::Config,
+    error::chain,
+    sandbox::{GuestCommand, GUEST_COMMAND},
+};
 use bulkhead_shim_protocol::{
     shim::{
         CloseIORequest, DeleteRequest, ExecProcessRequest, KillRequest, ResizePtyRequest,
@@ -31,7 +36,7 @@ use ttrpc::{
 };
 
 use crate::{
-    exec_io::{Copied, Fifos},
+    exec_io::{ours, Copied, Fifos, Sink},
     find, terminal, Failure,
 };
 
@@ -60,6 +65,10 @@ pub struct Exec {
     /// Working directory [default: the container's]
     #[arg(long, value_name = "DIR")]
     cwd: Option<String>,
+    /// Run the command in the guest itself, outside of its containers: by the
+    /// program of agent.debug_shell, with CMD as its arguments
+    #[arg(long, conflicts_with_all = ["cwd", "user"])]
+    guest: bool,
     /// User and group ids [default: the container's]
     #[arg(short, long, value_name = "UID[:GID]", value_parser = user)]
     user: Option<(u32, u32)>,
@@ -71,7 +80,7 @@ pub struct Exec {
     command: Vec<String>,
 }
 
-fn user(text: &str) -> Result<(u32, u32), String> {
+pub fn user(text: &str) -> Result<(u32, u32), String> {
     let (uid, gid) = text.split_once(':').unwrap_or((text, "0"));
     let number = |text: &str| {
         text.parse()
@@ -108,32 +117,31 @@ impl Exec {
         if let Some(bad) = self.env.iter().find(|entry| !entry.contains('=')) {
             return Err(Failure::from(format!("--env {bad}: write NAME=VALUE")));
         }
-        let (found, container) = find::container(config, &self.name)?;
-        let Some(socket) = found.task_socket else {
-            return Err(Failure::from(format!(
-                "{} was started by bulkhead run, which takes no further commands",
-                container.id
-            )));
+        let session = Session::with(config, &self.name, self.tty)?;
+        let (kind, text) = match self.guest {
+            true => (GUEST_COMMAND, json!(self.guest_command()).to_string()),
+            false => (PROCESS, self.process(&session.bundle)?.to_string()),
         };
-        let process = self.process(&container.bundle)?;
-        let exec_id = format!("bulkhead-{}-{}", std::process::id(), clock::monotonic_us());
-        let directory = config.runtime.state_dir.join(&exec_id);
-        let fifos = Fifos::create(&directory, self.tty)
-            .map_err(|error| format!("make FIFOs in {}: {error}", directory.display()))?;
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .map_err(|error| format!("start the event loop: {error}"))?;
-        let session = Session {
-            id: container.id,
-            exec_id,
-            tty: self.tty,
-            input: self.tty || self.interactive,
-        };
-        let result = runtime.block_on(session.run(&socket, process, fifos));
-        // Reading standard input may still block a thread.
-        runtime.shutdown_background();
-        Ok(result?)
+        let input = (self.tty || self.interactive).then(|| Input(Box::new(stdin)));
+        Ok(session.run(described(kind, text), input, ours())?)
+    }
+
+    fn guest_command(&self) -> GuestCommand {
+        GuestCommand {
+            args: self.command.clone(),
+            env: self.environment(),
+            size: match self.tty {
+                true => terminal::size(),
+                false => None,
+            },
+        }
+    }
+
+    /// What is added to the environment.
+    fn environment(&self) -> Vec<String> {
+        let term = std::env::var("TERM").ok().filter(|_| self.tty);
+        let term = term.map(|term| format!("TERM={term}"));
+        term.into_iter().chain(self.env.clone()).collect()
     }
 
     /// The container's own process, with this command.
@@ -154,12 +162,7 @@ impl Exec {
         if let Some((uid, gid)) = self.user {
             process["user"] = json!({"uid": uid, "gid": gid});
         }
-        let mut env = self.env.clone();
-        if self.tty {
-            if let Ok(term) = std::env::var("TERM") {
-                env.insert(0, format!("TERM={term}"));
-            }
-        }
+        let env = self.environment();
         let mut all: Vec<Value> = process["env"].as_array().cloned().unwrap_or_default();
         for entry in env {
             let name = entry.split('=').next().unwrap_or_default();
@@ -175,16 +178,77 @@ impl Exec {
     }
 }
 
+/// The description of a further process.
+pub fn described(kind: &str, text: String) -> Any {
+    Any {
+        type_url: kind.into(),
+        value: text.into_bytes(),
+        ..Default::default()
+    }
+}
+
+/// What opens a process's standard input, on a thread of its own.
+pub struct Input(pub Box<dyn FnOnce() -> Box<dyn Read + Send> + Send>);
+
 /// One process, from the description of it to its end.
-struct Session {
+pub struct Session {
     id: String,
     exec_id: String,
     tty: bool,
-    input: bool,
+    socket: PathBuf,
+    directory: PathBuf,
+    bundle: PathBuf,
 }
 
 impl Session {
-    async fn run(self, socket: &Path, process: Value, fifos: Fifos) -> Result<u32, String> {
+    /// With the container that `name` means.
+    ///
+    /// # Errors
+    /// There is none, or it takes no further processes.
+    pub fn with(config: &Config, name: &str, tty: bool) -> Result<Self, Failure> {
+        let (found, container) = find::container(config, name)?;
+        let Some(socket) = found.task_socket else {
+            return Err(Failure::from(format!(
+                "{} was started by bulkhead run, which takes no further commands",
+                container.id
+            )));
+        };
+        let exec_id = format!("bulkhead-{}-{}", std::process::id(), clock::monotonic_us());
+        Ok(Self {
+            directory: config.runtime.state_dir.join(&exec_id),
+            id: container.id,
+            exec_id,
+            tty,
+            socket,
+            bundle: container.bundle,
+        })
+    }
+
+    /// Runs what is described to its end. Gives its exit status.
+    ///
+    /// # Errors
+    /// It cannot be run, or its end is not known.
+    pub fn run(self, what: Any, input: Option<Input>, sinks: [Sink; 2]) -> Result<u32, String> {
+        let fifos = Fifos::create(&self.directory, self.tty)
+            .map_err(|error| format!("make FIFOs in {}: {error}", self.directory.display()))?;
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .map_err(|error| format!("start the event loop: {error}"))?;
+        let result = runtime.block_on(self.go(what, input, fifos, sinks));
+        // Reading standard input may still block a thread.
+        runtime.shutdown_background();
+        result
+    }
+
+    async fn go(
+        self,
+        what: Any,
+        given: Option<Input>,
+        fifos: Fifos,
+        sinks: [Sink; 2],
+    ) -> Result<u32, String> {
+        let socket = &self.socket;
         let stream = UnixStream::connect(socket)
             .await
             .map_err(|error| format!("connect to the shim at {}: {error}", socket.display()))?;
@@ -197,28 +261,25 @@ impl Session {
             id: self.id.clone(),
             exec_id: self.exec_id.clone(),
             terminal: self.tty,
-            stdin: match self.input {
-                true => name(&Some(fifos.stdin.clone())),
-                false => String::new(),
+            stdin: match given {
+                Some(_) => name(&Some(fifos.stdin.clone())),
+                None => String::new(),
             },
             stdout: name(&Some(fifos.stdout.clone())),
             stderr: name(&fifos.stderr),
-            spec: MessageField::some(Any {
-                type_url: PROCESS.into(),
-                value: process.to_string().into_bytes(),
-                ..Default::default()
-            }),
+            spec: MessageField::some(what),
             ..Default::default()
         };
         // Read ends first: whoever writes is not kept waiting.
-        let copied = Copied::begin(&fifos).map_err(|error| format!("open FIFOs: {error}"))?;
+        let copied =
+            Copied::begin(&fifos, sinks).map_err(|error| format!("open FIFOs: {error}"))?;
         call(
             "describe the process",
             CALL,
             client.exec(limit(CALL), &request),
         )
         .await?;
-        let status = self.described(&client, &fifos, copied).await;
+        let status = self.follow(&client, &fifos, given, copied).await;
         let request = DeleteRequest {
             id: self.id.clone(),
             exec_id: self.exec_id.clone(),
@@ -235,19 +296,20 @@ impl Session {
         status
     }
 
-    async fn described(
+    async fn follow(
         &self,
         client: &TaskClient,
         fifos: &Fifos,
+        given: Option<Input>,
         copied: Copied,
     ) -> Result<u32, String> {
-        let mut input = match self.input {
-            true => Some(
+        let mut input = match given {
+            Some(_) => Some(
                 fifos
                     .input()
                     .map_err(|error| format!("open standard input: {error}"))?,
             ),
-            false => None,
+            None => None,
         };
         let raw = match self.tty {
             true => {
@@ -271,7 +333,7 @@ impl Session {
         // As long as it runs; a shim that dies closes the connection.
         let ended = client.wait(Context::default(), &wait);
         tokio::pin!(ended);
-        let mut typed = self.input.then(read_input);
+        let mut typed = given.map(read_input);
         let status = loop {
             tokio::select! {
                 answer = &mut ended => {
@@ -349,12 +411,18 @@ async fn next(typed: &mut Option<Receiver<Vec<u8>>>) -> Option<Vec<u8>> {
     }
 }
 
-/// Standard input, read by a thread: it may be anything.
-fn read_input() -> Receiver<Vec<u8>> {
+/// Our own.
+fn stdin() -> Box<dyn Read + Send> {
+    Box::new(std::io::stdin())
+}
+
+/// Input, read by a thread: it may be anything.
+fn read_input(input: Input) -> Receiver<Vec<u8>> {
     let (sender, receiver) = channel(4);
     std::thread::spawn(move || {
+        let mut from = input.0();
         let mut part = vec![0; 16 * 1024];
-        while let Ok(count) = stdin().lock().read(&mut part) {
+        while let Ok(count) = from.read(&mut part) {
             if count == 0 || sender.blocking_send(part[..count].to_vec()).is_err() {
                 return;
             }
@@ -373,6 +441,7 @@ mod tests {
             interactive: false,
             env: vec!["A=2".into(), "B=3".into()],
             cwd: Some("/tmp".into()),
+            guest: false,
             user: Some((7, 8)),
             name: "x".into(),
             command: vec!["id".into()],

@@ -93,19 +93,30 @@ pub struct Copied {
     over: watch::Sender<bool>,
 }
 
+/// Takes what was written; an error ends the copying.
+pub type Sink = Box<dyn FnMut(&[u8]) -> io::Result<()> + Send>;
+
+/// Our own standard output and error.
+pub fn ours() -> [Sink; 2] {
+    [
+        Box::new(|bytes| put(bytes, false)),
+        Box::new(|bytes| put(bytes, true)),
+    ]
+}
+
 impl Copied {
-    /// Begins.
+    /// Begins. What comes on standard output and error goes to `sinks`.
     ///
     /// # Errors
     /// Those of the system.
-    pub fn begin(fifos: &Fifos) -> io::Result<Self> {
+    pub fn begin(fifos: &Fifos, sinks: [Sink; 2]) -> io::Result<Self> {
         let over = watch::Sender::new(false);
         let mut tasks = Vec::new();
-        let receiver = pipe::OpenOptions::new().open_receiver(&fifos.stdout)?;
-        tasks.push(tokio::spawn(copy(receiver, over.subscribe(), false)));
-        if let Some(path) = &fifos.stderr {
+        let paths = [Some(&fifos.stdout), fifos.stderr.as_ref()];
+        for (path, sink) in paths.into_iter().zip(sinks) {
+            let Some(path) = path else { continue };
             let receiver = pipe::OpenOptions::new().open_receiver(path)?;
-            tasks.push(tokio::spawn(copy(receiver, over.subscribe(), true)));
+            tasks.push(tokio::spawn(copy(receiver, over.subscribe(), sink)));
         }
         Ok(Self { tasks, over })
     }
@@ -120,7 +131,7 @@ impl Copied {
     }
 }
 
-async fn copy(mut from: pipe::Receiver, over: watch::Receiver<bool>, error: bool) {
+async fn copy(mut from: pipe::Receiver, over: watch::Receiver<bool>, mut sink: Sink) {
     let mut part = vec![0; 16 * 1024];
     loop {
         match from.read(&mut part).await {
@@ -128,7 +139,7 @@ async fn copy(mut from: pipe::Receiver, over: watch::Receiver<bool>, error: bool
             Ok(0) if *over.borrow() => return,
             Ok(0) => sleep(PAUSE).await,
             Ok(count) => {
-                if put(&part[..count], error).is_err() {
+                if sink(&part[..count]).is_err() {
                     return;
                 }
             }
@@ -174,7 +185,7 @@ mod tests {
     async fn copying_ends_with_the_last_writer() {
         let dir = tempfile::tempdir().unwrap();
         let fifos = Fifos::create(&dir.path().join("x"), true).unwrap();
-        let copied = Copied::begin(&fifos).unwrap();
+        let copied = Copied::begin(&fifos, ours()).unwrap();
         let mut input = fifos.input().unwrap();
         input.write(b"held").await.unwrap();
         let writer = pipe::OpenOptions::new().open_sender(&fifos.stdout).unwrap();

@@ -28,7 +28,7 @@ const LOOK: Duration = Duration::from_millis(200);
 #[derive(Debug, Args)]
 pub struct Command {
     /// Only of this sandbox, or of that with this container
-    #[arg(value_name = "NAME", required_if_eq_any([("follow", "true"), ("console", "true")]))]
+    #[arg(value_name = "NAME", required_if_eq_any([("follow", "true"), ("console", "true"), ("kernel", "true")]))]
     name: Option<String>,
     /// Go on with what is logged, until the sandbox is gone
     #[arg(short, long)]
@@ -36,6 +36,9 @@ pub struct Command {
     /// The last lines of the guest's console instead
     #[arg(long, conflicts_with = "follow")]
     console: bool,
+    /// The log of the guest's kernel instead
+    #[arg(long, conflicts_with_all = ["follow", "console"])]
+    kernel: bool,
 }
 
 impl Command {
@@ -46,8 +49,9 @@ impl Command {
             None => find::all(config)?,
         };
         for found in &sandboxes {
-            if self.console {
-                let text = client::get(&found.socket(), "/console", PATIENCE)
+            if self.console || self.kernel {
+                let what = if self.kernel { "/kernel" } else { "/console" };
+                let text = client::get(&found.socket(), what, PATIENCE)
                     .map_err(|error| format!("ask {}: {}", found.id, chain(&error)))?;
                 print!("{text}");
                 continue;

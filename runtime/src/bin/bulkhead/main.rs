@@ -6,6 +6,7 @@
 mod bundle;
 mod check;
 mod config;
+mod cp;
 mod density;
 mod env;
 mod events;
@@ -60,6 +61,8 @@ enum Command {
     State(list::Show),
     /// Run a further command in a container that containerd runs
     Exec(exec::Exec),
+    /// Copy a file out of a container that containerd runs, or into it
+    Cp(cp::Copy),
     /// Tell what has happened in sandboxes, and what happens
     Events(events::Command),
     /// Print what the shims of sandboxes have logged
@@ -165,6 +168,7 @@ fn execute(cli: Cli, start_us: u64) -> Result<ExitCode, Failure> {
         Command::List(list) => list.execute(config).map(done)?,
         Command::State(show) => show.execute(config).map(done)?,
         Command::Exec(exec) => exit_code(exec.execute(config)?),
+        Command::Cp(copy) => copy.execute(config).map(done)?,
         Command::Events(events) => events.execute(config).map(done)?,
         Command::Logs(logs) => logs.execute(config).map(done)?,
         Command::Metrics(metrics) => metrics.execute(config).map(done)?,
