@@ -11,7 +11,7 @@ use std::{
         fd::{AsRawFd, BorrowedFd, OwnedFd},
         unix::process::CommandExt,
     },
-    process::Command,
+    process::{Child, Command},
 };
 
 use bulkhead_vmm_api::Channel;
@@ -33,9 +33,11 @@ fn die_with(parent: u32) -> io::Result<()> {
     if unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } != 0 {
         return Err(io::Error::last_os_error());
     }
-    // The parent may have died before.
+    // The parent may have died before. Without a number it is in another
+    // namespace of processes, and who has died leaves no control socket either.
     // SAFETY: takes nothing and cannot fail.
-    if unsafe { libc::getppid() }.unsigned_abs() != parent {
+    if !matches!(unsafe { libc::getppid() }.unsigned_abs(), found if found == parent || found == 0)
+    {
         return Err(io::Error::from_raw_os_error(libc::ESRCH));
     }
     Ok(())
@@ -63,6 +65,32 @@ pub fn inherit_and_die_with_parent(command: &mut Command, fd: BorrowedFd<'_>, ow
             Ok(())
         });
     }
+}
+
+/// Starts a child in a namespace of processes of its own, whose first it is.
+///
+/// # Errors
+/// The namespace cannot be made, or the child not started.
+pub fn spawn_apart(command: &mut Command) -> io::Result<Child> {
+    let ours = File::open("/proc/self/ns/pid")?;
+    // The calling thread's children are born in it from here on; others' not.
+    // SAFETY: takes no pointers.
+    if unsafe { libc::unshare(libc::CLONE_NEWPID) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let child = command.spawn();
+    // Before anything else: a thread that is born meanwhile would have to be
+    // in two namespaces, which cannot be.
+    // SAFETY: the descriptor is open.
+    if unsafe { libc::setns(ours.as_raw_fd(), libc::CLONE_NEWPID) } != 0 {
+        let error = io::Error::last_os_error();
+        if let Ok(mut child) = child {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        return Err(error);
+    }
+    child
 }
 
 /// A value that owns one open descriptor and never changes which.

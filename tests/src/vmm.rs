@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! `bulkhead-vmm` driven over its control socket, without the runtime.
 
-use std::fs::File;
+use std::fs::{File, Permissions};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -347,6 +348,7 @@ impl Devices {
     fn new(products: &Products, dir: &Path) -> Result<Self> {
         let shared = dir.join("shared");
         std::fs::create_dir_all(&shared)?;
+        open_sockets(dir)?;
         let console = File::options()
             .create(true)
             .append(true)
@@ -379,6 +381,18 @@ impl Devices {
             },
         })
     }
+}
+
+/// Lets the VMM, which is a user of its own, connect to what listens there.
+fn open_sockets(dir: &Path) -> Result<()> {
+    std::fs::set_permissions(dir, Permissions::from_mode(0o711))?;
+    for entry in std::fs::read_dir(dir)? {
+        let entry = entry?;
+        if entry.file_type()?.is_socket() {
+            std::fs::set_permissions(entry.path(), Permissions::from_mode(0o666))?;
+        }
+    }
+    Ok(())
 }
 
 fn vsock_path(dir: &Path) -> String {

@@ -183,6 +183,13 @@ impl EventLoop {
     /// Starts a loop on a new thread called `name` (at most 15 bytes show),
     /// which may do what `worker` needs.
     pub fn spawn(name: &str, worker: Worker) -> io::Result<Self> {
+        let mut this = Self::new()?;
+        this.start(name, worker)?;
+        Ok(this)
+    }
+
+    /// A loop without its thread: what is ready waits for [`Self::start`].
+    pub fn new() -> io::Result<Self> {
         let shared = Arc::new(Shared {
             gate: Gate::default(),
             epoll: Epoll::new()?,
@@ -194,8 +201,15 @@ impl EventLoop {
             shared.stop.as_raw_fd(),
             EpollEvent::new(EventSet::IN, shared.stop.as_raw_fd() as u64),
         )?;
-        let handle = LoopHandle { shared };
-        let inner = handle.clone();
+        Ok(Self {
+            handle: LoopHandle { shared },
+            thread: None,
+        })
+    }
+
+    /// Starts the thread, once, as [`Self::spawn`] does.
+    pub fn start(&mut self, name: &str, worker: Worker) -> io::Result<()> {
+        let inner = self.handle.clone();
         let thread = thread::Builder::new()
             .name(name.to_owned())
             .spawn(move || {
@@ -203,10 +217,8 @@ impl EventLoop {
                 inner.shared.gate.ready();
                 run(&inner);
             })?;
-        Ok(Self {
-            handle,
-            thread: Some(thread),
-        })
+        self.thread = Some(thread);
+        Ok(())
     }
 
     /// Waits until the thread is confined to its work, which it is soon after

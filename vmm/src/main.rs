@@ -4,7 +4,7 @@
 use std::{os::fd::OwnedFd, process::exit};
 
 use bulkhead_vmm::{
-    confine::{self, seccomp::Mode, Policy},
+    confine::{self, seccomp::Mode, Policy, User},
     control::{self, Server},
     probe,
     timeline::{Moment, Stamps},
@@ -25,8 +25,16 @@ options, for finding faults:
   --jail on|off            whether the process gives up capabilities and goes to
                            namespaces and a root directory of its own (default on)
 
-option for a client that has made a network namespace for this process:
-  --network own|kept       an empty one of its own (the default), or the present one
+options for clients:
+  --network own|kept       an empty network namespace of its own (the default), or
+                           the present one, which the client has made for it
+  --user own|kept|N        whom the process becomes in jail, once it has opened what
+                           it needs: 1879048192 plus its process id (the default);
+                           nobody else; user and group N. Sockets that the guest
+                           connects to, and their directory, must be open to that
+                           user. Shared directories are still served by the present
+                           one. A namespace of processes is for the client to make,
+                           which starts this one (CLONE_NEWPID)
 ";
 
 fn main() {
@@ -39,6 +47,7 @@ fn main() {
         seccomp: Mode::Kill,
         jail: true,
         keep_network: false,
+        user: User::Own,
     };
     while let [option, word, rest @ ..] = words {
         match set(&mut policy, option, word) {
@@ -87,6 +96,7 @@ fn set(policy: &mut Policy, option: &str, word: &str) -> Option<Result<(), Strin
     Some(match option {
         "--seccomp" => word.parse().map(|mode| policy.seccomp = mode),
         "--jail" => one_of("off", "on").map(|jail| policy.jail = jail),
+        "--user" => word.parse().map(|user| policy.user = user),
         "--network" => one_of("own", "kept").map(|kept| policy.keep_network = kept),
         _ => return None,
     })

@@ -13,7 +13,7 @@ use std::{
 };
 
 use bulkhead_vmm::{
-    confine::{self, seccomp::Mode, seccomp::Worker, Policy},
+    confine::{self, seccomp::Mode, seccomp::Worker, Policy, User},
     control::{self, Server},
     event::{EventHandler, EventLoop},
     timeline::Stamps,
@@ -94,6 +94,7 @@ fn panics(fd: i32, kind: &str) -> ! {
         seccomp: Mode::Kill,
         jail: false,
         keep_network: false,
+        user: User::Kept,
     });
     let server = Server::new(Channel::from_fd(socket), Stamps::new()).expect("a server");
     let _vcpu = thread::spawn(|| loop {

@@ -145,7 +145,8 @@ impl BulkheadVmm {
             .stdout(Stdio::null())
             .stderr(their_stderr);
         sys::inherit_and_die_with_parent(&mut command, theirs.as_fd(), own_network);
-        let child = command.spawn().map_err(|source| HypervisorError::Spawn {
+        let spawned = sys::spawn_apart(&mut command);
+        let child = spawned.map_err(|source| HypervisorError::Spawn {
             path: binary.into(),
             source,
         })?;

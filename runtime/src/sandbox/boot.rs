@@ -7,10 +7,10 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    fs::File,
+    fs::{File, Permissions},
     os::{
         fd::{AsRawFd, OwnedFd},
-        unix::net::UnixListener,
+        unix::{fs::PermissionsExt, net::UnixListener},
     },
     path::{Path, PathBuf},
     sync::{
@@ -503,7 +503,11 @@ async fn attach(netns: Option<PathBuf>, journal: Journal) -> Result<(Journal, Ne
 }
 
 fn listen(path: PathBuf) -> Result<UnixListener, Error> {
-    UnixListener::bind(&path).step(|| format!("listen on {} (runtime.state_dir)", path.display()))
+    let listening = || format!("listen on {} (runtime.state_dir)", path.display());
+    let listener = UnixListener::bind(&path).step(listening)?;
+    // For the VMM, which is a user of its own; the directory keeps others out.
+    std::fs::set_permissions(&path, Permissions::from_mode(0o666)).step(listening)?;
+    Ok(listener)
 }
 
 fn watched(listener: UnixListener) -> Result<tokio::net::UnixListener, Error> {

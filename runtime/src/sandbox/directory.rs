@@ -116,10 +116,11 @@ impl Directory {
             .mode(0o755)
             .create(&shared)
             .step(|| format!("create {}", shared.display()))?;
-        // By itself: the VMM sees it in its jail.
+        // By itself: the VMM sees it in its jail, where it is a user of its own.
+        // Nobody else comes through the directory above.
         let sockets = self.sockets();
         DirBuilder::new()
-            .mode(0o700)
+            .mode(0o711)
             .create(&sockets)
             .step(|| format!("create {}", sockets.display()))
     }

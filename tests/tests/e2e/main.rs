@@ -20,6 +20,7 @@ mod failure;
 mod guest;
 mod host;
 mod hotplug;
+mod jail;
 mod kill;
 mod ksm;
 mod lifecycle;
@@ -67,6 +68,7 @@ fn all() -> Vec<Test> {
         failure::TESTS,
         kill::TESTS,
         host::TESTS,
+        jail::TESTS,
         cgroups::TESTS,
         vmm::TESTS,
         volumes::TESTS,

@@ -87,7 +87,7 @@ impl Parts {
         for (item, place) in items {
             board.plug(item, place, &mut loops)?;
         }
-        loops.complete();
+        loops.complete()?;
         root.show(|memory| {
             let shown = self.vm.map_window(layout::ECAM, memory, true);
             // As long as there is a machine.

@@ -20,7 +20,7 @@ pub use self::{
 use crate::{
     arch::x86_64::boot,
     bus::RangeError,
-    confine::jail::JailError,
+    confine::{jail::JailError, RightsError},
     kvm::KvmError,
     memory::{self, MemoryError},
     power::OnEnd,
@@ -78,6 +78,9 @@ pub enum BuildError {
     /// The process cannot be confined.
     #[error(transparent)]
     Jail(#[from] JailError),
+    /// Rights that nobody needs stay.
+    #[error("the process keeps rights: --jail off does without")]
+    Rights(#[from] RightsError),
     /// A thread or descriptor.
     #[error("{step}")]
     System {
@@ -107,6 +110,7 @@ impl BuildError {
             Self::Growth(error) => error.kind(),
             Self::Memory(MemoryError::Size { .. }) => FailureKind::BadResource,
             Self::Jail(_)
+            | Self::Rights(_)
             | Self::Memory(_)
             | Self::Device { .. }
             | Self::Range(_)

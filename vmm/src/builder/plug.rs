@@ -23,7 +23,7 @@ use super::{
 use crate::{
     arch::x86_64::layout,
     config::Devices,
-    confine::seccomp::Worker,
+    confine::{self, seccomp::Worker},
     event::{EventHandler, EventLoop, LoopHandle},
     kvm::vm::{MemorySlot, Vm},
     memory::WindowAllocator,
@@ -219,7 +219,7 @@ pub(super) struct Loops {
 impl Loops {
     pub fn new(paused: bool) -> Result<Self, BuildError> {
         Ok(Self {
-            io: event_loop("io", Worker::Devices, paused)?,
+            io: rest(EventLoop::new().map_err(system(NO_LOOP))?, paused)?,
             files: Vec::new(),
             paused,
             complete: false,
@@ -231,16 +231,22 @@ impl Loops {
         self.files.iter().chain([&self.io])
     }
 
-    /// From now on the process starts no threads.
-    pub fn complete(&mut self) {
+    /// From now on nobody but the threads for files can open any, and devices
+    /// start no more threads.
+    pub fn complete(&mut self) -> Result<(), BuildError> {
+        confine::give_up()?;
+        self.io
+            .start("io", Worker::Devices)
+            .map_err(system(NO_LOOP))?;
         self.complete = true;
+        Ok(())
     }
 
     /// For a shared directory: a thread of its own, or the first one's.
     fn files(&mut self) -> Result<LoopHandle, BuildError> {
         if !self.complete {
-            self.files
-                .push(event_loop("fs", Worker::Files, self.paused)?);
+            let files = EventLoop::spawn("fs", Worker::Files).map_err(system(NO_LOOP))?;
+            self.files.push(rest(files, self.paused)?);
             return Ok(self.files[self.files.len() - 1].handle());
         }
         let shared = self.files.first().ok_or(BuildError::NoFiles)?;
@@ -248,9 +254,10 @@ impl Loops {
     }
 }
 
-fn event_loop(name: &str, worker: Worker, paused: bool) -> Result<EventLoop, BuildError> {
-    let event_loop =
-        EventLoop::spawn(name, worker).map_err(system("event loop could not be started"))?;
+const NO_LOOP: &str = "event loop could not be started";
+
+/// Lets a loop rest from its beginning, if `paused`.
+fn rest(event_loop: EventLoop, paused: bool) -> Result<EventLoop, BuildError> {
     if paused && !event_loop.pause() {
         // It has nothing to do yet.
         return Err(system("event loop does not rest")(

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The jail: mount, IPC, UTS and network namespaces of the process's own, and
-//! an empty, read-only root directory. In it are, where the machine has use for
-//! them:
+//! without shared directories a user namespace; and an empty, read-only root
+//! directory. A namespace of processes is for the client to make, for a process
+//! is born in its own (`CLONE_NEWPID`; the runtime does). In the directory are,
+//! where the machine has use for them:
 //!
 //! ```text
 //! /shared<n>             the nth shared directory
@@ -17,7 +19,10 @@ use std::{
     io,
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        atomic::{AtomicBool, Ordering},
+        OnceLock,
+    },
 };
 
 use rustix::{
@@ -30,7 +35,7 @@ use rustix::{
     process::{chdir, fchdir, pivot_root},
 };
 
-use super::{sys, POLICY};
+use super::{sys, User, POLICY};
 use crate::config::Devices;
 
 /// A step that failed.
@@ -74,6 +79,37 @@ enum Kind {
 
 static JAILED: AtomicBool = AtomicBool::new(false);
 
+/// Whom threads have yet to become.
+static USER: OnceLock<u32> = OnceLock::new();
+
+/// Users of processes begin here ([`User::Own`]).
+const FIRST_USER: u32 = 0x7000_0000;
+
+/// Whom the threads that serve no files have yet to become, if another; known
+/// once the process is in jail.
+pub(super) fn user() -> Option<u32> {
+    USER.get().copied()
+}
+
+/// That user's number, while /proc can be seen.
+fn find_user(wanted: User) -> Result<Option<u32>, JailError> {
+    let user = match wanted {
+        User::Kept => return Ok(None),
+        User::Id(user) => user,
+        // The id here may be one of a namespace, and everybody's.
+        User::Own => {
+            let link = std::fs::read_link("/proc/self").map_err(|source| JailError::System {
+                step: "this process's id in /proc",
+                source,
+            })?;
+            let id = link.to_str().and_then(|id| id.parse::<u32>().ok());
+            // Ids have 22 bits at most.
+            FIRST_USER + (id.unwrap_or_default() & ((1 << 22) - 1))
+        }
+    };
+    Ok(Some(user))
+}
+
 /// Puts the process into its jail, while it has but one thread, and lets
 /// `devices` use what is in there. Nothing happens where the policy has none.
 ///
@@ -98,6 +134,7 @@ pub fn enter(devices: &mut Devices) -> Result<(), JailError> {
         source,
     })?;
     // While the host can be seen.
+    let user = find_user(policy.user)?;
     let trees = trees(devices, sockets.as_deref())?;
     sys::unshare_namespaces(!policy.keep_network).map_err(|source| JailError::System {
         step: "namespaces",
@@ -117,7 +154,31 @@ pub fn enter(devices: &mut Devices) -> Result<(), JailError> {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         vsock.uds_path = format!("/vsock/{name}");
     }
-    Ok(())
+    match user {
+        Some(user) if devices.fs.is_empty() => own_users(user),
+        Some(user) => {
+            let _ = USER.set(user);
+            Ok(())
+        }
+        None => Ok(()),
+    }
+}
+
+/// A user namespace of `user`'s, who this process becomes: in it he is as
+/// little as in the host's.
+fn own_users(user: u32) -> Result<(), JailError> {
+    let failed = |step| move |source| JailError::System { step, source };
+    // Some hosts let nobody else make one.
+    sys::keep_capabilities().map_err(failed("capabilities of another user"))?;
+    sys::become_user(user).map_err(failed("another user (--user kept does without)"))?;
+    match sys::unshare_user() {
+        // Then this is not among what keeps the process in.
+        Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => {
+            tracing::warn!("no user namespace: user.max_user_namespaces is too low");
+            Ok(())
+        }
+        other => other.map_err(failed("a user namespace")),
+    }
 }
 
 /// Where sockets to connect to are; none where there is no such directory, or

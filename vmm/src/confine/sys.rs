@@ -30,9 +30,6 @@ pub fn keep_capabilities() -> io::Result<()> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Capabilities(pub u64);
 
-/// None at all.
-pub const NO_CAPABILITIES: Capabilities = Capabilities(0);
-
 /// What making, owning and reading files takes in whatever user's name:
 /// CAP_CHOWN, DAC_OVERRIDE, DAC_READ_SEARCH, FOWNER, FSETID, SETGID, SETUID,
 /// MKNOD and SETFCAP.
@@ -89,6 +86,65 @@ pub fn keep_only(kept: Capabilities) -> io::Result<()> {
         return Err(io::Error::last_os_error());
     }
     Ok(())
+}
+
+/// Takes all capabilities from this thread, for good.
+///
+/// # Errors
+/// What the kernel says.
+pub fn keep_none() -> io::Result<()> {
+    let mut header = Header {
+        version: CAPABILITY_VERSION,
+        thread: 0,
+    };
+    let sets = [Sets::default(); 2];
+    // SAFETY: header and both sets have the kernel's layout and outlive the
+    // call.
+    match unsafe { libc::syscall(libc::SYS_capset, &raw mut header, sets.as_ptr()) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Makes this thread, and no other, a user's: `user`, in the group with the
+/// same number and no other. What root's capabilities were goes, but where
+/// [`keep_capabilities`] was called. The signal that the client wants it to get
+/// when he dies stays, which is not so by itself.
+///
+/// # Errors
+/// What the kernel says.
+pub fn become_user(user: u32) -> io::Result<()> {
+    let user = libc::c_long::from(user);
+    let group = user;
+    let mut signal: libc::c_int = 0;
+    // The library's functions would change all threads.
+    // SAFETY: the signal's number outlives the call that writes it, a list of
+    // no groups is not looked at; the other calls take no pointers.
+    let done = unsafe {
+        libc::prctl(libc::PR_GET_PDEATHSIG, &raw mut signal) == 0
+            && libc::syscall(libc::SYS_setgroups, 0, std::ptr::null::<libc::gid_t>()) == 0
+            && libc::syscall(libc::SYS_setresgid, group, group, group) == 0
+            && libc::syscall(libc::SYS_setresuid, user, user, user) == 0
+            && (signal == 0 || libc::prctl(libc::PR_SET_PDEATHSIG, signal) == 0)
+    };
+    match done {
+        true => Ok(()),
+        false => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Gives the process, while it has but one thread, a user namespace in which
+/// nobody is mapped.
+///
+/// # Errors
+/// What the kernel says; ENOSPC: there are to be none
+/// (`user.max_user_namespaces`).
+pub fn unshare_user() -> io::Result<()> {
+    // SAFETY: takes no pointers.
+    match unsafe { libc::unshare(libc::CLONE_NEWUSER) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// Nothing that this process executes gains rights, and nothing of the guest's

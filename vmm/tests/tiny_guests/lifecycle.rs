@@ -17,7 +17,7 @@ use vmm_sys_util::tempdir::TempDir;
 
 use crate::{
     guest::{contents, zeros, Code, KEYBOARD, PANIC, RESET, SLEEP},
-    vmm::{is_root, keep, kvm, limit, text, Setup, Vmm, LONG, VMM},
+    vmm::{keep, kvm, limit, text, Setup, Vmm, LONG, VMM},
 };
 
 #[test]
@@ -183,127 +183,6 @@ fn several_processors_run_and_stop() {
     let mut vmm = Vmm::run(&setup);
     vmm.call(Call::Shutdown).unwrap();
     assert_eq!(vmm.end(), (vec![Event::Ended(ExitReason::Stopped)], 0));
-}
-
-/// The value of a field of a thread's or process's status.
-fn status(path: &Path, field: &str) -> String {
-    let text = std::fs::read_to_string(path.join("status")).unwrap();
-    let value = text
-        .lines()
-        .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
-    value.expect(field).trim().to_owned()
-}
-
-/// A VMM with a shared directory and sockets, and two vCPUs, which run.
-fn confined(directory: &TempDir) -> (Vmm, PathBuf) {
-    let mut setup = Setup::new(Code::new().print("up\n").spin().kernel());
-    setup.config.vcpus = 2;
-    let shared = setup.pass(std::fs::File::open(directory.as_path()).unwrap());
-    setup.config.devices.fs.push(FsConfig {
-        tag: "shared".into(),
-        directory: shared,
-        cache: FsCache::Auto,
-    });
-    setup.config.devices.vsock = Some(VsockConfig {
-        cid: 3,
-        listener: None,
-        uds_path: directory.as_path().join("vsock").to_string_lossy().into(),
-        ready_port: None,
-    });
-    let mut serial = setup.serial();
-    let vmm = Vmm::run(&setup);
-    serial.read_exact(&mut [0; 3]).unwrap();
-    let process = PathBuf::from(format!("/proc/{}", vmm.child.id()));
-    (vmm, process)
-}
-
-/// Its threads with their names, but those that KVM makes for itself.
-fn threads(process: &Path) -> Vec<(String, PathBuf)> {
-    let threads = std::fs::read_dir(process.join("task")).unwrap();
-    let mut threads: Vec<_> = threads
-        .map(|thread| thread.unwrap().path())
-        .map(|thread| (status(&thread, "Name"), thread))
-        .filter(|(name, _)| !name.starts_with("kvm-"))
-        .collect();
-    threads.sort();
-    threads
-}
-
-#[test]
-fn every_thread_has_a_filter_once_the_guest_runs() {
-    if !kvm("every_thread_has_a_filter_once_the_guest_runs") {
-        return;
-    }
-    let directory = TempDir::new().unwrap();
-    let (_vmm, process) = confined(&directory);
-    let threads = threads(&process);
-    for (name, thread) in &threads {
-        // SECCOMP_MODE_FILTER, one each.
-        assert_eq!(status(thread, "Seccomp"), "2", "{name}");
-        assert_eq!(status(thread, "Seccomp_filters"), "1", "{name}");
-        assert_eq!(status(thread, "NoNewPrivs"), "1", "{name}");
-    }
-    let names: Vec<_> = threads.iter().map(|(name, _)| name.as_str()).collect();
-    assert_eq!(names, ["bulkhead-vmm", "fs", "io", "vcpu0", "vcpu1"]);
-}
-
-#[test]
-fn the_process_is_in_jail_once_the_guest_runs() {
-    const TEST: &str = "the_process_is_in_jail_once_the_guest_runs";
-    if !kvm(TEST) {
-        return;
-    }
-    if !is_root() {
-        println!("SKIPPED: {TEST}: not root");
-        return;
-    }
-    let directory = TempDir::new().unwrap();
-    std::fs::write(directory.as_path().join("file"), "content").unwrap();
-    let (_vmm, process) = confined(&directory);
-    for (name, thread) in threads(&process) {
-        let all = ["CapInh", "CapPrm", "CapEff", "CapAmb"];
-        let left = all.map(|set| u64::from_str_radix(&status(&thread, set), 16).unwrap());
-        if name == "fs" {
-            // What files take, and neither CAP_SYS_ADMIN nor CAP_NET_ADMIN.
-            assert_eq!(left, [0, 0x8800_00df, 0x8800_00df, 0]);
-        } else {
-            assert_eq!(left, [0; 4], "{name}");
-        }
-    }
-    for namespace in ["mnt", "net", "ipc", "uts"] {
-        let of = |process: &Path| std::fs::read_link(process.join("ns").join(namespace)).unwrap();
-        assert_ne!(of(&process), of(Path::new("/proc/self")), "{namespace}");
-    }
-    let root = process.join("root");
-    let list = |path: &Path| {
-        let mut names: Vec<_> = std::fs::read_dir(path)
-            .unwrap()
-            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-            .collect();
-        names.sort_unstable();
-        names
-    };
-    assert_eq!(list(&root), ["proc", "shared0", "vsock"]);
-    assert_eq!(list(&root.join("proc/self")), ["fd", "mountinfo"]);
-    assert_eq!(list(&root.join("shared0")), ["file"]);
-    // Nothing else is mounted, and the root can be written by nobody.
-    let mounts = std::fs::read_to_string(process.join("mountinfo")).unwrap();
-    assert_eq!(mounts.lines().count(), 5, "{mounts}");
-    let error = std::fs::write(root.join("new"), "").unwrap_err();
-    assert_eq!(error.raw_os_error(), Some(libc::EROFS), "{error}");
-    let limits = std::fs::read_to_string(process.join("limits")).unwrap();
-    let core = limits
-        .lines()
-        .find(|line| line.contains("core file"))
-        .unwrap();
-    assert_eq!(
-        core.split_whitespace().collect::<Vec<_>>()[4..6],
-        ["0", "0"]
-    );
-    assert_eq!(
-        std::fs::read_link(process.join("cwd")).unwrap(),
-        Path::new("/")
-    );
 }
 
 #[test]

@@ -6,6 +6,7 @@ mod configuration;
 mod golden;
 mod guest;
 mod hotplug;
+mod jail;
 mod lifecycle;
 mod resize;
 mod rules;

@@ -118,6 +118,18 @@ impl Vmm {
 
     /// As [`Self::spawn`], with these in its environment.
     pub fn spawn_with(environment: &[(&str, &str)]) -> Self {
+        Self::spawn_as(&[], environment)
+    }
+
+    /// The same, with these options as well.
+    pub fn spawn_as(options: &[&str], environment: &[(&str, &str)]) -> Self {
+        Self::spawn_changed(|command| {
+            command.args(options).envs(environment.iter().copied());
+        })
+    }
+
+    /// As [`Self::spawn`], of a command to which more is added.
+    pub fn spawn_changed(change: impl FnOnce(&mut Command)) -> Self {
         let (ours, theirs) = Channel::pair().unwrap();
         limit(&ours);
         let number = theirs.as_raw_fd();
@@ -125,9 +137,9 @@ impl Vmm {
         if !is_root() {
             command.args(["--jail", "off"]);
         }
+        change(&mut command);
         command.args(["--control-fd", &number.to_string()]);
         command.stderr(Stdio::null());
-        command.envs(environment.iter().copied());
         keep(&mut command, &[(number, number)]);
         Self {
             child: command.spawn().unwrap(),
