@@ -56,7 +56,8 @@ build: deps binaries guest ## Builds the binaries, the guest kernel and the gues
 
 binaries:
 	@echo "binaries: with cargo, some minutes the first time"
-	@cargo build --release -p bulkhead-runtime -p bulkhead-ksm-throttler -p containerd-shim-bulkhead-v2 -p bulkhead-vmm -p bulkhead-rootfs-builder -p bulkhead-tests
+	@cargo build --release -p bulkhead-runtime -p bulkhead-ksm-throttler -p containerd-shim-bulkhead-v2 -p bulkhead-rootfs-builder -p bulkhead-tests
+	@cargo rustc --release -p bulkhead-vmm --bin bulkhead-vmm -- -C target-feature=+crt-static
 	@cargo rustc --release -p bulkhead-agent --bin bulkhead-agent -- -C target-feature=+crt-static -C relocation-model=static
 
 kernel:

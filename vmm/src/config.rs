@@ -345,6 +345,9 @@ impl Devices {
 
 fn set_nonblocking(file: &File) -> nix::Result<()> {
     let flags = OFlag::from_bits_retain(fcntl(file, FcntlArg::F_GETFL)?);
+    if flags.contains(OFlag::O_NONBLOCK) {
+        return Ok(());
+    }
     fcntl(file, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)).map(|_| ())
 }
 

@@ -1,7 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 //! `bulkhead-vmm`: one VM, driven over an inherited control socket.
+//!
+//! The C library calls `main` itself, without Rust's preparations. They would
+//! cost 40 system calls and some pages at each start, on this thread and every
+//! other, for a message where a stack overflows: the guard pages, and the signal
+//! that ends the process there, are the C library's.
+#![no_main]
 
-use std::{os::fd::OwnedFd, process::exit};
+use std::{
+    ffi::{c_char, c_int, CStr},
+    os::fd::OwnedFd,
+    process::exit,
+};
 
 use bulkhead_vmm::{
     confine::{self, seccomp::Mode, Policy, User},
@@ -37,12 +47,24 @@ options for clients:
                            which starts this one (CLONE_NEWPID)
 ";
 
-fn main() {
+/// What the C library calls.
+#[no_mangle]
+extern "C" fn main(count: c_int, arguments: *const *const c_char) -> c_int {
+    let words = (1..usize::try_from(count).unwrap_or(0)).map(|index| {
+        // SAFETY: there are so many, each a string that stays until the
+        // process's end.
+        let word = unsafe { CStr::from_ptr(*arguments.add(index)) };
+        word.to_str().unwrap_or("?")
+    });
+    start(&words.collect::<Vec<_>>());
+    0
+}
+
+fn start(words: &[&str]) {
     let stamps = Stamps::new();
     stamps.set(Moment::VmmStart);
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    let mut words = &words[..];
+    look_at_standard_streams();
+    let mut words = words;
     let mut policy = Policy {
         seccomp: Mode::Kill,
         jail: true,
@@ -122,6 +144,27 @@ fn serve(socket: OwnedFd, stamps: std::sync::Arc<Stamps>) -> ! {
     exit(reason.code());
 }
 
+/// A descriptor that is opened later must not be taken for one of the standard
+/// streams, and what is written to somebody who has gone is an error.
+fn look_at_standard_streams() {
+    let mut streams = [0, 1, 2].map(|fd| libc::pollfd {
+        fd,
+        events: 0,
+        revents: 0,
+    });
+    // SAFETY: the array outlives the call; the disposition is no function.
+    let open = unsafe {
+        libc::signal(libc::SIGPIPE, libc::SIG_IGN);
+        libc::poll(streams.as_mut_ptr(), 3, 0) >= 0
+    };
+    if !open || streams.iter().any(|s| s.revents & libc::POLLNVAL != 0) {
+        eprintln!(
+            "bulkhead-vmm: standard input, output and error must be open (/dev/null will do)"
+        );
+        exit(2);
+    }
+}
+
 /// One heap for all threads: another would be mapped for each, and the C
 /// library reads a setting in /proc when such a heap shrinks.
 fn allocate_plainly() {
@@ -132,18 +175,17 @@ fn allocate_plainly() {
     }
 }
 
-/// Lets the guest's files be what the guest says: modes of new ones are not
-/// this process's to change, and each one the guest knows takes a descriptor.
+/// Lets the guest have many files: each one that it knows takes a descriptor.
 fn allow_files() {
-    // SAFETY: both calls only change numbers of this process, and the
+    // SAFETY: both calls only change a number of this process, and the
     // structure outlives them.
     unsafe {
-        libc::umask(0);
         let mut limit = libc::rlimit {
             rlim_cur: 0,
             rlim_max: 0,
         };
-        if libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) == 0 {
+        let known = libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) == 0;
+        if known && limit.rlim_cur < limit.rlim_max {
             limit.rlim_cur = limit.rlim_max;
             libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit);
         }
@@ -160,14 +202,13 @@ fn inherited(number: &str) -> Result<OwnedFd, String> {
     if fd < 3 {
         return Err("standard streams cannot be the control socket".into());
     }
-    // SAFETY: F_GETFD on any number is harmless.
-    if unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
+    // The VMM starts no programs, but none should inherit it.
+    // SAFETY: harmless with any number but another's, and nobody else has
+    // opened one yet.
+    if unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
         return Err("no such descriptor is open".into());
     }
     // SAFETY: it is open, was inherited for this, and nothing else in the
     // process knows it.
-    let owned = unsafe { OwnedFd::from_raw_fd(fd) };
-    // SAFETY: as above; the VMM starts no programs, but none should inherit it.
-    unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) };
-    Ok(owned)
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

@@ -14,9 +14,9 @@ fuzz_target!(|data: &[u8]| {
     let mut file = TempFile::new().expect("a file").into_file();
     file.write_all(data).expect("room");
     file.rewind().expect("a file");
-    let _ = boot::extent(&mut file);
+    let _ = boot::extent(&file);
     let memory = memory::allocate(MEMORY).expect("memory");
-    if let Ok(entry) = boot::load(&memory, MEMORY, &mut file, "quiet", None) {
+    if let Ok(entry) = boot::load(&memory, MEMORY, &file, "quiet", None) {
         assert!(entry.0 <= u64::from(u32::MAX), "entered in 32-bit mode");
     }
 });

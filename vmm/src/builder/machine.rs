@@ -66,7 +66,7 @@ impl Machine {
             (true, _) => 0..u64::MAX,
             // Merging would take huge pages apart first.
             (false, Some(_)) => 0..0,
-            (false, None) => boot::extent(&mut resources.kernel),
+            (false, None) => boot::extent(&resources.kernel),
         };
         memory::advise(&memory, &huge);
         let backing = Backing {
@@ -85,7 +85,7 @@ impl Machine {
         let entry = boot::load(
             &memory,
             resources.memory_size,
-            &mut resources.kernel,
+            &resources.kernel,
             &resources.cmdline,
             resources.initrd.as_mut(),
         )?;

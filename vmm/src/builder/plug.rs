@@ -472,7 +472,7 @@ impl Board {
                 Ok(()) => Ok(function),
                 Err(full) => {
                     // No driver has seen it.
-                    let _ = function.detach(self.vm.as_ref());
+                    let _ = function.detach();
                     Err(full.into())
                 }
             }
@@ -517,7 +517,7 @@ impl Board {
         }
         plugged
             .function
-            .detach(self.vm.as_ref())
+            .detach()
             .map_err(|source| UnplugError::InUse {
                 slot,
                 device,
@@ -643,7 +643,7 @@ impl Board {
             class,
             Wiring {
                 router: self.vm.router().clone(),
-                notify: self.vm.as_ref(),
+                notify: self.vm.clone(),
                 memory: self.ram.clone(),
                 event_loop,
             },

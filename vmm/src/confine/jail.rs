@@ -16,6 +16,7 @@
 //! the directory lies in a mount that passes mounts on (`MS_SHARED`).
 
 use std::{
+    collections::BTreeSet,
     io,
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
@@ -247,8 +248,9 @@ fn change_root(trees: &[Tree]) -> Result<(), JailError> {
     let nothing = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
     // Any directory does, for as long as it takes; this one is there.
     move_mount(root.as_fd(), "", CWD, "/proc", nothing).map_err(failed("place the new root"))?;
+    let mut made = BTreeSet::new();
     for tree in trees {
-        make_target(&root, tree).map_err(failed("make a mount point"))?;
+        make_target(&root, tree, &mut made).map_err(failed("make a mount point"))?;
         move_mount(tree.mount.as_fd(), "", root.as_fd(), &*tree.target, nothing)
             .map_err(failed("mount a directory"))?;
     }
@@ -261,17 +263,15 @@ fn change_root(trees: &[Tree]) -> Result<(), JailError> {
     chdir("/").map_err(failed("enter the new root"))
 }
 
-fn make_target(root: &OwnedFd, tree: &Tree) -> rustix::io::Result<()> {
-    let (parents, _) = tree.target.rsplit_once('/').unwrap_or_default();
-    let mut path = String::new();
-    let directory = |path: &str| match mkdirat(root, path, Mode::from_raw_mode(0o555)) {
-        Ok(()) | Err(rustix::io::Errno::EXIST) => Ok(()),
-        Err(error) => Err(error),
-    };
-    for part in parents.split('/').filter(|part| !part.is_empty()) {
-        path.push_str(part);
-        directory(&path)?;
-        path.push('/');
+/// Makes a mount point, with the directories above it that `made` does not
+/// have.
+fn make_target(root: &OwnedFd, tree: &Tree, made: &mut BTreeSet<String>) -> rustix::io::Result<()> {
+    let directory = |path: &str| mkdirat(root, path, Mode::from_raw_mode(0o555));
+    for (end, _) in tree.target.match_indices('/') {
+        let parent = &tree.target[..end];
+        if made.insert(parent.to_owned()) {
+            directory(parent)?;
+        }
     }
     match tree.kind {
         Kind::Directory => directory(&tree.target),

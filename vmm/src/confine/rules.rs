@@ -230,7 +230,7 @@ const CONTROL: &[Rule] = &[
             &[Is(1, TUN_SET_OFFLOAD)],
             &[Is(1, TUN_SET_HEADER_SIZE)],
         ],
-        "plugging: pmem's window, notifications, taps; unplugging: interrupts",
+        "plugging: pmem's window, taps; unplugging: notifications, interrupts",
     ),
     // Never executable, and shared with the file.
     tested(
@@ -249,11 +249,6 @@ const CONTROL: &[Rule] = &[
             &[Is(2, libc::MADV_MERGEABLE as u64)],
         ],
         "growing: new memory is backed as the rest is",
-    ),
-    tested(
-        libc::SYS_eventfd2,
-        &[&[Is(0, 0)]],
-        "plugging: notifications and interrupts",
     ),
     any(libc::SYS_statx, "plugging: what a descriptor is"),
     tested(
@@ -279,6 +274,11 @@ const VCPU: &[Rule] = &[
             &[Is(1, TUN_SET_OFFLOAD)],
         ],
         "the guest, its interrupts and notifications, what a tap may send it",
+    ),
+    tested(
+        libc::SYS_eventfd2,
+        &[&[Is(0, 0)]],
+        "notifications and interrupts that a driver uses for the first time",
     ),
     any(libc::SYS_epoll_ctl, "a device that starts is watched"),
     any(

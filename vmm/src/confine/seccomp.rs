@@ -6,7 +6,7 @@
 //! A forbidden call kills the whole process (SIGSYS), which is what the client
 //! sees; the kernel's log names thread and call (`audit: type=1326`).
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::OnceLock};
 
 use seccompiler::{
     sock_filter, BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp,
@@ -93,6 +93,10 @@ pub fn restrict(worker: Worker, mode: Mode) -> Result<(), SeccompError> {
         Mode::Log => SeccompAction::Log,
     };
     let program = program(worker, action)?;
+    // The jail has taken new privileges already; the library does so each time.
+    if super::sys::set_filter(&program).is_ok() {
+        return Ok(());
+    }
     seccompiler::apply_filter(&program).map_err(|source| SeccompError::Install { worker, source })
 }
 
@@ -185,6 +189,9 @@ fn skip_above(last: i64, group: &[sock_filter]) -> [sock_filter; 3] {
     [load, instruction(test, 0, last as u32), jump]
 }
 
+/// This process's id, asked for once.
+static PROCESS: OnceLock<u32> = OnceLock::new();
+
 fn conditions(test: &Test) -> Result<Vec<SeccompCondition>, BackendError> {
     test.iter()
         .map(|condition| {
@@ -194,7 +201,8 @@ fn conditions(test: &Test) -> Result<Vec<SeccompCondition>, BackendError> {
                     (argument, SeccompCmpOp::MaskedEq(mask), value)
                 }
                 Condition::OwnProcess(argument) => {
-                    (argument, SeccompCmpOp::Eq, u64::from(std::process::id()))
+                    let process = *PROCESS.get_or_init(std::process::id);
+                    (argument, SeccompCmpOp::Eq, u64::from(process))
                 }
             };
             // All that is tested is an int to the kernel, or fits one.

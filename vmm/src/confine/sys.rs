@@ -6,6 +6,8 @@ use std::{
     os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
 };
 
+use seccompiler::sock_filter;
+
 /// SECBIT_NO_SETUID_FIXUP (Linux's securebits.h).
 const NO_SETUID_FIXUP: libc::c_int = 1 << 2;
 
@@ -166,6 +168,34 @@ pub fn no_new_privileges_no_dumps() -> io::Result<()> {
         return Err(io::Error::last_os_error());
     }
     Ok(())
+}
+
+/// Installs a filter of system calls for this thread, which has no new
+/// privileges.
+///
+/// # Errors
+/// What the kernel says; EACCES: it has.
+pub fn set_filter(program: &[sock_filter]) -> io::Result<()> {
+    let length = u16::try_from(program.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
+    let program = libc::sock_fprog {
+        len: length,
+        // The library's type has the kernel's layout; nothing writes there.
+        filter: program.as_ptr().cast_mut().cast(),
+    };
+    // SAFETY: the structure and the instructions that it tells of outlive the
+    // call, which copies them.
+    let done = unsafe {
+        libc::syscall(
+            libc::SYS_seccomp,
+            libc::SECCOMP_SET_MODE_FILTER,
+            0 as libc::c_ulong,
+            &raw const program,
+        )
+    };
+    match done {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// No set-user-id bits, no device nodes, no programs.

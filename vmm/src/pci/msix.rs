@@ -6,7 +6,7 @@ use std::{
     io,
     sync::{
         atomic::{AtomicBool, Ordering},
-        Arc, Mutex,
+        Arc, Mutex, OnceLock,
     },
 };
 
@@ -50,7 +50,7 @@ pub trait InterruptRouter: Send + Sync {
 }
 
 /// Binds guest writes to events, without an exit to user space.
-pub trait NotifyRegistrar {
+pub trait NotifyRegistrar: Send + Sync {
     /// A write of any size at `address` signals `event`.
     fn register_notify(&self, event: &EventFd, address: u64) -> io::Result<()>;
     /// Undoes it.
@@ -95,11 +95,34 @@ struct State {
 }
 
 /// One vector's fast path.
+#[derive(Default)]
 struct Line {
-    event: EventFd,
+    /// Made when the guest first lets the vector through: there are more vectors
+    /// than it uses.
+    event: OnceLock<EventFd>,
     /// Whether signalling the event reaches the guest now.
     open: AtomicBool,
     pending: AtomicBool,
+}
+
+impl Line {
+    /// The event, from the first time on.
+    fn event(&self) -> io::Result<&EventFd> {
+        if let Some(event) = self.event.get() {
+            return Ok(event);
+        }
+        // Nobody else makes one meanwhile: the table is locked.
+        let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
+        Ok(self.event.get_or_init(|| event))
+    }
+
+    /// Raises the interrupt, of a vector that is open.
+    fn raise(&self) {
+        if let Some(event) = self.event.get() {
+            // Full only when KVM has 2^64 of them pending.
+            let _ = event.write(1);
+        }
+    }
 }
 
 /// The MSI-X table of one function.
@@ -115,11 +138,7 @@ impl Msix {
         let mut lines = Vec::with_capacity(usize::from(count));
         let mut vectors = Vec::with_capacity(usize::from(count));
         for _ in 0..count {
-            lines.push(Line {
-                event: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
-                open: AtomicBool::new(false),
-                pending: AtomicBool::new(false),
-            });
+            lines.push(Line::default());
             vectors.push(Vector {
                 message: Message {
                     address: 0,
@@ -194,13 +213,12 @@ impl Msix {
             return;
         };
         if line.open.load(Ordering::Acquire) {
-            // Full only when KVM has 2^64 of them pending.
-            let _ = line.event.write(1);
+            line.raise();
         } else {
             line.pending.store(true, Ordering::SeqCst);
             // It may have been opened in between, with nothing pending yet.
             if line.open.load(Ordering::SeqCst) && line.pending.swap(false, Ordering::SeqCst) {
-                let _ = line.event.write(1);
+                line.raise();
             }
         }
     }
@@ -279,8 +297,9 @@ impl Msix {
         }
         for (vector, line) in state.vectors.iter_mut().zip(&self.lines) {
             line.open.store(false, Ordering::SeqCst);
-            if std::mem::replace(&mut vector.registered, false) {
-                if let Err(error) = self.router.unregister(&line.event, vector.gsi) {
+            let registered = std::mem::replace(&mut vector.registered, false);
+            if let (true, Some(event)) = (registered, line.event.get()) {
+                if let Err(error) = self.router.unregister(event, vector.gsi) {
                     tracing::error!(%error, "interrupt event not taken back");
                 }
             }
@@ -318,7 +337,8 @@ impl Msix {
         for (vector, line) in state.vectors.iter_mut().zip(&self.lines) {
             let opened = open(vector);
             if opened && !vector.registered {
-                match self.router.register(&line.event, vector.gsi) {
+                let register = |event| self.router.register(event, vector.gsi);
+                match line.event().and_then(register) {
                     Ok(()) => vector.registered = true,
                     Err(error) => {
                         tracing::error!(%error, "interrupt event not registered");
@@ -328,7 +348,7 @@ impl Msix {
             }
             line.open.store(opened, Ordering::SeqCst);
             if opened && line.pending.swap(false, Ordering::SeqCst) {
-                let _ = line.event.write(1);
+                line.raise();
             }
         }
     }
@@ -381,7 +401,10 @@ mod tests {
     }
 
     fn fired(msix: &Msix) -> bool {
-        msix.lines[0].event.read().is_ok()
+        msix.lines[0]
+            .event
+            .get()
+            .is_some_and(|event| event.read().is_ok())
     }
 
     #[test]

@@ -95,6 +95,11 @@ const ELSEWHERE: &[(i64, Option<u64>, &str)] = &[
         Some(0x4020_ae76),
         "a driver's interrupts (KVM_IRQFD)",
     ),
+    (
+        libc::SYS_ioctl,
+        Some(0x4040_ae79),
+        "a driver's notifications (KVM_IOEVENTFD)",
+    ),
     (libc::SYS_epoll_ctl, None, "a driver's queues"),
 ];
 
@@ -104,6 +109,7 @@ const DONTNEED: u64 = libc::MADV_DONTNEED as u64;
 /// end-to-end test.
 const VCPUS_ELSEWHERE: &[i64] = &[
     libc::SYS_ioctl,
+    libc::SYS_eventfd2,
     libc::SYS_timerfd_create,
     libc::SYS_read,
     libc::SYS_close,

@@ -22,7 +22,7 @@ use linux_loader::{
 };
 use vm_memory::{Address, ByteValued, Bytes, GuestAddress, GuestMemory, GuestMemoryMmap};
 
-use super::layout;
+use super::{image::Image, layout};
 use crate::memory;
 
 const START_MAGIC: u32 = 0x336e_c578;
@@ -77,14 +77,14 @@ pub enum BootError {
 pub fn load(
     memory: &GuestMemoryMmap,
     memory_size: u64,
-    kernel: &mut File,
+    kernel: &File,
     cmdline: &str,
     initrd: Option<&mut File>,
 ) -> Result<GuestAddress, BootError> {
     let loaded = Elf::load(
         memory,
         None,
-        kernel,
+        &mut Image::new(kernel),
         Some(GuestAddress(layout::HIGH_MEMORY)),
     )
     .map_err(|source| BootError::Kernel {
@@ -117,13 +117,13 @@ pub fn load(
 
 /// Where in guest memory the image's segments go; empty for what is no ELF
 /// file, which [`load`] refuses.
-pub fn extent(kernel: &mut File) -> Range<u64> {
+pub fn extent(kernel: &File) -> Range<u64> {
     read_extent(kernel).unwrap_or_default()
 }
 
-fn read_extent(kernel: &mut File) -> std::io::Result<Range<u64>> {
+fn read_extent(kernel: &File) -> std::io::Result<Range<u64>> {
+    let mut kernel = Image::new(kernel);
     let mut header = Elf64_Ehdr::default();
-    kernel.rewind()?;
     kernel.read_exact(header.as_mut_slice())?;
     kernel.seek(SeekFrom::Start(header.e_phoff))?;
     let (mut start, mut end) = (u64::MAX, 0);
@@ -135,7 +135,6 @@ fn read_extent(kernel: &mut File) -> std::io::Result<Range<u64>> {
             end = end.max(segment.p_paddr.saturating_add(segment.p_memsz));
         }
     }
-    kernel.rewind()?;
     Ok(start..end)
 }
 

@@ -4,5 +4,6 @@
 pub mod acpi;
 pub mod boot;
 pub mod cpuid;
+mod image;
 pub mod layout;
 pub mod regs;

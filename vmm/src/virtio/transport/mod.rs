@@ -10,7 +10,7 @@ use std::{
     io,
     sync::{
         atomic::{AtomicBool, AtomicU16, AtomicU8, Ordering},
-        Arc, Mutex,
+        Arc, Mutex, OnceLock,
     },
 };
 
@@ -72,7 +72,9 @@ pub struct VirtioPci {
     handler: HandlerRef,
     memory: GuestRam,
     event_loop: LoopHandle,
-    kicks: Vec<EventFd>,
+    /// The queues' notifications, from a driver's first use of them on.
+    kicks: Vec<OnceLock<EventFd>>,
+    notify: Arc<dyn NotifyRegistrar>,
     lines: Arc<Lines>,
     bar: u32,
     config: Mutex<ConfigSpace>,
@@ -124,11 +126,11 @@ impl Interrupt for Lines {
 }
 
 /// What a transport needs of the VM.
-pub struct Wiring<'a> {
+pub struct Wiring {
     /// Interrupt routes.
     pub router: Arc<dyn InterruptRouter>,
     /// Notifications.
-    pub notify: &'a dyn NotifyRegistrar,
+    pub notify: Arc<dyn NotifyRegistrar>,
     /// Guest memory.
     pub memory: GuestRam,
     /// The loop the device works on.
@@ -143,7 +145,7 @@ impl VirtioPci {
         handler: HandlerRef,
         bar: u32,
         class: u32,
-        wiring: Wiring<'_>,
+        wiring: Wiring,
     ) -> io::Result<Self> {
         let (id, sizes, features) = {
             let device = device.lock().expect("a new device's lock is whole");
@@ -154,7 +156,7 @@ impl VirtioPci {
             )
         };
         let msix = Msix::new(wiring.router, sizes.len() as u16 + 1)?;
-        let kicks = register_kicks(wiring.notify, bar, sizes.len()).inspect_err(|_| msix.shut())?;
+        let kicks = sizes.iter().map(|_| OnceLock::new()).collect();
 
         let mut config = ConfigSpace::new(Identity {
             vendor: VIRTIO_VENDOR,
@@ -189,6 +191,7 @@ impl VirtioPci {
             memory: wiring.memory,
             event_loop: wiring.event_loop,
             kicks,
+            notify: wiring.notify,
             lines: Arc::new(Lines {
                 msix,
                 vectors,
@@ -205,12 +208,12 @@ impl VirtioPci {
     }
 
     /// Takes the function out of the machine, whatever the guest does with it
-    /// from now on: nothing of it is registered with `notify`, the interrupt
-    /// router or the device's loop when this returns.
+    /// from now on: nothing of it is registered for notifications, with the
+    /// interrupt router or the device's loop when this returns.
     ///
     /// # Errors
     /// A driver works with it; nothing has changed.
-    pub fn detach(&self, notify: &dyn NotifyRegistrar) -> Result<(), InUse> {
+    pub fn detach(&self) -> Result<(), InUse> {
         let mut registers = self.registers();
         let status = registers.status;
         // One that has given up does not let go.
@@ -220,9 +223,27 @@ impl VirtioPci {
         self.gone.store(true, Ordering::SeqCst);
         self.reset(&mut registers);
         drop(registers);
-        unregister_kicks(notify, self.bar, &self.kicks);
+        for (index, kick) in self.kicks.iter().enumerate() {
+            let Some(kick) = kick.get() else { continue };
+            let address = notify_address(self.bar, index);
+            if let Err(error) = self.notify.unregister_notify(kick, address) {
+                tracing::error!(%error, "notification not taken back");
+            }
+        }
         self.lines.msix.shut();
         Ok(())
+    }
+
+    /// The event of a queue's notifications; KVM raises it from the first time
+    /// on. The caller holds the registers' lock, so there is only one.
+    fn kick(&self, index: usize) -> io::Result<&EventFd> {
+        if let Some(kick) = self.kicks[index].get() {
+            return Ok(kick);
+        }
+        let kick = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
+        let address = notify_address(self.bar, index);
+        self.notify.register_notify(&kick, address)?;
+        Ok(self.kicks[index].get_or_init(|| kick))
     }
 
     fn is_gone(&self) -> bool {
@@ -305,10 +326,10 @@ impl VirtioPci {
                 self.lines.device_broken();
                 return;
             };
-            let kick = match self.kicks[index].try_clone() {
+            let kick = match self.kick(index).and_then(EventFd::try_clone) {
                 Ok(kick) => kick,
                 Err(error) => {
-                    tracing::error!(%error, "no descriptor for a queue");
+                    tracing::error!(%error, "no notifications of a queue");
                     self.lines.device_broken();
                     return;
                 }
@@ -339,7 +360,7 @@ impl VirtioPci {
             .lock()
             .expect("a device that panicked ended the process")
             .reset();
-        for kick in &self.kicks {
+        for kick in self.kicks.iter().filter_map(OnceLock::get) {
             // Empties it; it may be empty.
             let _ = kick.read();
         }
@@ -407,7 +428,7 @@ impl PciFunction for VirtioPci {
             // Normally an ioeventfd takes it.
             NOTIFY => {
                 let index = ((offset - NOTIFY) / NOTIFY_STRIDE) as usize;
-                if let Some(kick) = self.kicks.get(index) {
+                if let Some(kick) = self.kicks.get(index).and_then(OnceLock::get) {
                     let _ = kick.write(1);
                 }
             }
@@ -419,37 +440,6 @@ impl PciFunction for VirtioPci {
 
 fn notify_address(bar: u32, queue: usize) -> u64 {
     u64::from(bar) + NOTIFY + queue as u64 * NOTIFY_STRIDE
-}
-
-/// The notifications of so many queues; all are registered, or none.
-fn register_kicks(
-    notify: &dyn NotifyRegistrar,
-    bar: u32,
-    count: usize,
-) -> io::Result<Vec<EventFd>> {
-    let mut kicks = Vec::with_capacity(count);
-    for index in 0..count {
-        let kick = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).and_then(|kick| {
-            notify.register_notify(&kick, notify_address(bar, index))?;
-            Ok(kick)
-        });
-        match kick {
-            Ok(kick) => kicks.push(kick),
-            Err(error) => {
-                unregister_kicks(notify, bar, &kicks);
-                return Err(error);
-            }
-        }
-    }
-    Ok(kicks)
-}
-
-fn unregister_kicks(notify: &dyn NotifyRegistrar, bar: u32, kicks: &[EventFd]) {
-    for (index, kick) in kicks.iter().enumerate() {
-        if let Err(error) = notify.unregister_notify(kick, notify_address(bar, index)) {
-            tracing::error!(%error, "notification not taken back");
-        }
-    }
 }
 
 /// The body of an Enhanced Allocation capability with one entry: BAR 0 is
