@@ -9,10 +9,10 @@
 use std::os::fd::BorrowedFd;
 
 use bulkhead_agent_protocol::oci;
+use bulkhead_bpf::Kind;
 
 use crate::container::numbers;
 use crate::error::{AgentError, Context, Result};
-use crate::sys::bpf;
 
 // struct bpf_cgroup_dev_ctx: access and type, major, minor; 32 bits each.
 const TYPE_BLOCK: u32 = 1;
@@ -213,8 +213,8 @@ fn emit(program: &mut Vec<u64>, rule: &Rule) {
 /// When the kernel refuses either.
 pub fn attach(group: BorrowedFd<'_>, program: &[u64]) -> Result<()> {
     use std::os::fd::AsFd;
-    let loaded = bpf::load_device_program(program).step(|| "load device rules")?;
-    bpf::attach_device_program(group, loaded.as_fd()).step(|| "attach device rules")
+    let loaded = bulkhead_bpf::load(Kind::CgroupDevice, program).step(|| "load device rules")?;
+    bulkhead_bpf::attach_to_cgroup(loaded.as_fd(), group).step(|| "attach device rules")
 }
 
 #[cfg(test)]
@@ -325,12 +325,12 @@ mod tests {
             rule(true, "c", Some(10), Some(200), "rw"),
         ])
         .unwrap();
-        match bpf::load_device_program(&program) {
+        match bulkhead_bpf::load(Kind::CgroupDevice, &program) {
             Ok(_) => {}
-            Err(nix::errno::Errno::EPERM | nix::errno::Errno::ENOSYS) => {
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EPERM | libc::ENOSYS)) => {
                 println!("SKIPPED: the_kernel_takes_the_program: bpf(2) is not allowed here");
             }
-            Err(errno) => panic!("{errno}"),
+            Err(error) => panic!("{error}"),
         }
     }
 }

@@ -2,7 +2,6 @@
 //! System calls that no crate in use wraps. All of the agent's `unsafe` is in
 //! this module.
 
-pub mod bpf;
 pub mod fd;
 pub mod host;
 pub mod mount;

@@ -8,8 +8,6 @@
 //! There is nothing to give back: socket and program are descriptors, and are
 //! gone with the process.
 
-mod sys;
-
 use std::{
     fs::File,
     io,
@@ -19,6 +17,7 @@ use std::{
     thread,
 };
 
+use bulkhead_bpf::Kind;
 use nix::sched::{setns, CloneFlags};
 
 /// Connections that wait to be accepted.
@@ -54,9 +53,9 @@ impl Loopback {
         })?;
         listener.set_nonblocking(true)?;
         rustix::net::listen(&listener, BACKLOG)?;
-        let map = sys::map_of(listener.as_fd())?;
-        let program = sys::load(&program(map.as_raw_fd()))?;
-        let link = sys::link(program.as_fd(), namespace.as_fd())?;
+        let map = bulkhead_bpf::map_of_socket(listener.as_fd())?;
+        let program = bulkhead_bpf::load(Kind::SocketLookup, &program(map.as_raw_fd()))?;
+        let link = bulkhead_bpf::link_to_namespace(program.as_fd(), namespace.as_fd())?;
         Ok(Self { listener, link })
     }
 }
