@@ -7,11 +7,8 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    fs::{File, Permissions},
-    os::{
-        fd::{AsRawFd, OwnedFd},
-        unix::{fs::PermissionsExt, net::UnixListener},
-    },
+    fs::File,
+    os::fd::{AsRawFd, OwnedFd},
     path::{Path, PathBuf},
     sync::{
         atomic::{AtomicBool, AtomicU64},
@@ -37,6 +34,7 @@ use super::{
     blocking,
     directory::{check_name, Directory, Identity},
     files::PodFiles,
+    host::{adopt, attach, listen, open_network, place, share, watched},
     observe::watch_health,
     ports,
     state::{Extra, Pod},
@@ -45,7 +43,7 @@ use super::{
 use crate::{
     agent::{Agent, Streams},
     clock,
-    config::{self, Config},
+    config::Config,
     error::{Error, Step},
     fault,
     hooks::Lifecycle,
@@ -58,13 +56,7 @@ use crate::{
     ksm::{self, Merging},
     oci::{self, Size},
     operator::{history::History, server},
-    resource::{
-        cgroup::SandboxCgroup,
-        journal::{Journal, Resource},
-        mount,
-        network::{self, Network},
-        process,
-    },
+    resource::{journal::Journal, network::Network, process},
     timeline::Timeline,
 };
 
@@ -148,16 +140,6 @@ pub async fn start(
             Err(error)
         }
     }
-}
-
-/// Makes the shared directory a mount that passes on what is mounted below it
-/// later: the VMM looks at it from a mount namespace of its own.
-fn share(directory: &Directory, journal: &Journal) -> Result<(), Error> {
-    let shared = directory.shared();
-    let step = || format!("mount {} on itself", shared.display());
-    let target = shared.clone();
-    journal.record(Resource::Mount { target }).step(step)?;
-    mount::share(&shared).step(step)
 }
 
 /// What is known before anything is taken from the host.
@@ -433,89 +415,6 @@ async fn follow(
         }
         pod.machine_ended(why);
     }
-}
-
-/// Makes the pod's cgroup, and puts this process there, where the VMM is born
-/// then, or else into one of those beside the pods. The pod's, if the VMM has
-/// still to be moved to it.
-fn place(
-    config: &config::Runtime,
-    request: &SandboxRequest,
-    spec: &Spec,
-    journal: &Journal,
-) -> Result<Option<SandboxCgroup>, Error> {
-    let path = spec
-        .linux()
-        .as_ref()
-        .and_then(|l| l.cgroups_path().as_ref());
-    let Some(path) = path.map(|path| path.to_string_lossy()) else {
-        return Ok(None);
-    };
-    let pods = SandboxCgroup::create(&path, journal)
-        .step(|| format!("linux.cgroupsPath: make the cgroup {path}"))?;
-    let Some(pods) = pods else { return Ok(None) };
-    if config.sandbox_cgroup_only {
-        pods.join().step(|| format!("move to the cgroup {path}"))?;
-        return Ok(None);
-    }
-    let beside = format!(
-        "{}/{}-{}",
-        config.overhead_cgroup, request.namespace, request.id
-    );
-    let step = || format!("runtime.overhead_cgroup: move to the cgroup {beside}");
-    if let Some(beside) = SandboxCgroup::create(&beside, journal).step(step)? {
-        beside.join().step(step)?;
-    }
-    Ok(Some(pods))
-}
-
-/// Writes the VMM's process down, and puts it into the pod's cgroup if it is not
-/// there.
-fn adopt(vm: &BulkheadVmm, cgroup: Option<SandboxCgroup>, journal: &Journal) -> Result<(), Error> {
-    let pid = vm.pid();
-    // It dies with this process, and is found again by its start time.
-    if let Some(start_time) = process::start_time(pid).step(|| "look at the VMM")? {
-        journal
-            .record(Resource::Process { pid, start_time })
-            .step(|| "write the journal")?;
-    }
-    cgroup.map_or(Ok(()), |cgroup| {
-        cgroup.add(pid).step(|| "move the VMM to the pod's cgroup")
-    })
-}
-
-/// The VMM's network namespace.
-fn open_network(vmm: u32) -> Result<File, Error> {
-    let path = format!("/proc/{vmm}/ns/net");
-    File::open(&path).step(|| format!("open {path}"))
-}
-
-/// Takes the pod's network over, where it has one.
-async fn attach(netns: Option<PathBuf>, journal: Journal) -> Result<(Journal, Network), Error> {
-    let Some(netns) = netns else {
-        return Ok((journal, Network::default()));
-    };
-    blocking(move || {
-        let network = network::attach(&netns, &journal)?;
-        Ok((journal, network))
-    })
-    .await
-}
-
-fn listen(path: PathBuf) -> Result<UnixListener, Error> {
-    let listening = || format!("listen on {} (runtime.state_dir)", path.display());
-    let listener = UnixListener::bind(&path).step(listening)?;
-    // For the VMM, which is a user of its own; the directory keeps others out.
-    std::fs::set_permissions(&path, Permissions::from_mode(0o666)).step(listening)?;
-    Ok(listener)
-}
-
-fn watched(listener: UnixListener) -> Result<tokio::net::UnixListener, Error> {
-    let set_up = || {
-        listener.set_nonblocking(true)?;
-        tokio::net::UnixListener::from_std(listener)
-    };
-    set_up().step(|| "watch a socket")
 }
 
 /// Boots, and waits for the agent's call.

@@ -9,6 +9,7 @@ mod boot;
 mod container;
 pub(crate) mod directory;
 mod files;
+mod host;
 mod mirror;
 mod observe;
 mod ports;
