@@ -208,6 +208,7 @@ impl Vmm {
         let later = Later {
             vcpus: (size.extra_vcpus > 0).then_some(1),
             memory: size.extra_mib > 0,
+            debug: false,
         };
         devices.config.mem = later.memory.then_some(MemConfig {
             max_mib: size.extra_mib,
