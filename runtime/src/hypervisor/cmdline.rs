@@ -5,12 +5,11 @@
 /// of the VM instead of waiting after a panic, no self-tests, no network
 /// interfaces but the pod's own, and the image from persistent memory without
 /// copies of its pages in the guest. Such a device may come a moment after all
-/// drivers are there, hence rootwait. Nobody is asked for PCI devices by ports,
-/// where they are not. What belongs to a processor is in small
+/// drivers are there, hence rootwait. What belongs to a processor is in small
 /// pages: in a large one, the kernel takes 2 MiB for it and keeps 4 MiB of notes
 /// of which control group each piece of that is charged to.
 const BASE: &str = "console=ttyS0 quiet loglevel=4 reboot=k panic=-1 cryptomgr.notests \
-    pci=noearly percpu_alloc=page dummy.numdummies=0 root=/dev/pmem0 rootfstype=erofs ro rootflags=dax=always rootwait=5 \
+    percpu_alloc=page dummy.numdummies=0 root=/dev/pmem0 rootfstype=erofs ro rootflags=dax=always rootwait=5 \
     init=/sbin/init";
 
 /// What a guest is to know of what it may get later.
