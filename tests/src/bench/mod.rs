@@ -8,7 +8,9 @@ pub mod boot;
 pub mod clone;
 pub mod density;
 pub mod ksm;
+pub mod kvm;
 pub mod memory;
+pub mod peer;
 pub mod pod;
 pub mod size;
 pub mod start;
@@ -195,7 +197,11 @@ const GROUPS: &[(&str, Take)] = &[
     ),
     ("boot-exits", boot::exits),
     ("boot-syscalls", boot::syscalls),
-    ("snapshot-create, vmm-restore", clone::figures),
+    ("vmm-boot", peer::boot),
+    (
+        "snapshot-create, vmm-restore, restore-exits, restore-faults, vmm-private, vmm-private-clone",
+        clone::figures,
+    ),
     ("ctr-run, boot, boot-kernel", start::ctr_run),
     ("run", start::run),
     ("host-private, guest-private", memory::figures),
