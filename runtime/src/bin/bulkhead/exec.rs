@@ -18,7 +18,7 @@ use bulkhead_runtime::{
 use bulkhead_shim_protocol::{
     shim::{
         CloseIORequest, DeleteRequest, ExecProcessRequest, KillRequest, ResizePtyRequest,
-        StartRequest, WaitRequest,
+        StartRequest, WaitRequest, WaitResponse,
     },
     shim_ttrpc::TaskClient,
 };
@@ -336,16 +336,15 @@ impl Session {
         let mut typed = given.map(read_input);
         let status = loop {
             tokio::select! {
-                answer = &mut ended => {
-                    break answer
-                        .map(|answer| answer.exit_status)
-                        .map_err(|error| format!("wait for the process: {}", chain(&error)));
-                }
+                answer = &mut ended => break end_of(answer),
                 bytes = next(&mut typed), if input.is_some() => match bytes {
                     Some(bytes) => {
                         if let Some(input) = &mut input {
-                            // It may read no more.
-                            let _ = input.write(&bytes).await;
+                            tokio::select! {
+                                _ = input.write(&bytes) => {}
+                                // It reads no more, and the FIFO is full.
+                                answer = &mut ended => break end_of(answer),
+                            }
                         }
                     }
                     None => {
@@ -402,6 +401,13 @@ impl Session {
         };
         let _ = call("signal it", CALL, client.kill(limit(CALL), &request)).await;
     }
+}
+
+/// The exit status in the shim's answer.
+fn end_of(answer: ttrpc::Result<WaitResponse>) -> Result<u32, String> {
+    answer
+        .map(|answer| answer.exit_status)
+        .map_err(|error| format!("wait for the process: {}", chain(&error)))
 }
 
 async fn next(typed: &mut Option<Receiver<Vec<u8>>>) -> Option<Vec<u8>> {
