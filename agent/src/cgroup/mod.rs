@@ -29,6 +29,29 @@ const AGENT_WEIGHT: &str = "1000";
 /// Processes that the pod leaves to the guest's kernel and the agent.
 const RESERVED_PIDS: u64 = 256;
 
+/// Memory that the pod leaves to the guest's kernel and the agent. A pod that
+/// wants more is at its own limit, and its processes wait or die for it, not
+/// the kernel's memory for what comes from the host.
+const RESERVED_MEMORY: u64 = 8 << 20;
+
+/// How much of `total` bytes the pod may have.
+fn pods_memory(total: u64) -> u64 {
+    total.saturating_sub(RESERVED_MEMORY).max(total / 2)
+}
+
+/// How much memory the guest has, of what /proc/meminfo says. None: it may get
+/// more, so that no limit would be right for long.
+fn fixed_memory(meminfo: &str, cmdline: &str) -> Option<u64> {
+    if cmdline.contains("memhp_default_state=") {
+        return None;
+    }
+    let line = meminfo
+        .lines()
+        .find_map(|line| line.strip_prefix("MemTotal:"))?;
+    let kib: u64 = line.split_ascii_whitespace().next()?.parse().ok()?;
+    kib.checked_mul(1024)
+}
+
 /// How many of `most` processes the pod may have.
 fn pods_share(most: u64) -> u64 {
     most.saturating_sub(RESERVED_PIDS).max(most / 2)
@@ -63,6 +86,10 @@ impl Hierarchy {
     fn protect(&self, agent: &Path) -> Result<()> {
         if self.controllers.contains("memory") {
             write(agent, "memory.min", AGENT_MEMORY)?;
+            let proc = |name: &str| read(Path::new("/proc"), name);
+            if let Some(total) = fixed_memory(&proc("meminfo")?, &proc("cmdline")?) {
+                write(&self.pod, "memory.max", &pods_memory(total).to_string())?;
+            }
         }
         if self.controllers.contains("cpu") {
             write(agent, "cpu.weight", AGENT_WEIGHT)?;
@@ -341,6 +368,19 @@ pub fn flat_value(text: &str, key: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_pod_leaves_memory() {
+        assert_eq!(pods_memory(100 << 20), 92 << 20);
+        assert_eq!(pods_memory(10 << 20), 5 << 20);
+        let meminfo = "MemTotal:         100 kB\nMemFree: 1 kB\n";
+        assert_eq!(fixed_memory(meminfo, "quiet"), Some(102_400));
+        assert_eq!(
+            fixed_memory(meminfo, "memhp_default_state=online_movable"),
+            None
+        );
+        assert_eq!(fixed_memory("", "quiet"), None);
+    }
 
     #[test]
     fn the_pod_leaves_processes() {
