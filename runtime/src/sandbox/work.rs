@@ -21,8 +21,8 @@ pub const GUEST_COMMAND: &str = "io.bulkhead.v1.GuestCommand";
 pub const FILE_COPY: &str = "io.bulkhead.v1.FileCopy";
 
 /// The program of `agent.debug_shell` in the shared directory. No container's
-/// directory begins with a dot.
-pub const DEBUG_SHELL: &str = ".debug-shell";
+/// directory begins with a dot; busybox goes by the name that it is called by.
+pub const DEBUG_SHELL: &str = ".debug/busybox";
 
 /// What a further process does.
 #[derive(Debug)]
@@ -88,7 +88,8 @@ pub fn give_debug_shell(program: &Path, shared: &Path) -> Result<(), Error> {
         return Ok(());
     }
     let to = shared.join(DEBUG_SHELL);
-    fs::copy(program, &to)
+    fs::create_dir_all(to.parent().unwrap_or(shared))
+        .and_then(|()| fs::copy(program, &to))
         .and_then(|_| fs::set_permissions(&to, fs::Permissions::from_mode(0o700)))
         .step(|| format!("copy {} (agent.debug_shell)", program.display()))
 }
@@ -197,7 +198,7 @@ mod tests {
         else {
             panic!("not the guest's");
         };
-        assert_eq!(process.args, ["/run/bulkhead/shared/.debug-shell", "sh"]);
+        assert_eq!(process.args, ["/run/bulkhead/shared/.debug/busybox", "sh"]);
         assert!(process.terminal);
     }
 
