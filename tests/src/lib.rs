@@ -29,7 +29,7 @@ pub mod install;
 pub mod listing;
 pub mod proc;
 pub mod stamp;
-mod sys;
+pub mod sys;
 pub mod timeline;
 pub mod tracing;
 pub mod vmm;

@@ -5,7 +5,8 @@
 use std::ffi::CStr;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
@@ -236,5 +237,65 @@ pub fn kvm_create_vm(kvm: &File) -> io::Result<i32> {
         }
         libc::close(vm);
         Ok(version)
+    }
+}
+
+/// Receives a message with a descriptor: the bytes, and the descriptor.
+///
+/// # Errors
+/// Those of recvmsg(2), or that none came.
+pub fn receive_descriptor(stream: &UnixStream) -> io::Result<(Vec<u8>, OwnedFd)> {
+    let mut bytes = vec![0u8; 16 * 1024];
+    let mut control = [0u64; 8];
+    // SAFETY: every pointer is to a live buffer of the length that is given;
+    // the one descriptor that there is room for is taken once.
+    let (count, fd) = unsafe {
+        let mut iov = libc::iovec {
+            iov_base: bytes.as_mut_ptr().cast(),
+            iov_len: bytes.len(),
+        };
+        let mut message: libc::msghdr = std::mem::zeroed();
+        message.msg_iov = &mut iov;
+        message.msg_iovlen = 1;
+        message.msg_control = control.as_mut_ptr().cast();
+        message.msg_controllen = libc::CMSG_SPACE(size_of::<RawFd>() as u32) as usize;
+        let count = libc::recvmsg(stream.as_raw_fd(), &mut message, libc::MSG_CMSG_CLOEXEC);
+        if count < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let header = libc::CMSG_FIRSTHDR(&message);
+        if header.is_null() || (*header).cmsg_type != libc::SCM_RIGHTS {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        let fd = std::ptr::read_unaligned(libc::CMSG_DATA(header).cast::<RawFd>());
+        (count as usize, OwnedFd::from_raw_fd(fd))
+    };
+    bytes.truncate(count);
+    Ok((bytes, fd))
+}
+
+/// Waits for a call that a seccomp filter's listener is asked about, and
+/// refuses it (seccomp_unotify(2)). Gives the call's number.
+///
+/// # Errors
+/// Those of the two ioctls; ENOENT also when the caller has ended.
+pub fn refuse_call(filter: &OwnedFd, errno: i32) -> io::Result<i32> {
+    // _IOWR('!', 0, struct seccomp_notif) and _IOWR('!', 1, struct seccomp_notif_resp).
+    const RECEIVE: libc::c_ulong = 0xc050_2100;
+    const SEND: libc::c_ulong = 0xc018_2101;
+    // SAFETY: both structures are plain integers, zero at first as the kernel
+    // wants them, and alive.
+    unsafe {
+        let mut asked: libc::seccomp_notif = std::mem::zeroed();
+        if libc::ioctl(filter.as_raw_fd(), RECEIVE, &mut asked) != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let mut answer: libc::seccomp_notif_resp = std::mem::zeroed();
+        answer.id = asked.id;
+        answer.error = -errno;
+        if libc::ioctl(filter.as_raw_fd(), SEND, &mut answer) != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(asked.data.nr)
     }
 }

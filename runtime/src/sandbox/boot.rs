@@ -347,6 +347,7 @@ async fn boot(
         size: plan.size,
         console: console.clone(),
         history,
+        volumes: Default::default(),
         verdict: OnceLock::new(),
         unanswered: AtomicU64::new(0),
         tasks: Mutex::default(),

@@ -173,10 +173,13 @@ async fn make_hooked(
     );
     let read_only = root.and_then(|root| root.readonly()).unwrap_or(false);
     let (directory, mounts) = (directory.to_path_buf(), request.rootfs.clone());
-    let id = request.id.clone();
+    let (id, pod) = (request.id.clone(), inner.clone());
     let (prepared, mirrors) = blocking(move || {
         let mut prepared = prepared;
         let mirrors = copied(&mut prepared, &id)?;
+        let shared = pod.directory.shared();
+        pod.volumes
+            .place(&mut prepared, &id, &shared, &pod.journal)?;
         rootfs::prepare(
             &directory,
             &mounts,
@@ -278,10 +281,13 @@ fn pid(inner: &Inner) -> u32 {
 
 /// Removes a container's files and its place in the pod.
 async fn forget(inner: &Arc<Inner>, id: &str, directory: &Path) {
-    let path = directory.to_path_buf();
-    let removed =
-        blocking(move || mount::remove_tree(&path).step(|| format!("remove {}", path.display())))
-            .await;
+    let (path, pod, of) = (directory.to_path_buf(), inner.clone(), id.to_owned());
+    let removed = blocking(move || {
+        let left = pod.volumes.leave(&of);
+        mount::remove_tree(&path).step(|| format!("remove {}", path.display()))?;
+        left
+    })
+    .await;
     let container = inner.pod().containers.remove(id);
     let outcome = match (removed, container) {
         (Ok(()), Some(container)) => inner

@@ -18,6 +18,7 @@ mod resize;
 mod rootfs;
 mod state;
 mod types;
+mod volumes;
 mod work;
 
 use std::{
@@ -40,7 +41,7 @@ use tokio::{
 };
 
 pub(crate) use self::observe::Observed;
-use self::{directory::Directory, files::PodFiles, state::Pod};
+use self::{directory::Directory, files::PodFiles, state::Pod, volumes::Volumes};
 pub use self::{
     types::*,
     work::{Arriving, FileCopy, GuestCommand, Work, FILE_COPY, GUEST_COMMAND},
@@ -87,6 +88,7 @@ struct Inner {
     files: Option<PodFiles>,
     console: Arc<Console>,
     history: Arc<History>,
+    volumes: Volumes,
     /// Why the machine is being ended, where that is our decision.
     verdict: OnceLock<String>,
     /// Health questions without an answer.

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-//! A container's files on the host: its root file system and volumes, mounted
-//! below the directory that the guest shares.
+//! A container's files on the host: its root file system and single files,
+//! mounted below the directory that the guest shares.
 //!
 //! ```text
 //! <sandbox>/shared/<container>/rootfs      from a snapshotter, or root.path
-//! <sandbox>/shared/<container>/mounts/<n>  bind mounts of the specification
+//! <sandbox>/shared/<container>/mounts/<n>  files that the specification binds
 //! ```
 
 use std::{
@@ -60,14 +60,14 @@ pub fn prepare(
     Ok(())
 }
 
-fn make_directory(path: &Path) -> Result<(), Error> {
+pub fn make_directory(path: &Path) -> Result<(), Error> {
     // Users of the container, not of the host, come through it; the
     // sandbox's own directory keeps the host's out.
     let made = DirBuilder::new().mode(0o755).create(path);
     made.step(|| format!("create {}", path.display()))
 }
 
-fn bind_volume(volume: &Volume, target: &Path) -> Result<(), Error> {
+pub fn bind_volume(volume: &Volume, target: &Path) -> Result<(), Error> {
     let failed = |problem: std::io::Error| {
         Error::Invalid(format!(
             "mounts: source {}: {problem}",

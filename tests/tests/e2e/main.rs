@@ -24,6 +24,7 @@ mod jail;
 mod kill;
 mod ksm;
 mod lifecycle;
+mod listener;
 mod logger;
 mod memory;
 mod merging;
@@ -81,6 +82,7 @@ fn all() -> Vec<Test> {
         announce::TESTS,
         guest::TESTS,
         conformance::TESTS,
+        listener::TESTS,
         resize::TESTS,
         ksm::TESTS,
         cli::TESTS,
