@@ -69,7 +69,7 @@ pub struct Agent {
     pub health_failures: u32,
     /// The host's static program with which commands are run in the guest
     /// itself; empty: never.
-    pub debug_shell: PathBuf,
+    pub debug_shell: String,
 }
 
 /// `[runtime]`: the host's side.
@@ -225,7 +225,7 @@ impl Default for Agent {
             stream_timeout_ms: 10_000,
             health_interval_ms: 10_000,
             health_failures: 3,
-            debug_shell: PathBuf::new(),
+            debug_shell: String::new(),
         }
     }
 }

@@ -170,7 +170,7 @@ async fn boot(
         .step(|| format!("create the journal in {}", directory.path().display()))?;
     let fault = config.debug.fault();
     share(&directory, &journal)?;
-    work::give_debug_shell(&config.agent.debug_shell, &directory.shared())?;
+    work::give_debug_shell(Path::new(&config.agent.debug_shell), &directory.shared())?;
     fault.after(fault::Step::Share)?;
     let files = plan.files.map(|files| PodFiles::write(&directory, files));
     let files = files.transpose()?;
@@ -256,7 +256,7 @@ async fn boot(
             Later {
                 vcpus: (plan.size.extra_vcpus > 0).then_some(plan.size.vcpus),
                 memory: plan.size.extra_memory_mib > 0,
-                debug: !config.agent.debug_shell.as_os_str().is_empty(),
+                debug: !config.agent.debug_shell.is_empty(),
             },
             &config.hypervisor.kernel_params,
         ),

@@ -101,7 +101,7 @@ pub fn describe(
     stdio: Stdio,
 ) -> Result<(), Error> {
     check_name("process", exec)?;
-    let debug_shell = !inner.config.agent.debug_shell.as_os_str().is_empty();
+    let debug_shell = !inner.config.agent.debug_shell.is_empty();
     let work = Translated::new(work, stdio.terminal, debug_shell)?;
     let mut pod = inner.pod();
     pod.accepts()?;
