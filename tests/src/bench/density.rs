@@ -147,7 +147,12 @@ fn grow(
         }
         thread::sleep(SETTLE);
         seen.push((count as f64, available()?));
-        progress(&format!("{count} pods"));
+        // Merging takes long; what was seen before it is told at once.
+        let so_far = match seen.len() {
+            1 => String::new(),
+            _ => format!(", {:.1} MiB each by their slope", -mib(slope(&seen))),
+        };
+        progress(&format!("{count} pods{so_far}"));
     }
     Ok(seen)
 }
