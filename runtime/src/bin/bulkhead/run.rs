@@ -16,11 +16,16 @@ use bulkhead_runtime::{
     sandbox::{CreateRequest, Sandbox, SandboxRequest},
 };
 use clap::Args;
+use rustix::process::{getrlimit, Resource};
 
 use super::{bundle, signals::Signals, terminal};
 
 /// Namespace of the containers of this command.
 const NAMESPACE: &str = "bulkhead-run";
+
+/// Open files without which not even the event loop can be made, which panics
+/// then.
+const FILES: u64 = 16;
 
 /// How long output may take to be delivered after the command has ended.
 const DELIVERY: Duration = Duration::from_secs(10);
@@ -77,6 +82,12 @@ impl Run {
             .map_err(|error| format!("ROOTFS-DIR {}: {error}", self.rootfs.display()))?;
         if let Some(bad) = self.env.iter().find(|entry| !entry.contains('=')) {
             return Err(format!("--env {bad}: write NAME=VALUE"));
+        }
+        let files = getrlimit(Resource::Nofile).current;
+        if let Some(few) = files.filter(|files| *files < FILES) {
+            return Err(format!(
+                "at most {few} files may be open (ulimit -n): a start needs {FILES} at least"
+            ));
         }
         let id = format!("run-{}-{start_us}", std::process::id());
         let bundle = Bundle::create(&config.runtime.state_dir, &id)?;
