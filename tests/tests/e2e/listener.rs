@@ -53,11 +53,10 @@ fn a_sidecar_decides_about_calls(context: &Context) -> Result<()> {
     let security = json!({ "seccomp": { "profile_type": 2, "localhost_ref": profile } });
     let judged = pod.start(
         "judged",
-        "chmod 700 /tmp; echo status $?; exec sleep 9999",
+        "chmod 700 /tmp 2>&1; echo status $?; exec sleep 9999",
         json!({ "mounts": mounts, "linux": { "security_context": security } }),
     )?;
     pod.logged(&judged, "status 1")?;
-    // Its other stream may come later.
     pod.logged(&judged, "Block device required")?;
     pod.logged(&sidecar, "refused")?;
     let log = pod.logs(&sidecar)?;

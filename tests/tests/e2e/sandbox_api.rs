@@ -5,6 +5,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{bail, ensure, Context as _, Result};
 use bulkhead_shim_protocol::metrics::Metrics;
@@ -35,11 +36,14 @@ pub const TESTS: &[Test] = tests![a_sandbox_by_the_sandbox_api];
 const NAMESPACE: &str = "bh-api";
 const SANDBOX: &str = "bh-api-pod";
 
+/// How long the shim may take to answer, on a busy machine.
+const CALL: Duration = Duration::from_secs(120);
+
 /// What a kill leaves as a status.
 const KILLED: u32 = 128 + 9;
 
 fn limit() -> context::Context {
-    context::with_duration(LIMIT)
+    context::with_duration(CALL)
 }
 
 /// A network namespace, gone when dropped.
@@ -248,10 +252,15 @@ fn a_sandbox_by_the_sandbox_api(context: &Context) -> Result<()> {
     rootfs(context)?;
     let before = context.listing()?;
     let bundle = fresh(context.dir.join("api-sandbox"))?;
+    // What the shim writes its log to, where there is one.
+    let log = bundle.join("log");
+    fs::write(&log, "")?;
     let netns = Netns::make()?;
     let socket = start_shim(context, &bundle)?;
-    runtime()?.block_on(lives_and_ends(context, &socket, &bundle))?;
-    until(LIMIT, "the shim's end", || Ok(!socket.exists()))?;
+    let lived = runtime()?.block_on(lives_and_ends(context, &socket, &bundle));
+    lived
+        .and_then(|()| until(LIMIT, "the shim's end", || Ok(!socket.exists())))
+        .with_context(|| fs::read_to_string(&log).unwrap_or_default())?;
     let pid: u32 = fs::read_to_string(bundle.join("shim.pid"))?
         .trim()
         .parse()?;
