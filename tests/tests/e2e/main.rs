@@ -37,7 +37,6 @@ mod programs;
 mod recovery;
 mod resize;
 mod runner;
-mod sandbox_api;
 mod soak;
 mod spans;
 mod stdio;
@@ -89,7 +88,6 @@ fn all() -> Vec<Test> {
         recovery::TESTS,
         exhaustion::TESTS,
         spans::TESTS,
-        sandbox_api::TESTS,
     ]
     .concat()
 }
