@@ -37,6 +37,7 @@ mod programs;
 mod recovery;
 mod resize;
 mod runner;
+mod sandbox_api;
 mod soak;
 mod spans;
 mod stdio;
@@ -88,6 +89,7 @@ fn all() -> Vec<Test> {
         recovery::TESTS,
         exhaustion::TESTS,
         spans::TESTS,
+        sandbox_api::TESTS,
     ]
     .concat()
 }
