@@ -87,6 +87,7 @@ pub fn request(bytes: &[u8]) {
             let _ = agent::StartContainerRequest::parse_from_bytes(bytes);
             let _ = agent::WaitProcessRequest::parse_from_bytes(bytes);
             let _ = agent::KernelLogRequest::parse_from_bytes(bytes);
+            let _ = agent::AnnounceRequest::parse_from_bytes(bytes);
             let _ = agent::Empty::parse_from_bytes(bytes);
         }
     }

@@ -3,10 +3,11 @@
 //! when its deadline passes or the connection ends, so no work may depend on
 //! one finishing.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use bulkhead_agent_protocol::{agent, agent_ttrpc};
+use bulkhead_agent_protocol::{agent, agent_ttrpc, SHARED_MOUNT};
 use tokio::sync::{mpsc, oneshot};
 use ttrpc::r#async::TtrpcContext;
 
@@ -230,6 +231,15 @@ impl agent_ttrpc::Agent for Service {
             Message::Mirror(mirror, reply)
         })
         .await
+    }
+
+    async fn announce(
+        &self,
+        _: &TtrpcContext,
+        request: agent::AnnounceRequest,
+    ) -> ttrpc::Result<agent::Empty> {
+        guest::announce::announce(&request, Path::new(SHARED_MOUNT))?;
+        Ok(agent::Empty::new())
     }
 
     async fn delete_container(

@@ -149,3 +149,53 @@ pub fn isolate_mount(
     }
     Ok(())
 }
+
+/// What events of fanotify(7) that report names call a file: the id of its
+/// file system, then its handle with length and type before.
+///
+/// # Errors
+/// Its file system has no handles.
+pub fn event_name_of(file: BorrowedFd<'_>) -> io::Result<Vec<u8>> {
+    #[repr(C)]
+    struct Handle {
+        length: u32,
+        kind: i32,
+        bytes: [u8; 128],
+    }
+    let mut handle = Handle {
+        length: 128,
+        kind: 0,
+        bytes: [0; 128],
+    };
+    let mut mount = 0;
+    // SAFETY: the path is a valid empty string, `handle` has as much room as
+    // it says, and the kernel writes to it and to `mount` only.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_name_to_handle_at,
+            file.as_raw_fd(),
+            c"".as_ptr(),
+            &raw mut handle,
+            &raw mut mount as *mut libc::c_int,
+            libc::AT_EMPTY_PATH,
+        )
+    };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: plain integers; zero is valid for each.
+    let mut system: libc::statfs64 = unsafe { std::mem::zeroed() };
+    // SAFETY: `system` is alive and of the type that is written.
+    if unsafe { libc::fstatfs64(file.as_raw_fd(), &raw mut system) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: two integers, whose names the library keeps to itself.
+    let id: [u8; 8] = unsafe { std::mem::transmute(system.f_fsid) };
+    let length = handle.length.min(128) as usize;
+    let mut name = Vec::with_capacity(16 + length);
+    name.extend_from_slice(&id);
+    name.extend_from_slice(&handle.length.to_ne_bytes());
+    name.extend_from_slice(&handle.kind.to_ne_bytes());
+    name.extend_from_slice(&handle.bytes[..length]);
+    Ok(name)
+}

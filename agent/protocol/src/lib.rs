@@ -24,6 +24,11 @@ pub const SHARED_TAG: &str = "shared";
 /// Where the agent mounts [`SHARED_TAG`].
 pub const SHARED_MOUNT: &str = "/run/bulkhead/shared";
 
+/// The time of modification, seconds and nanoseconds since the epoch, that
+/// [`agent::AnnounceRequest`] gives to a file: the VMM's file server leaves a
+/// file as it is that gets it (`bulkhead_vmm::virtio::fs`).
+pub const ANNOUNCED: (i64, i64) = (13_569_465_600, 141_592_653);
+
 /// Names of capabilities, without `CAP_`, in the order of their numbers (capabilities(7)).
 pub const CAPABILITIES: [&str; 41] = [
     "CHOWN",

@@ -118,6 +118,8 @@ calls! {
     update_container(UpdateContainerRequest) -> Empty, "update container", short;
     /// Brings a copy of a directory up to date.
     update_mirror(UpdateMirrorRequest) -> Empty, "update a volume's copy", short;
+    /// Tells of changes that the host has made in volumes.
+    announce(AnnounceRequest) -> Empty, "announce changes of volumes", short;
     /// Removes a container.
     delete_container(ContainerRequest) -> Empty, "delete container", long;
     /// Connects a stream to a port of the pod's loopback interface.

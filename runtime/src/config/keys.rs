@@ -84,6 +84,7 @@ keys! {
     runtime.guest_console, ANY, absolute, false, "Prefix of the files for guests' consoles, the pod's id follows; empty: the end is kept in memory.";
     runtime.console_kept_kib, 1..=1024, any, false, "How much of a guest's console is kept in memory.";
     runtime.events_kept, 0..=10_000, any, false, "How many events of a pod are kept for `bulkhead events`.";
+    runtime.watched_directories, 0..=1_048_576, any, false, "How many directories of a pod's volumes are watched for changes of the host's, which are told to programs in the guest that watch them; 0: none.";
     runtime.otlp_endpoint, ANY, collector, false, "A collector of OpenTelemetry spans, OTLP over HTTP, as http://127.0.0.1:4318; empty: none.";
     runtime.operator_socket, ANY, any, false, "Answer questions about a pod (metrics, state, events) on a socket beside its state.";
     runtime.allowed_annotations, ANY, annotations, false, "The annotations that a pod may set.";

@@ -90,6 +90,9 @@ pub struct Runtime {
     pub log_kept_kib: u64,
     /// How many events are kept.
     pub events_kept: usize,
+    /// How many directories of a pod's volumes are watched for changes of the
+    /// host's.
+    pub watched_directories: usize,
     /// A collector of OpenTelemetry spans; empty: none. Read from the host's
     /// configuration.
     pub otlp_endpoint: String,
@@ -280,6 +283,7 @@ impl Default for Runtime {
             console_kept_kib: 8,
             log_kept_kib: 256,
             events_kept: 200,
+            watched_directories: 1024,
             otlp_endpoint: String::new(),
             operator_socket: true,
             allowed_annotations: ["memory_mib", "vcpus"]

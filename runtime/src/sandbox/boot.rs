@@ -348,6 +348,7 @@ async fn boot(
         console: console.clone(),
         history,
         volumes: Default::default(),
+        watcher: Default::default(),
         verdict: OnceLock::new(),
         unanswered: AtomicU64::new(0),
         tasks: Mutex::default(),

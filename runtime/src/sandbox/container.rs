@@ -21,7 +21,7 @@ use super::{
     resize::Resize,
     rootfs,
     state::{label, Container, Frozen, Phase, Process, Stage},
-    CreateRequest, Deleted, Event, Exit, Inner,
+    watcher, CreateRequest, Deleted, Event, Exit, Inner,
 };
 use crate::{
     error::{chain, Error, ErrorKind, Step},
@@ -105,6 +105,7 @@ pub async fn create(inner: Arc<Inner>, mut request: CreateRequest) -> Result<u32
                 pid
             };
             process::watch(&inner, &id, None);
+            watcher::begin(&inner, inner.volumes.unwatched());
             Ok(pid)
         }
         Err(error) => {
@@ -283,7 +284,10 @@ fn pid(inner: &Inner) -> u32 {
 async fn forget(inner: &Arc<Inner>, id: &str, directory: &Path) {
     let (path, pod, of) = (directory.to_path_buf(), inner.clone(), id.to_owned());
     let removed = blocking(move || {
-        let left = pod.volumes.leave(&of);
+        let shared = pod.directory.shared();
+        let left = pod
+            .volumes
+            .leave(&of, |volume| pod.watcher.remove(&shared, volume));
         mount::remove_tree(&path).step(|| format!("remove {}", path.display()))?;
         left
     })

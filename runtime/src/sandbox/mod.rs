@@ -19,6 +19,7 @@ mod rootfs;
 mod state;
 mod types;
 mod volumes;
+mod watcher;
 mod work;
 
 use std::{
@@ -41,7 +42,7 @@ use tokio::{
 };
 
 pub(crate) use self::observe::Observed;
-use self::{directory::Directory, files::PodFiles, state::Pod, volumes::Volumes};
+use self::{directory::Directory, files::PodFiles, state::Pod, volumes::Volumes, watcher::Watcher};
 pub use self::{
     types::*,
     work::{Arriving, FileCopy, GuestCommand, Work, FILE_COPY, GUEST_COMMAND},
@@ -89,6 +90,7 @@ struct Inner {
     console: Arc<Console>,
     history: Arc<History>,
     volumes: Volumes,
+    watcher: Watcher,
     /// Why the machine is being ended, where that is our decision.
     verdict: OnceLock<String>,
     /// Health questions without an answer.

@@ -48,6 +48,8 @@ struct State {
     made: bool,
     next: u64,
     mounted: Vec<Mounted>,
+    /// Mounted since somebody has asked last, below the shared directory.
+    unwatched: Vec<PathBuf>,
 }
 
 #[derive(Debug)]
@@ -146,11 +148,18 @@ impl Volumes {
         Ok(())
     }
 
-    /// Container `id` has none any more: unmounts what nobody has. Blocks.
+    /// Those that were mounted since the last time, below the shared
+    /// directory, and that others than the pod may change.
+    pub fn unwatched(&self) -> Vec<PathBuf> {
+        std::mem::take(&mut self.state().unwatched)
+    }
+
+    /// Container `id` has none any more: unmounts what nobody has, after
+    /// `before` was called with it. Blocks.
     ///
     /// # Errors
     /// Something cannot be unmounted; the journal has it still.
-    pub fn leave(&self, id: &str) -> Result<(), Error> {
+    pub fn leave(&self, id: &str, before: impl Fn(&Path)) -> Result<(), Error> {
         let mut state = self.state();
         let mut outcome = Ok(());
         state.mounted.retain_mut(|mounted| {
@@ -158,6 +167,7 @@ impl Volumes {
                 return true;
             }
             let target = &mounted.target;
+            before(&Path::new(DIRECTORY).join(name_of(target)));
             let removed = mount::remove_tree(target);
             if let Err(error) = removed.step(|| format!("remove {}", target.display())) {
                 tracing::warn!(container = id, error = chain(&error), "volume not removed");
@@ -202,6 +212,9 @@ impl State {
         self.next += 1;
         bind_volume(&volume, &target)?;
         let name = name_of(&target);
+        if !is_the_pods_own(&volume.source) {
+            self.unwatched.push(Path::new(DIRECTORY).join(&name));
+        }
         self.mounted.push(Mounted {
             volume,
             target,
@@ -210,6 +223,12 @@ impl State {
         });
         Ok(name)
     }
+}
+
+/// kubelet's emptyDir, which nobody else knows.
+fn is_the_pods_own(source: &Path) -> bool {
+    let kind = source.parent().and_then(Path::file_name);
+    kind.is_some_and(|kind| kind == "kubernetes.io~empty-dir")
 }
 
 fn name_of(target: &Path) -> String {
@@ -281,13 +300,13 @@ mod tests {
         mount::unmount(&source.join("below")).unwrap();
 
         let there = |name: &str| shared.join(DIRECTORY).join(name).exists();
-        volumes.leave("writer").unwrap();
+        volumes.leave("writer", |_| ()).unwrap();
         assert!(there(&writer));
         for id in ["other", "both", "reader", "nobody"] {
-            volumes.leave(id).unwrap();
+            volumes.leave(id, |_| ()).unwrap();
         }
         assert!(!there(&writer) && !there(&reader) && there(&later));
-        volumes.leave("later").unwrap();
+        volumes.leave("later", |_| ()).unwrap();
         assert!(!there(&later));
         assert_eq!(fs::read(source.join("file")).unwrap(), b"seen");
         mount::remove_tree(&base).unwrap();

@@ -2,7 +2,7 @@
 //! Volumes that change while containers run.
 
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{symlink, MetadataExt, PermissionsExt};
 use std::path::Path;
 
 use anyhow::{Context as _, Result};
@@ -10,7 +10,10 @@ use anyhow::{Context as _, Result};
 use crate::context::{same, Context, LIMIT};
 use crate::runner::{tests, Test};
 
-pub const TESTS: &[Test] = tests![a_config_map_that_changes_wakes_its_watchers];
+pub const TESTS: &[Test] = tests![
+    a_config_map_that_changes_wakes_its_watchers,
+    changes_of_the_host_wake_watchers_in_any_volume,
+];
 
 /// Prints the events in a directory (inotify(7)): mask and name. perl of this
 /// machine: busybox has no such program everywhere.
@@ -73,5 +76,86 @@ fn a_config_map_that_changes_wakes_its_watchers(context: &Context) -> Result<()>
     let wanted = "old\nwatching\n100 ..2\n100 ..data_tmp\n40 ..data_tmp\n80 ..data\n200 ..1\nnew\n";
     same((code, watcher.out().as_str()), (0, wanted)).context(watcher.err())?;
     fs::remove_dir_all(context.dir.join("volumes"))?;
+    Ok(())
+}
+
+/// Prints what is modified (2), changed in its attributes (4), made (100) and
+/// removed (200) in two directories, until there is a `done`.
+const WATCH_TWO: &str = r#"
+    $| = 1;
+    $fd = syscall(294, 0);
+    for $path ("/one", "/two") {
+        $copy = $path;
+        syscall(254, $fd, $copy, 0x306) > 0 or die "watch: $!";
+    }
+    open(F, "<&=", $fd);
+    print "watching\n";
+    while (sysread(F, $b, 4096)) {
+        while (length $b) {
+            ($wd, $mask, $cookie, $length) = unpack("iIII", $b);
+            ($name) = unpack("Z*", substr($b, 16, $length));
+            printf("%d: %x %s;\n", $wd, $mask & 0xfff, $name);
+            $b = substr($b, 16 + $length);
+            exit 0 if $name eq "done";
+        }
+    }
+"#;
+
+fn changes_of_the_host_wake_watchers_in_any_volume(context: &Context) -> Result<()> {
+    context.only_bulkhead()?;
+    let (one, two) = (context.dir.join("one"), context.dir.join("two"));
+    for directory in [&one, &two] {
+        fs::create_dir_all(directory)?;
+    }
+    let mount = |source: &Path, place: &str, options: &str| {
+        let source = source.display();
+        format!("type=bind,src={source},dst={place},options={options}")
+    };
+    let mounts = [
+        mount(&one, "/one", "bind"),
+        mount(&two, "/two", "bind:ro"),
+        mount(Path::new("/usr"), "/host/usr", "bind:ro"),
+    ];
+    // A file of its own, when it is asked to: it is told of that once.
+    let script = "(while ! [ -e /one/go ]; do sleep 1; done; echo x >/one/own; sleep 3; echo x >/one/rest) & \
+        lib=/host/usr/lib/x86_64-linux-gnu; \
+        exec $lib/ld-linux-x86-64.so.2 --library-path $lib /host/usr/bin/perl -e \"$1\"";
+    let flags: Vec<&str> = mounts.iter().flat_map(|m| ["--mount", m]).collect();
+    let mut watcher = context.attached(&flags, &["sh", "-c", script, "sh", WATCH_TWO])?;
+    watcher.wait_for("watching")?;
+    // Directories are marked beside the start.
+    let first = one.join("first");
+    let marked = || -> Result<bool> {
+        fs::write(&first, "1")?;
+        std::thread::sleep(std::time::Duration::from_secs(2));
+        Ok(watcher.out().contains("1: 2 first;"))
+    };
+    crate::context::until(LIMIT, "a change to be told", marked)?;
+    // The file is as the host has left it.
+    let written = fs::metadata(&first)?;
+    fs::write(two.join("second"), "1")?;
+    watcher.wait_for("2: 2 second;")?;
+    fs::set_permissions(two.join("second"), fs::Permissions::from_mode(0o600))?;
+    watcher.wait_for("2: 4 second;")?;
+    let now = fs::metadata(&first)?;
+    let times = |m: &fs::Metadata| (m.mtime(), m.mtime_nsec(), m.ctime(), m.ctime_nsec());
+    same(times(&now), times(&written))?;
+    fs::create_dir(one.join("below"))?;
+    watcher.wait_for("1: 2 below;")?;
+    fs::remove_file(&first)?;
+    watcher.wait_for("1: 2 ;")?;
+    fs::write(one.join("go"), "")?;
+    watcher.wait_for("1: 2 rest;")?;
+    fs::write(two.join("done"), "")?;
+    let code = watcher.wait(LIMIT).context("the end")?;
+    let out = watcher.out();
+    same(code, 0).context(watcher.err())?;
+    let count = |event: &str| out.matches(event).count();
+    for event in ["1: 100 own;", "1: 2 own;", "2: 2 second;", "2: 4 second;"] {
+        same(count(event), 1).with_context(|| format!("{event}: {out}"))?;
+    }
+    for directory in [one, two] {
+        fs::remove_dir_all(directory)?;
+    }
     Ok(())
 }

@@ -67,6 +67,35 @@ impl Guest {
     }
 }
 
+/// What the guest's agent announces a change with changes nothing; any other
+/// time does.
+#[test]
+fn an_announced_change_leaves_the_file_alone() {
+    let mut guest = Guest::new();
+    let file = guest.inode("file");
+    let before = fs::metadata(guest.path("file")).unwrap();
+    let (atime, mtime) = (1 << 4, 1 << 5);
+    let mut set = |valid: u32, seconds: u64, nanoseconds: u32| {
+        let times = body().u64(seconds).u64(seconds).u64(0);
+        let parts = times.u32(nanoseconds).u32(nanoseconds).u32(0);
+        let head = body().u32(valid).u32(0).u64(0).u64(0).u64(0);
+        let tail = body().u32(0).u32(0).u32(0).u32(0).u32(0);
+        let all = Body([head.0, parts.0, tail.0].concat());
+        let answer = guest.ask(SETATTR, file, all, 104);
+        // The answer is what the file has: its attributes follow two words.
+        assert_eq!(long(&answer, 16 + 8), 10);
+        fs::metadata(guest.path("file")).unwrap()
+    };
+    for valid in [mtime, atime | mtime] {
+        let after = set(valid, 13_569_465_600, 141_592_653);
+        let times = |m: &fs::Metadata| (m.mtime(), m.mtime_nsec(), m.ctime(), m.ctime_nsec());
+        assert_eq!(times(&after), times(&before));
+        assert_eq!(after.atime(), before.atime());
+    }
+    let after = set(mtime, 13_569_465_600, 141_592_654);
+    assert_eq!(after.mtime(), 13_569_465_600);
+}
+
 #[test]
 fn names_are_made_moved_and_removed() {
     let mut guest = Guest::new();
