@@ -21,7 +21,7 @@ pub const SECTIONS: &str = include_str!("../man/sections.roff");
 #[command(name = "bulkhead-ksm-throttler", version)]
 pub struct Cli {
     /// Most processor time of ksmd while it scans, in percent of one processor
-    #[arg(long, value_name = "PERCENT", default_value_t = 50,
+    #[arg(long, value_name = "PERCENT", default_value_t = 95,
           value_parser = clap::value_parser!(u8).range(1..=100))]
     pub cpu_percent: u8,
     /// Pages that a second of ksmd's processor time must save; a scan that saves

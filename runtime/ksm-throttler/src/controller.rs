@@ -32,16 +32,21 @@ use crate::sysfs::Counters;
 /// Full scans in a row without gain that end a run.
 pub const BARREN_SCANS: u64 = 2;
 
-/// How long ksmd sleeps between batches, in milliseconds: the kernel's default.
-pub const SLEEP_MS: u32 = 20;
+/// How long ksmd sleeps between batches, in milliseconds: a quarter of the
+/// kernel's default, so that batches stay short where the bound is high.
+pub const SLEEP_MS: u32 = 5;
 
 /// How long a run lasts in which ksmd does nothing at all, because no memory is
 /// mergeable or because somebody else has stopped it.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Fewest pages taken for mergeable until a first full scan has counted them:
-/// 64 MiB, about one small pod.
+/// Pages taken for mergeable for each kick, beside those known, until a full
+/// scan has counted them: 64 MiB, about one small pod.
 const UNCOUNTED_PAGES: f64 = 16_384.0;
+
+/// How many more are taken for mergeable until then for each that is new: of
+/// many pods that start at once each has to be seen before any merges.
+const UNCOUNTED_MORE: f64 = 3.0;
 
 /// Fewest pages in a batch: fewer are not worth the waking.
 const BATCH_MIN: f64 = 16.0;
@@ -70,7 +75,7 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         Self {
-            cpu_share: 0.5,
+            cpu_share: 0.95,
             // 2 MiB for a second of a processor.
             min_profit: 500.0,
             scan_time: Duration::from_secs(1),
@@ -137,7 +142,7 @@ pub struct Totals {
 #[derive(Debug)]
 pub struct Controller {
     limits: Limits,
-    kicked: bool,
+    kicks: u64,
     budget: Budget,
     run: Option<Run>,
     totals: Totals,
@@ -152,8 +157,10 @@ struct Run {
     alive: Duration,
     /// The scan under way began before the last kick.
     partial: bool,
-    /// A full scan has counted what is mergeable.
-    counted: bool,
+    /// Kicks after which no full scan has counted what is mergeable.
+    uncounted: u64,
+    /// What was known to be mergeable when the run or the scan began.
+    base: f64,
     /// Something was gained since the last kick.
     gained: bool,
     /// Full scans without gain, one after the other.
@@ -172,7 +179,7 @@ impl Controller {
     pub fn new(limits: Limits) -> Self {
         Self {
             limits,
-            kicked: false,
+            kicks: 0,
             budget: Budget::new(limits.cpu_share, limits.tick.as_secs_f64()),
             run: None,
             totals: Totals::default(),
@@ -188,7 +195,7 @@ impl Controller {
     /// due at once when idle, begins a run or prolongs it. `count` is how many
     /// said so.
     pub fn kick(&mut self, count: u64) {
-        self.kicked |= count > 0;
+        self.kicks = self.kicks.saturating_add(count);
         self.totals.kicks = self.totals.kicks.saturating_add(count);
     }
 
@@ -200,25 +207,25 @@ impl Controller {
     /// Begins or prolongs a run as a kick does, but counts none: for what was
     /// there before anybody listened.
     pub fn wake(&mut self) {
-        self.kicked = true;
+        self.kicks = self.kicks.max(1);
     }
 
     /// Decides anew. To be called at a kick when idle, and every
     /// [`Limits::tick`] or so until it says [`Decision::Idle`].
     pub fn step(&mut self, sample: &Sample) -> Decision {
-        let kicked = std::mem::take(&mut self.kicked);
+        let kicks = std::mem::take(&mut self.kicks);
         let best = self.limits.scan_time.as_secs_f64();
         match &mut self.run {
-            None if !kicked => return Decision::Idle,
+            None if kicks == 0 => return Decision::Idle,
             None => {
                 self.totals.runs += 1;
                 self.budget.rest_until(sample.at);
-                self.run = Some(Run::new(*sample, best));
+                self.run = Some(Run::new(*sample, best, kicks));
             }
             Some(run) => {
                 run.observe(sample, &mut self.budget, &self.limits, &mut self.totals);
-                if kicked {
-                    run.kicked(best);
+                if kicks > 0 {
+                    run.kicked(best, kicks);
                 }
             }
         }
@@ -236,13 +243,14 @@ impl Controller {
 }
 
 impl Run {
-    fn new(sample: Sample, scan_seconds: f64) -> Self {
+    fn new(sample: Sample, scan_seconds: f64, kicks: u64) -> Self {
         Self {
             last: sample,
             decision: Decision::Pause,
             alive: sample.at,
             partial: true,
-            counted: false,
+            uncounted: kicks,
+            base: sample.counters.mergeable() as f64,
             gained: false,
             barren: 0,
             scan: (0, Duration::ZERO),
@@ -252,10 +260,10 @@ impl Run {
         }
     }
 
-    fn kicked(&mut self, scan_seconds: f64) {
+    fn kicked(&mut self, scan_seconds: f64, kicks: u64) {
         self.alive = self.last.at;
         self.partial = true;
-        self.counted = false;
+        self.uncounted = self.uncounted.saturating_add(kicks);
         self.gained = false;
         self.barren = 0;
         self.scan_seconds = scan_seconds;
@@ -319,6 +327,7 @@ impl Run {
             return;
         }
         self.scan_end = now;
+        self.base = self.last.counters.mergeable() as f64;
         let (gain, cpu) = std::mem::take(&mut self.scan);
         // Where the clock is too coarse for it, it was at most that little.
         let seconds = cpu.as_secs_f64().max(1e-6);
@@ -330,7 +339,9 @@ impl Run {
         } else if !partial {
             self.barren += 1;
         }
-        self.counted |= !partial;
+        if !partial {
+            self.uncounted = 0;
+        }
         // Before the first gain it is the checksums that are being taken, and
         // the gain is a scan away; after it, what changes slowly is given time.
         let patience = if self.gained && !paid { 2.0 } else { 1.0 };
@@ -355,10 +366,11 @@ impl Run {
     fn effort(&mut self, budget: &Budget) -> Effort {
         let sleep = f64::from(SLEEP_MS) / 1000.0;
         let known = self.last.counters.mergeable() as f64;
-        let mergeable = if self.counted {
+        let mergeable = if self.uncounted == 0 {
             known
         } else {
-            known.max(UNCOUNTED_PAGES)
+            let fresh = (known - self.base).max(0.0);
+            known + fresh * UNCOUNTED_MORE + UNCOUNTED_PAGES * self.uncounted as f64
         };
         // Batches and the sleeps between them share the scan's time.
         let awake = mergeable * budget.page_seconds();

@@ -23,6 +23,12 @@ const OTHERS: usize = 2;
 /// What a start or an end leaves to be done.
 const SETTLE: Duration = Duration::from_secs(3);
 
+/// As often pods that are stuck are replaced.
+const TRIES: usize = 3;
+/// A pod that is idle takes less than this part of a processor; several that
+/// are stuck share it.
+const STUCK: f64 = 12.0;
+
 const MERGE_GROUP: &str = "io.bulkhead.hypervisor.merge_group";
 
 /// `pod-memory`, `pod-memory-ksm`, `ksm-across-groups`.
@@ -139,13 +145,21 @@ fn grow(
     counts: &[usize],
 ) -> Result<Vec<(f64, f64)>> {
     let mut seen = Vec::new();
+    let mut number = 0;
     for &count in counts {
-        while pods.len() < count {
-            let id = format!("{}-{}", group.unwrap_or("alone"), pods.len());
-            start(bench, group, &id)?;
-            pods.push(id);
+        // Each may find the next ones stuck, so not for ever.
+        for _ in 0..=TRIES {
+            while pods.len() < count {
+                let id = format!("{}-{number}", group.unwrap_or("alone"));
+                start(bench, group, &id)?;
+                pods.push(id);
+                number += 1;
+            }
+            thread::sleep(SETTLE);
+            if end_stuck(bench, pods)? == 0 {
+                break;
+            }
         }
-        thread::sleep(SETTLE);
         seen.push((count as f64, available()?));
         // Merging takes long; what was seen before it is told at once.
         let so_far = match seen.len() {
@@ -155,6 +169,46 @@ fn grow(
         progress(&format!("{count} pods{so_far}"));
     }
     Ok(seen)
+}
+
+/// Ends pods whose guest does not come to rest: in the emulator, an interrupt
+/// of the host that comes together with one of a guest now and then lets the
+/// guest run on with interrupts where there may be none, and it waits for its
+/// own lock for ever. How many there were.
+fn end_stuck(bench: &Bench, pods: &mut Vec<String>) -> Result<usize> {
+    let list = bulkhead(bench, &["list"])?;
+    let machines = list.as_array().context("a list of sandboxes")?;
+    let times = || -> Vec<Option<f64>> {
+        let pid = |machine: &Value| machine["vmm_pid"].as_u64();
+        machines.iter().map(|m| cpu_seconds(pid(m)?)).collect()
+    };
+    let before = times();
+    thread::sleep(SETTLE);
+    let mut stuck = 0;
+    for ((machine, before), after) in machines.iter().zip(before).zip(times()) {
+        let (Some(before), Some(after)) = (before, after) else {
+            continue;
+        };
+        let id = machine["id"].as_str().context("a sandbox without an id")?;
+        if after - before > SETTLE.as_secs_f64() / STUCK {
+            progress(&format!("{id} does not come to rest: another one instead"));
+            end(bench, id)?;
+            pods.retain(|pod| pod != id);
+            stuck += 1;
+        }
+    }
+    Ok(stuck)
+}
+
+/// Processor time of a process so far; none: it has ended.
+fn cpu_seconds(pid: u64) -> Option<f64> {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).ok()?;
+    let mut all = 0.0;
+    for thread in threads.flatten() {
+        let text = fs::read_to_string(thread.path().join("schedstat")).ok()?;
+        all += text.split(' ').next()?.parse::<f64>().ok()?;
+    }
+    Some(all / 1e9)
 }
 
 fn start(bench: &Bench, group: Option<&str>, id: &str) -> Result<()> {
@@ -196,10 +250,7 @@ fn mib(bytes: f64) -> f64 {
 
 /// Merged pages of the pods of the first group, and of those of the second.
 fn merged_pages(bench: &Bench) -> Result<(f64, f64)> {
-    let mut command = std::process::Command::new(bench.products.program("bulkhead"));
-    command.arg("--config").arg(&bench.config);
-    command.args(["density", "--format", "json"]);
-    let told: Value = serde_json::from_slice(&proc::run(&mut command, LIMIT)?.ok()?.stdout)?;
+    let told = bulkhead(bench, &["density"])?;
     let pods = told["pods"].as_array().context("pods")?;
     let sum = |group: &str, count: usize| -> Result<f64> {
         let of: Vec<&Value> = pods.iter().filter(|p| p["merge_group"] == group).collect();
@@ -210,6 +261,15 @@ fn merged_pages(bench: &Bench) -> Result<(f64, f64)> {
         Ok(bytes.sum::<Result<f64>>()? / 4096.0)
     };
     Ok((sum("red", COUNTS[0])?, sum("blue", OTHERS)?))
+}
+
+/// What the command says, as JSON.
+fn bulkhead(bench: &Bench, arguments: &[&str]) -> Result<Value> {
+    let mut command = std::process::Command::new(bench.products.program("bulkhead"));
+    command.arg("--config").arg(&bench.config);
+    command.args(arguments).args(["--format", "json"]);
+    let told = proc::run(&mut command, LIMIT)?.ok()?.stdout;
+    serde_json::from_slice(&told).context("bulkhead's JSON")
 }
 
 /// Of the line that fits best.

@@ -23,7 +23,7 @@ use crate::vmm::{agent_socket, Vmm};
 const PODS: usize = 16;
 /// How long the daemon and the kernel's defaults are watched, from the kick on,
 /// in seconds.
-const LONG: f64 = 300.0;
+const LONG: f64 = 1200.0;
 /// How long Kata's table is watched: with it ksmd takes a whole processor for
 /// the first half minute and nearly half of it for two more minutes.
 const SHORT: f64 = 30.0;
@@ -118,7 +118,10 @@ fn burst(
     policy.begin()?;
     let recorder = Recorder::new(policy.pid())?;
     let mut course = Course::default();
-    policy.kick()?;
+    // One for each, as the shim does it.
+    for _ in 0..PODS {
+        policy.kick()?;
+    }
     while recorder.now() < until {
         recorder.step(&mut course, &mut policy)?;
     }
