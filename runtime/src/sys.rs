@@ -93,6 +93,75 @@ pub fn spawn_apart(command: &mut Command) -> io::Result<Child> {
     child
 }
 
+/// A process that has ended, and that nobody has waited for; that happens when
+/// this is dropped.
+#[derive(Debug)]
+pub struct Ended(libc::pid_t);
+
+impl Ended {
+    /// Its id, which is nobody else's as long as this is there.
+    pub fn pid(&self) -> libc::pid_t {
+        self.0
+    }
+}
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        // It sends no signal, and so is a child that only __WALL finds.
+        // SAFETY: no status is asked for.
+        while unsafe { libc::waitpid(self.0, std::ptr::null_mut(), libc::__WALL) } < 0
+            && io::Error::last_os_error().kind() == io::ErrorKind::Interrupted
+        {}
+    }
+}
+
+/// A process that did nothing but end, in a user namespace of its own: as long
+/// as it is not waited for, that can be filled in and opened by its id.
+///
+/// # Errors
+/// The namespace cannot be made.
+pub fn ended_in_user_namespace() -> io::Result<Ended> {
+    let none = 0 as libc::c_ulong;
+    // SAFETY: as fork(2), in whose child nothing but the one system call is
+    // made; no stack, thread id or storage is given.
+    let pid = unsafe {
+        libc::syscall(
+            libc::SYS_clone,
+            libc::CLONE_NEWUSER as libc::c_ulong,
+            none,
+            none,
+            none,
+            none,
+        )
+    };
+    match pid {
+        // SAFETY: ends the process and runs nothing that it has from its parent.
+        0 => unsafe { libc::_exit(0) },
+        pid if pid < 0 => Err(io::Error::last_os_error()),
+        pid => Ok(Ended(pid as libc::pid_t)), // process ids fit
+    }
+}
+
+/// Gives a mount that is attached nowhere, and with `recursive` everything
+/// below it, the ids of a user namespace (mount_setattr(2)).
+///
+/// # Errors
+/// EINVAL: a file system cannot have that; EPERM: one has it already, or is
+/// another user namespace's.
+pub fn map_mount(
+    mount: BorrowedFd<'_>,
+    recursive: bool,
+    namespace: BorrowedFd<'_>,
+) -> io::Result<()> {
+    let attributes = libc::mount_attr {
+        attr_set: libc::MOUNT_ATTR_IDMAP,
+        attr_clr: 0,
+        propagation: 0,
+        userns_fd: u64::from(namespace.as_raw_fd().unsigned_abs()),
+    };
+    set_attributes(mount, recursive, &attributes)
+}
+
 /// A value that owns one open descriptor and never changes which.
 pub trait Owner: AsRawFd {}
 
@@ -131,6 +200,14 @@ pub fn isolate_mount(
         },
         userns_fd: 0,
     };
+    set_attributes(mount, recursive, &attributes)
+}
+
+fn set_attributes(
+    mount: BorrowedFd<'_>,
+    recursive: bool,
+    attributes: &libc::mount_attr,
+) -> io::Result<()> {
     let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
     // SAFETY: the path is a valid empty string and the structure is as long
     // as the size says; the kernel only reads both.
@@ -140,7 +217,7 @@ pub fn isolate_mount(
             mount.as_raw_fd(),
             c"".as_ptr(),
             flags,
-            &raw const attributes,
+            std::ptr::from_ref(attributes),
             size_of::<libc::mount_attr>(),
         )
     };

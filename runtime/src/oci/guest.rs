@@ -12,8 +12,9 @@ use oci_spec::runtime::{Linux, Mount, Spec};
 
 use super::{
     devices::{may_use_all, HostDevices},
-    hooks, name, namespaces, process, resources, seccomp, SpecError,
+    hooks, idmap, name, namespaces, process, resources, seccomp, SpecError,
 };
+use crate::resource::idmap::Mapped;
 
 /// File systems that the guest makes itself.
 const GUEST_FILE_SYSTEMS: [&str; 9] = [
@@ -56,6 +57,9 @@ pub struct Volume {
     pub read_only: bool,
     /// What the host mounts below it later is the guest's to see and to write.
     pub follows: bool,
+    /// Whose the files are to the container, where that is not who they are
+    /// the host's.
+    pub mapped: Option<Mapped>,
 }
 
 /// A container for the agent, and what the host has to prepare for it.
@@ -115,7 +119,14 @@ pub fn container(spec: &Spec, id: &str, pod: Option<Pod<'_>>) -> Result<Prepared
     let mut volumes = Vec::new();
     let mut mounts = Vec::new();
     for (number, mount) in spec.mounts().iter().flatten().enumerate() {
-        mounts.push(translate_mount(mount, number, &directory, &mut volumes)?);
+        let linux = spec.linux().as_ref();
+        mounts.push(translate_mount(
+            mount,
+            linux,
+            number,
+            &directory,
+            &mut volumes,
+        )?);
     }
     let process_spec = spec
         .process()
@@ -177,6 +188,7 @@ pub fn container(spec: &Spec, id: &str, pod: Option<Pod<'_>>) -> Result<Prepared
 
 fn translate_mount(
     mount: &Mount,
+    linux: Option<&Linux>,
     number: usize,
     directory: &str,
     volumes: &mut Vec<Volume>,
@@ -194,11 +206,8 @@ fn translate_mount(
         options: options.clone(),
         ..Default::default()
     };
-    let mapped = [mount.uid_mappings(), mount.gid_mappings()];
-    if mapped.iter().any(|list| list.is_some()) {
-        return Err(field("id-mapped mounts are not supported: volumes are on virtio-fs, whose server does not allow it"
-                .into()));
-    }
+    out.options.retain(|option| !idmap::is_option(option));
+    let mapped = idmap::mapped(mount, linux).map_err(field)?;
     if kind == "bind" || has("bind") || has("rbind") {
         if !source.is_absolute() {
             return Err(field(format!(
@@ -206,7 +215,8 @@ fn translate_mount(
                 out.source
             )));
         }
-        // Shared memory is memory of the guest.
+        // Shared memory is memory of the guest, and all that is in it is from
+        // containers, which have their ids already.
         if shared_memory(mount).is_some() {
             out.source = GUEST_SHM.into();
             return Ok(out);
@@ -217,6 +227,7 @@ fn translate_mount(
             recursive: has("rbind"),
             read_only: has("ro") || has("rro"),
             follows: false,
+            mapped,
         };
         out.source = format!("{directory}/mounts/{}", volume.name);
         // The last word counts, as with mount(8).
@@ -231,6 +242,13 @@ fn translate_mount(
             ..volume
         });
         return Ok(out);
+    }
+    if mapped.is_some() {
+        return Err(field(
+            "only bind mounts can be id-mapped: a file system of its own has the container's ids \
+             already, leave the mapping out"
+                .into(),
+        ));
     }
     if !GUEST_FILE_SYSTEMS.contains(&kind.as_str()) {
         return Err(field(format!(
@@ -345,6 +363,7 @@ mod tests {
                     recursive: true,
                     read_only: true,
                     follows: false,
+                    mapped: None,
                 },
                 Volume {
                     source: "/srv/b".into(),
@@ -352,6 +371,7 @@ mod tests {
                     recursive: false,
                     read_only: false,
                     follows: false,
+                    mapped: None,
                 },
             ]
         );
@@ -410,6 +430,17 @@ mod tests {
                 "{}",
                 r#"[{"destination":"/x","type":"bind","source":"data"}]"#,
                 "mounts: /x",
+            ),
+            (
+                "{}",
+                r#"[{"destination":"/x","type":"bind","source":"/x","options":["idmap"]}]"#,
+                "mounts: /x: idmap",
+            ),
+            (
+                r#"{"uidMappings":[{"containerID":0,"hostID":1,"size":1}],
+                    "gidMappings":[{"containerID":0,"hostID":1,"size":1}]}"#,
+                r#"[{"destination":"/x","type":"tmpfs","options":["idmap"]}]"#,
+                "mounts: /x: only bind",
             ),
         ] {
             let text = container(&spec(linux, mounts, "{}"), "c", None)

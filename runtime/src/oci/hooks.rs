@@ -67,6 +67,7 @@ pub fn in_guest(
             recursive: false,
             follows: false,
             read_only: true,
+            mapped: None,
         });
         out.create_container.push(hook_out);
     }

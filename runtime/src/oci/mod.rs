@@ -5,6 +5,7 @@ mod annotations;
 mod devices;
 mod guest;
 mod hooks;
+mod idmap;
 mod merge;
 mod namespaces;
 mod process;

@@ -2,7 +2,7 @@
 //! A container's namespaces (config-linux.md, "Namespaces") as they are in a
 //! guest that is the pod.
 
-use std::path::Path;
+use std::path::PathBuf;
 
 use bulkhead_agent_protocol::oci;
 use oci_spec::runtime::{Linux, LinuxIdMapping, LinuxNamespace, LinuxNamespaceType};
@@ -20,7 +20,7 @@ pub fn translate(
     pod: Option<Pod<'_>>,
 ) -> Result<Option<oci::Namespace>, SpecError> {
     let kind = namespace.typ();
-    let path = namespace.path().as_deref();
+    let path = namespace.path().as_ref();
     let refused = |why: &str| {
         let field = format!("linux.namespaces: {}", name(&kind));
         Err(SpecError::field(field, why))
@@ -41,7 +41,7 @@ pub fn translate(
         // All processes of a pod have one pid on the host, so which container
         // is meant cannot be told; the one that stands for the pod is.
         (LinuxNamespaceType::Pid, Some(path)) => match pod {
-            Some(pod) if path == Path::new(&format!("/proc/{}/ns/pid", pod.pid)) => {
+            Some(pod) if *path == pids_of(pod) => {
                 match pod.sandbox {
                     Some(sandbox) => out.container_id = sandbox.into(),
                     // The guest's own, with the agent as its first process.
@@ -51,8 +51,13 @@ pub fn translate(
             _ => return refused("only that of the same pod can be joined"),
         },
         // The containers of a pod with a user namespace say its path and its
-        // ids: each gets one of its own with the same ids.
+        // ids: each gets one of its own with the same ids. But where they have
+        // the pid namespace of who stands for the pod, which is that one's.
         (LinuxNamespaceType::User, Some(_)) => {
+            let pods = pod.filter(|pod| joins_pids(linux, *pod));
+            if let Some(sandbox) = pods.and_then(|pod| pod.sandbox) {
+                out.container_id = sandbox.into();
+            }
             if linux.uid_mappings().is_none() || linux.gid_mappings().is_none() {
                 return refused("joining another's is not supported without its id mappings");
             }
@@ -61,6 +66,19 @@ pub fn translate(
         (_, None) => {}
     }
     Ok(Some(out))
+}
+
+/// The pid namespace of a pod's processes.
+fn pids_of(pod: Pod<'_>) -> PathBuf {
+    PathBuf::from(format!("/proc/{}/ns/pid", pod.pid))
+}
+
+fn joins_pids(linux: &Linux, pod: Pod<'_>) -> bool {
+    let path = pids_of(pod);
+    let mut all = linux.namespaces().iter().flatten();
+    all.any(|namespace| {
+        namespace.typ() == LinuxNamespaceType::Pid && namespace.path().as_ref() == Some(&path)
+    })
 }
 
 /// Ids of a user namespace.
@@ -104,6 +122,15 @@ mod tests {
             let text = translated(linux, other).unwrap_err().to_string();
             assert!(text.starts_with("linux.namespaces: pid"), "{text}");
         }
+        // With a user namespace: that is the same container's.
+        let ids = r#"[{"containerID":0,"hostID":100000,"size":65536}]"#;
+        let linux_with_users = format!(
+            r#"{{"namespaces":[{{"type":"pid","path":"/proc/77/ns/pid"}},
+                {{"type":"user","path":"/proc/77/ns/user"}}],
+                "uidMappings":{ids},"gidMappings":{ids}}}"#
+        );
+        let out = translated(&linux_with_users, Some(pod(77))).unwrap();
+        assert_eq!(out.namespaces[1].container_id, "pause");
         // Nobody stands for the pod: its processes are the guest's.
         let alone = Pod {
             pid: 77,

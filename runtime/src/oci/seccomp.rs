@@ -113,6 +113,7 @@ mod tests {
             recursive: true,
             read_only: false,
             follows: false,
+            mapped: None,
         };
         let volumes = [volume("/srv", "2"), volume("/srv/pod/x", "3")];
         let place = |action: &str, path: &str| {

@@ -16,13 +16,28 @@ use nix::{
     mount::{umount2, MntFlags},
 };
 use rustix::{
-    fs::{openat2, Mode, OFlags, ResolveFlags, CWD},
+    fs::{openat2, statx, AtFlags, Mode, OFlags, ResolveFlags, StatxFlags, CWD},
     mount::{
         mount_change, move_mount, open_tree, MountPropagationFlags, MoveMountFlags, OpenTreeFlags,
     },
 };
 
+use super::idmap::Mapped;
 use crate::sys;
+
+/// What a mount of something that is mounted already is to be like.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Kind<'a> {
+    /// With what is mounted below.
+    pub recursive: bool,
+    /// Cannot be written through.
+    pub read_only: bool,
+    /// What is mounted below the original later shows here too, where the
+    /// original passes it on.
+    pub follows: bool,
+    /// Whose the files are.
+    pub mapped: Option<&'a Mapped>,
+}
 
 /// Mounts the file or directory `source` on `target` as well. The copy has
 /// nothing to do with the original's later mounts, in either direction: so
@@ -31,32 +46,29 @@ use crate::sys;
 /// # Errors
 /// What the kernel says.
 pub fn bind(source: &Path, target: &Path, recursive: bool, read_only: bool) -> io::Result<()> {
-    attach(source, target, recursive, read_only, false)
+    let kind = Kind {
+        recursive,
+        read_only,
+        ..Kind::default()
+    };
+    again(source, target, kind)
 }
 
-/// As [`bind`] with everything below, to write to; what is mounted below the
-/// original later shows in the copy too, where the original passes it on.
+/// As [`bind`], in any way.
 ///
 /// # Errors
-/// What the kernel says.
-pub fn follow(source: &Path, target: &Path) -> io::Result<()> {
-    attach(source, target, true, false, true)
-}
-
-fn attach(
-    source: &Path,
-    target: &Path,
-    recursive: bool,
-    read_only: bool,
-    receives: bool,
-) -> io::Result<()> {
-    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-    if recursive {
-        flags |= OpenTreeFlags::AT_RECURSIVE;
-    }
-    let tree = open_tree(CWD, source, flags)?;
+/// What the kernel says; of a mapping that cannot be, which file system it is
+/// that cannot have it.
+pub fn again(source: &Path, target: &Path, kind: Kind<'_>) -> io::Result<()> {
+    let tree = copy(source, kind.recursive)?;
     // Before it is attached anywhere.
-    sys::isolate_mount(tree.as_fd(), recursive, read_only, receives)?;
+    sys::isolate_mount(tree.as_fd(), kind.recursive, kind.read_only, kind.follows)?;
+    if let Some(Mapped { ids, recursive }) = kind.mapped {
+        let namespace = ids.namespace()?;
+        let recursive = *recursive && kind.recursive;
+        sys::map_mount(tree.as_fd(), recursive, namespace.as_fd())
+            .map_err(|error| cannot_be_mapped(source, recursive, &namespace, error))?;
+    }
     move_mount(
         &tree,
         "",
@@ -65,6 +77,66 @@ fn attach(
         MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
     )?;
     Ok(())
+}
+
+/// A copy of a mount, or of a part of it, that is attached nowhere.
+fn copy(source: &Path, recursive: bool) -> io::Result<OwnedFd> {
+    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    if recursive {
+        flags |= OpenTreeFlags::AT_RECURSIVE;
+    }
+    Ok(open_tree(CWD, source, flags)?)
+}
+
+/// What to say of a mapping that the kernel has refused: which of the file
+/// systems it is.
+fn cannot_be_mapped(
+    source: &Path,
+    recursive: bool,
+    namespace: &OwnedFd,
+    error: io::Error,
+) -> io::Error {
+    let mut places = vec![source.to_path_buf()];
+    if recursive {
+        let source = source.canonicalize().unwrap_or_else(|_| source.into());
+        let below = mount_points_below(&source).unwrap_or_default();
+        places.extend(below.into_iter().filter(|place| *place != source));
+    }
+    let fails = |place: &PathBuf| {
+        let tree = copy(place, false).ok()?;
+        let tried = sys::map_mount(tree.as_fd(), false, namespace.as_fd());
+        Some((place.clone(), tried.err()?))
+    };
+    let (place, error) = places
+        .iter()
+        .find_map(fails)
+        .unwrap_or_else(|| (source.into(), error));
+    let name = file_system(&place).unwrap_or_else(|| "its file system".into());
+    let (place, errno) = (place.display(), error.raw_os_error());
+    let why = match errno {
+        Some(libc::EINVAL) => format!(
+            "{name}, the file system of {place}, cannot be id-mapped by this kernel: use one that \
+             can (ext4, xfs, btrfs; tmpfs from Linux 6.3 on) or leave the mapping out"
+        ),
+        Some(libc::EPERM) => format!(
+            "{place} ({name}) cannot be id-mapped: it is already, or its file system was mounted \
+             in another user namespace; leave the mapping out"
+        ),
+        _ => format!("id-map {place} ({name}): {error}"),
+    };
+    io::Error::new(error.kind(), why)
+}
+
+/// The type of the file system that a path is on.
+fn file_system(path: &Path) -> Option<String> {
+    let found = statx(CWD, path, AtFlags::empty(), StatxFlags::MNT_ID).ok()?;
+    let id = found.stx_mnt_id.to_string();
+    let table = std::fs::read_to_string("/proc/self/mountinfo").ok()?;
+    table.lines().find_map(|line| {
+        let rest = line.strip_prefix(&id)?.strip_prefix(' ')?;
+        let (_, kind) = rest.split_once(" - ")?;
+        Some(kind.split(' ').next()?.to_owned())
+    })
 }
 
 /// Mounts a directory on itself, as a mount that passes on to its copies in
@@ -173,7 +245,15 @@ fn unescape(field: &[u8]) -> PathBuf {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::{
+        fs::File,
+        os::unix::{fs::MetadataExt, process::CommandExt},
+    };
+
+    use super::{
+        super::idmap::{IdMapping, IdRange},
+        *,
+    };
 
     #[test]
     fn escapes_are_undone() {
@@ -198,7 +278,12 @@ mod tests {
         std::fs::write(at("extra/file"), "seen").unwrap();
         share(&at("original")).unwrap();
         share(&at("shared")).unwrap();
-        follow(&at("original"), &at("shared/copy")).unwrap();
+        let follows = Kind {
+            recursive: true,
+            follows: true,
+            ..Kind::default()
+        };
+        again(&at("original"), &at("shared/copy"), follows).unwrap();
         bind(&at("original"), &at("shared/apart"), true, false).unwrap();
         bind(&at("extra"), &at("original/in"), false, false).unwrap();
         assert_eq!(std::fs::read(at("shared/copy/in/file")).unwrap(), b"seen");
@@ -206,6 +291,85 @@ mod tests {
         // Taking the copy away leaves the original as it is.
         remove_tree(&at("shared")).unwrap();
         assert!(at("original/in/file").exists());
+        remove_tree(&base).unwrap();
+    }
+
+    #[test]
+    fn files_have_other_ids_where_they_are_mapped() {
+        const NAME: &str = "files_have_other_ids_where_they_are_mapped";
+        if !nix::unistd::geteuid().is_root() {
+            println!("SKIPPED: {NAME}: needs root");
+            return;
+        }
+        let base = std::env::temp_dir().join(format!("bulkhead-idmap-{}", std::process::id()));
+        let _ = remove_tree(&base);
+        let at = |name: &str| base.join(name);
+        for name in ["disk/below", "other", "top", "all"] {
+            std::fs::create_dir_all(at(name)).unwrap();
+        }
+        std::fs::write(at("disk/file"), "seen").unwrap();
+        std::fs::write(at("other/file"), "").unwrap();
+        bind(&at("other"), &at("disk/below"), false, false).unwrap();
+        let range = |shown| {
+            vec![IdRange {
+                stored: 0,
+                shown,
+                size: 10,
+            }]
+        };
+        let ids = IdMapping::new(range(7000), range(8000)).unwrap();
+        let map = |source: &Path, target: &str, recursive| {
+            let mapped = Mapped {
+                ids: ids.clone(),
+                recursive,
+            };
+            let kind = Kind {
+                recursive: true,
+                mapped: Some(&mapped),
+                ..Kind::default()
+            };
+            again(source, &at(target), kind).map_err(|error| error.to_string())
+        };
+        if let Err(why) = map(&at("disk"), "top", false) {
+            remove_tree(&base).unwrap();
+            assert!(why.contains("cannot be id-mapped"), "{why}");
+            println!("SKIPPED: {NAME}: {why}");
+            return;
+        }
+        map(&at("disk"), "all", true).unwrap();
+        let owner = |name: &str| {
+            let found = std::fs::metadata(at(name)).unwrap();
+            (found.uid(), found.gid())
+        };
+        for (name, wanted) in [
+            ("disk/file", (0, 0)),
+            ("top/file", (7000, 8000)),
+            ("top/below/file", (0, 0)),
+            ("all/file", (7000, 8000)),
+            ("all/below/file", (7000, 8000)),
+        ] {
+            assert_eq!(owner(name), wanted, "{name}");
+        }
+        // Who has an id there makes files of that on the disk, nobody else.
+        let mut touch = std::process::Command::new("touch");
+        let status = touch.arg(at("top/made")).uid(7000).gid(8003).status();
+        assert!(status.unwrap().success());
+        assert_eq!(owner("top/made"), (7000, 8003));
+        assert_eq!(owner("disk/made"), (0, 3));
+        let error = File::create(at("top/roots")).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EOVERFLOW));
+        std::os::unix::fs::chown(at("top/made"), Some(7009), None).unwrap();
+        assert_eq!(owner("disk/made"), (9, 3));
+        // Which one of the file systems it is that cannot.
+        let why = map(Path::new("/proc/sys"), "other", false).unwrap_err();
+        assert!(why.contains("proc, the file system of /proc/sys"), "{why}");
+        unmount(&at("disk/below")).unwrap();
+        bind(Path::new("/proc/sys"), &at("disk/below"), false, false).unwrap();
+        map(&at("disk"), "other", false).unwrap();
+        unmount(&at("other")).unwrap();
+        let why = map(&at("disk"), "other", true).unwrap_err();
+        let below = format!("proc, the file system of {}", at("disk/below").display());
+        assert!(why.contains(&below), "{why}");
         remove_tree(&base).unwrap();
     }
 

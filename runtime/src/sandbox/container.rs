@@ -181,8 +181,13 @@ async fn make_hooked(
         let shared = pod.directory.shared();
         pod.volumes
             .place(&mut prepared, &id, &shared, &pod.journal)?;
+        let layers = rootfs::Layers {
+            directory: &pod.directory.layers(&id),
+            journal: &pod.journal,
+        };
         rootfs::prepare(
             &directory,
+            layers,
             &mounts,
             &root_path,
             read_only,
@@ -244,7 +249,7 @@ fn copied(prepared: &mut Prepared, id: &str) -> Result<Vec<Mirrored>, Error> {
     let (spec, volumes) = (&mut prepared.spec, std::mem::take(&mut prepared.volumes));
     for volume in volumes {
         let mirrored = match volume.read_only && mirror::is_kubelets(&volume.source) {
-            true => Mirrored::new(&volume.source, &volume.name)?,
+            true => Mirrored::new(&volume)?,
             false => None,
         };
         let Some(mirrored) = mirrored else {

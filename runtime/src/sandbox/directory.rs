@@ -10,6 +10,7 @@
 //!   v/s                   connections to the guest
 //!   v/s_1024 _1025        connections of the guest: agent, streams
 //!   shared/               what the guest's virtio-fs shows
+//!   layers/<container>/   its layers while they are mounted (`rootfs`)
 //! ```
 
 use std::{
@@ -193,6 +194,11 @@ impl Directory {
     /// What the guest's virtio-fs shows.
     pub fn shared(&self) -> PathBuf {
         self.path.join("shared")
+    }
+
+    /// Where a container's layers are mounted for a moment.
+    pub fn layers(&self, container: &str) -> PathBuf {
+        self.path.join("layers").join(container)
     }
 
     fn sockets(&self) -> PathBuf {

@@ -34,6 +34,8 @@ use tokio::{
 use super::{blocking, Inner};
 use crate::{
     error::{chain, Error, Step},
+    oci::Volume,
+    resource::idmap::IdMapping,
     sys,
 };
 
@@ -69,6 +71,8 @@ pub fn is_kubelets(source: &Path) -> bool {
 #[derive(Debug)]
 pub struct Mirrored {
     source: PathBuf,
+    /// Those that the copy has.
+    ids: Option<IdMapping>,
     watch: Watch,
     /// The copy.
     pub tree: Mirror,
@@ -79,11 +83,13 @@ impl Mirrored {
     ///
     /// # Errors
     /// It cannot be read.
-    pub fn new(source: &Path, name: &str) -> Result<Option<Self>, Error> {
+    pub fn new(volume: &Volume) -> Result<Option<Self>, Error> {
+        let source = volume.source.as_path();
+        let ids = volume.mapped.as_ref().map(|mapped| mapped.ids.clone());
         let step = || format!("read {}", source.display());
         let watch = Watch::new().step(step)?;
         watch.all_below(source).step(step)?;
-        let entries = match read(source).step(step)? {
+        let entries = match read(source, ids.as_ref()).step(step)? {
             Ok(entries) => entries,
             Err(why) => {
                 tracing::info!(volume = %source.display(), why, "the volume is shared, not copied");
@@ -91,12 +97,13 @@ impl Mirrored {
             }
         };
         let tree = Mirror {
-            name: name.into(),
+            name: volume.name.clone(),
             entries,
             ..Default::default()
         };
         Ok(Some(Self {
             source: source.into(),
+            ids,
             watch,
             tree,
         }))
@@ -121,6 +128,7 @@ impl Drop for Following {
 async fn follow(mirrored: Mirrored, inner: Weak<Inner>, container: String) {
     let Mirrored {
         source,
+        ids,
         watch,
         mut tree,
     } = mirrored;
@@ -137,11 +145,11 @@ async fn follow(mirrored: Mirrored, inner: Weak<Inner>, container: String) {
             tracing::error!(volume, %error, "changes of the volume are not seen any more");
             return;
         }
-        let place = source.clone();
+        let (place, ids) = (source.clone(), ids.clone());
         let read = blocking(move || {
             // Directories that are new.
             let again = watch.below(&place);
-            let entries = again.and_then(|()| read(&place));
+            let entries = again.and_then(|()| read(&place, ids.as_ref()));
             Ok((watch, entries))
         });
         let entries;
@@ -287,10 +295,10 @@ fn drain(fd: &OwnedFd) -> io::Result<bool> {
 type Fingerprint = BTreeMap<PathBuf, (u64, i64, i64, u64)>;
 
 /// All of a directory as it is at one moment, or why it cannot be copied.
-fn read(directory: &Path) -> io::Result<Result<Vec<MirrorEntry>, String>> {
+fn read(directory: &Path, ids: Option<&IdMapping>) -> io::Result<Result<Vec<MirrorEntry>, String>> {
     let mut before = fingerprint(directory)?;
     for _ in 0..PATIENCE {
-        let entries = read_once(directory);
+        let entries = read_once(directory, ids);
         let after = fingerprint(directory)?;
         if before == after {
             return entries;
@@ -310,7 +318,10 @@ fn fingerprint(directory: &Path) -> io::Result<Fingerprint> {
     Ok(all)
 }
 
-fn read_once(directory: &Path) -> io::Result<Result<Vec<MirrorEntry>, String>> {
+fn read_once(
+    directory: &Path,
+    ids: Option<&IdMapping>,
+) -> io::Result<Result<Vec<MirrorEntry>, String>> {
     let mut found = Vec::new();
     walk(directory, Path::new(""), &mut |path, meta| {
         found.push((path.to_owned(), meta.clone()));
@@ -349,8 +360,8 @@ fn read_once(directory: &Path) -> io::Result<Result<Vec<MirrorEntry>, String>> {
         entries.push(MirrorEntry {
             path: path.into(),
             mode: meta.mode(),
-            uid: meta.uid(),
-            gid: meta.gid(),
+            uid: ids.map_or(meta.uid(), |ids| ids.user(meta.uid())),
+            gid: ids.map_or(meta.gid(), |ids| ids.group(meta.gid())),
             data,
             identity: meta.ino(),
             modified_ns: meta.mtime() * 1_000_000_000 + meta.mtime_nsec(),
@@ -385,6 +396,7 @@ fn walk(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::resource::idmap::IdRange;
 
     use std::os::unix::fs::symlink;
 
@@ -415,18 +427,29 @@ mod tests {
     #[test]
     fn a_tree_is_read_whole() {
         let (_directory, place) = volume();
-        let entries = read(&place).unwrap().unwrap();
+        let entries = read(&place, None).unwrap().unwrap();
         let paths: Vec<&str> = entries.iter().map(|entry| entry.path.as_str()).collect();
         assert_eq!(paths, ["", "..1", "..1/key", "..data", "key"]);
         assert_eq!(entries[2].data, b"value");
         assert_eq!(entries[3].data, b"..1");
         assert_eq!(entries[2].mode & libc::S_IFMT, libc::S_IFREG);
+        // With other ids, as a container with a user namespace has it.
+        let range = |stored, shown| IdRange {
+            stored,
+            shown,
+            size: 1,
+        };
+        let owner = (entries[2].uid, entries[2].gid);
+        let (users, groups) = (range(owner.0, 7000), range(owner.1 + 1, 9));
+        let ids = IdMapping::new(vec![users], vec![groups]).unwrap();
+        let entries = read(&place, Some(&ids)).unwrap().unwrap();
+        assert_eq!((entries[2].uid, entries[2].gid), (7000, 65534));
     }
 
     #[test]
     fn what_is_too_big_or_no_file_is_not_copied() {
         let (_directory, place) = volume();
-        let why = || read(&place).unwrap().unwrap_err();
+        let why = || read(&place, None).unwrap().unwrap_err();
         let big = fs::File::create(place.join("big")).unwrap();
         big.set_len(LARGEST).unwrap();
         assert!(why().contains("bytes"), "{}", why());

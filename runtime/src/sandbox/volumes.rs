@@ -10,6 +10,8 @@
 //! of their own: a socket made in one could not be connected to in the other,
 //! and what is written in one would be seen late in the other.
 //!
+//! But where the files have other ids (`idmap`): those are two mounts.
+//!
 //! Files that are mounted by themselves are each container's own (`rootfs`).
 
 use std::{
@@ -72,6 +74,7 @@ impl Mounted {
             && ours.source == volume.source
             && ours.recursive == volume.recursive
             && ours.follows == volume.follows
+            && ours.mapped == volume.mapped
             && (!ours.read_only || volume.read_only)
             && (ours.follows || !ours.recursive || self.below().is_ok_and(|ours| ours == *below))
     }
@@ -254,6 +257,7 @@ mod tests {
                 recursive: true,
                 read_only,
                 follows: false,
+                mapped: None,
             }],
             pod_sysctls: Default::default(),
         }
