@@ -291,6 +291,91 @@ async fn containers_that_share_a_pid_namespace() {
 }
 
 #[tokio::test]
+async fn containers_that_share_pid_and_user_namespaces() {
+    let rig = Rig::start().await;
+    let pause = mapped(&rig, &["sleep", "100"]);
+    let pause = rig.create("pause", pause).await.unwrap().pid;
+    rig.start_container("pause").await.unwrap();
+    let script = "cat /proc/1/comm; id -u; readlink /proc/self/ns/user; hostname; \
+                  touch /made; stat -c '%u' /made; sleep 100";
+    let with = |script: &str, of: &str| {
+        let mut spec = mapped(&rig, &["sh", "-c", script]);
+        for namespace in &mut spec.linux.mut_or_insert_default().namespaces {
+            if ["pid", "user"].contains(&namespace.type_.as_str()) {
+                namespace.container_id = of.into();
+            }
+        }
+        spec.hostname = "inside".into();
+        spec
+    };
+    let mut streams = rig.create("c", with(script, "pause")).await.unwrap();
+    rig.start_container("c").await.unwrap();
+    let users = |pid: u32| fs::read_link(format!("/proc/{pid}/ns/user")).unwrap();
+    let theirs = users(pause);
+    let wanted = format!("sleep\n0\n{}\ninside\n0\n", theirs.display());
+    let printed = read_until(streams.stdout.as_mut().unwrap(), "inside\n0\n").await;
+    assert_eq!(printed, wanted);
+    assert_eq!(users(streams.pid), theirs);
+    assert_ne!(theirs, fs::read_link("/proc/self/ns/user").unwrap());
+    // An exec is where its container is.
+    let show = process(&["sh", "-c", "cat /proc/1/comm; hostname; id -u"]);
+    let exec = rig.exec("c", "e", show).await.unwrap();
+    let printed = rig.outcome("c", "e", exec).await.success();
+    assert_eq!(printed, "sleep\ninside\n0\n");
+    rig.signal("c", "", libc::SIGKILL, false).await.unwrap();
+    assert_eq!(rig.wait("c", "").await.unwrap().exit_status, 137);
+    rig.delete("c").await.unwrap();
+    // Of who has none there is none to join.
+    let plain = rig.spec("plain", &["sleep", "100"]);
+    rig.create("plain", plain).await.unwrap();
+    let (code, text) = status(rig.create("c", with("true", "plain")).await.map(drop));
+    assert_eq!(code, Code::INVALID_ARGUMENT, "{text}");
+    assert!(text.contains("has no user namespace"), "{text}");
+}
+
+#[tokio::test]
+async fn the_guests_processes_in_a_user_namespace() {
+    let rig = Rig::start().await;
+    let script = "readlink /proc/self/ns/pid; touch /proc/sys/x 2>/dev/null || echo refused";
+    let mut spec = mapped(&rig, &["sh", "-c", script]);
+    let linux = spec.linux.mut_or_insert_default();
+    linux
+        .namespaces
+        .retain(|namespace| namespace.type_ != "pid");
+    let printed = rig.run("c", spec).await.success();
+    let ours = fs::read_link("/proc/self/ns/pid").unwrap();
+    assert_eq!(printed, format!("{}\nrefused\n", ours.display()));
+}
+
+#[tokio::test]
+async fn times_of_access_in_a_user_namespace() {
+    let rig = Rig::start().await;
+    let script = "grep -E ' /(no|strict|plain) ' /proc/self/mountinfo | cut -d' ' -f5,6 | sort";
+    let mut spec = mapped(&rig, &["sh", "-c", script]);
+    let source = rig.directory.path().join("source");
+    fs::create_dir(&source).unwrap();
+    for (place, options) in [
+        ("/no", &["bind", "noatime", "nodiratime", "ro"][..]),
+        ("/plain", &["bind", "nosuid"]),
+        ("/strict", &["rbind", "rstrictatime", "nodev"]),
+    ] {
+        spec.mounts.push(bind(&source, place, options));
+    }
+    let printed = rig.run("c", spec.clone()).await.success();
+    let lines: Vec<&str> = printed.lines().collect();
+    assert_eq!(lines[0], "/no ro,noatime,nodiratime", "{printed}");
+    assert!(lines[1].starts_with("/plain rw,nosuid"), "{printed}");
+    assert_eq!(lines[2], "/strict rw,nodev", "{printed}");
+    // What cannot be opened is told as ever.
+    let gone = rig.directory.path().join("gone");
+    spec.mounts.push(bind(&gone, "/gone", &["bind", "noatime"]));
+    let (_, text) = status(rig.create("c", spec).await.map(drop));
+    assert!(text.contains("open mount source"), "{text}");
+    assert!(text.contains("gone"), "{text}");
+    assert!(!rig.cgroup_of("c").exists());
+}
+
+#[tokio::test]
 async fn the_private_directory_of_a_volume_stays_private() {
     let rig = Rig::start().await;
     let mut spec = mapped(

@@ -6,6 +6,7 @@
 mod copy;
 mod devices;
 mod hooks;
+pub mod lend;
 mod path;
 mod program;
 pub mod report;
@@ -40,6 +41,10 @@ pub struct Parts<'a> {
     pub channel: &'a OwnedFd,
     /// Its descriptors 0, 1 and 2.
     pub ends: &'a ChildEnds,
+    /// The process whose user namespace is joined (its pidfd).
+    pub neighbour: Option<&'a OwnedFd>,
+    /// Who hands over mounts from outside of the user namespace ([`lend`]).
+    pub lender: Option<&'a OwnedFd>,
     /// Die with the agent: only outside a guest, where the agent's end is not
     /// everybody's.
     pub die_with_agent: bool,
@@ -53,7 +58,8 @@ fn standard(number: i32) -> BorrowedFd<'static> {
 /// Runs a container's first process.
 pub fn run_init(plan: &ContainerPlan, parts: &Parts<'_>) -> Infallible {
     let mut steps = Steps::default();
-    let result = begin(parts, &[]).and_then(|()| set_up_init(plan, parts, &mut steps));
+    let others: Vec<&OwnedFd> = parts.neighbour.into_iter().chain(parts.lender).collect();
+    let result = begin(parts, &others).and_then(|()| set_up_init(plan, parts, &mut steps));
     let result = result.map(|program| (program, steps));
     end(result, &plan.process, Some(&plan.hooks), parts)
 }
@@ -135,8 +141,17 @@ fn set_up_init(
     steps.done(Step::Born);
     let namespaces = &plan.namespaces;
     set_oom_score(plan.process.oom_score_adj)?;
-    if namespaces.user.is_some() && !report::await_mapped(parts.channel.as_fd()).at("wait", "")? {
+    let mut lent = Vec::new();
+    if let Some(neighbour) = parts.neighbour {
+        lent = lend::make_all(plan)?;
+        join_user(namespaces.in_joined(), neighbour)?;
+    } else if namespaces.user.is_some()
+        && !report::await_mapped(parts.channel.as_fd()).at("wait", "")?
+    {
         exit_now(EXIT_FAILED);
+    }
+    if let Some(lender) = parts.lender {
+        lent = lend::take_all(plan, lender.as_fd())?;
     }
     if namespaces.own_cgroup {
         // Now, in the container's cgroup, so that it is the root seen.
@@ -145,7 +160,7 @@ fn set_up_init(
     if let Some(offsets) = &namespaces.time {
         set_time(offsets)?;
     }
-    let mut roots = rootfs::prepare_root(plan)?;
+    let mut roots = rootfs::prepare_root(plan, lent)?;
     steps.done(Step::Root);
     if namespaces.user.is_some() {
         program::become_its_root()?;
@@ -184,6 +199,26 @@ fn set_up_init(
     )?;
     steps.done(Step::User);
     Ok(program)
+}
+
+/// Joins the user namespace of `neighbour`, and makes those that are to be that
+/// one's.
+fn join_user(flags: libc::c_int, neighbour: &OwnedFd) -> Done<()> {
+    match setns(neighbour.as_fd(), libc::CLONE_NEWUSER) {
+        Err(Errno::ESRCH) => {
+            return Err(Failure::invalid(
+                "linux.namespaces: user: the other container's first process has ended",
+            ))
+        }
+        // It is in the guest's own, as this process.
+        Err(Errno::EINVAL) => {
+            return Err(Failure::invalid(
+                "linux.namespaces: user: the other container has no user namespace",
+            ))
+        }
+        other => other.at("join user namespace", "")?,
+    }
+    unshare(CloneFlags::from_bits_retain(flags)).at("create namespaces", "")
 }
 
 /// Makes a time namespace, which the program's execution enters.

@@ -203,7 +203,11 @@ pub fn receive(socket: BorrowedFd<'_>) -> nix::Result<Option<Report>> {
     }
 }
 
-fn understand(message: &[u8], passed: Option<OwnedFd>) -> nix::Result<Report> {
+/// What a message says.
+///
+/// # Errors
+/// EPROTO for one that makes no sense.
+pub fn understand(message: &[u8], passed: Option<OwnedFd>) -> nix::Result<Report> {
     let (letter, rest) = message.split_first().ok_or(Errno::EPROTO)?;
     match (*letter, passed) {
         (READY, None) => Steps::decode(rest).map(Report::Ready).ok_or(Errno::EPROTO),

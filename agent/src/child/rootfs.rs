@@ -14,9 +14,11 @@ use nix::sys::stat::fchmod;
 use nix::sys::statfs::{fstatfs, PROC_SUPER_MAGIC};
 use nix::unistd::{chdir, fchdir};
 
+use super::lend;
 use super::path::{locate, make_directory, make_file};
 use super::report::{At, Done, Failure};
 use crate::container::mounts::{check_place, MountPlan, Source};
+use crate::container::namespaces::{Namespaces, PidNamespace};
 use crate::container::plan::ContainerPlan;
 use crate::sys::mount::{
     attach, clone_tree, cwd, new_mount, open_in_root, pivot_here, set_attr, FsOption, MountAttr,
@@ -36,7 +38,9 @@ pub struct Roots {
 /// Detaches the process's mounts from the guest's and attaches a copy of the
 /// root file system over itself, which pivot_root(2) wants. Opens what is to
 /// be mounted while the guest's root can: the container's may not get there.
-pub fn prepare_root(plan: &ContainerPlan) -> Done<Roots> {
+///
+/// `lent`: what is there already ([`lend`]).
+pub fn prepare_root(plan: &ContainerPlan, lent: Vec<OwnedFd>) -> Done<Roots> {
     let slash = slash()?;
     let propagation = MountAttr {
         propagation: plan.initial_propagation,
@@ -45,13 +49,16 @@ pub fn prepare_root(plan: &ContainerPlan) -> Done<Roots> {
     set_attr(slash.as_fd(), &propagation, true).at("set propagation of", "/")?;
     let root = clone_tree(cwd(), &plan.rootfs, true).at("open root file system", &plan.rootfs)?;
     let target = File::open(&plan.rootfs).at("open root file system", &plan.rootfs)?;
-    let open = |mount: &MountPlan| match &mount.source {
+    let own_user_namespace = plan.namespaces.user.is_some();
+    let mut lent = lent.into_iter();
+    let mut open = |mount: &MountPlan| match &mount.source {
+        Source::Bind { .. } if own_user_namespace && lend::is_lent(mount) => Ok(lent.next()),
         Source::Bind { path, recursive } => clone_tree(cwd(), path, *recursive)
             .at("open mount source", path)
             .map(Some),
         Source::New { .. } => Ok(None),
     };
-    let sources = plan.mounts.iter().map(open).collect::<Done<_>>()?;
+    let sources = plan.mounts.iter().map(&mut open).collect::<Done<_>>()?;
     attach(root.as_fd(), target.as_fd()).at("bind root file system", &plan.rootfs)?;
     Ok(Roots { root, sources })
 }
@@ -63,9 +70,8 @@ fn slash() -> Done<OwnedFd> {
 
 /// Makes the mounts of the specification, in their order.
 pub fn mount_all(plan: &ContainerPlan, roots: &mut Roots) -> Done<()> {
-    let own_user_namespace = plan.namespaces.user.is_some();
     for (mount, source) in plan.mounts.iter().zip(&mut roots.sources) {
-        mount_one(mount, source.take(), roots.root.as_fd(), own_user_namespace)?;
+        mount_one(mount, source.take(), roots.root.as_fd(), &plan.namespaces)?;
     }
     Ok(())
 }
@@ -74,8 +80,9 @@ fn mount_one(
     plan: &MountPlan,
     bound: Option<OwnedFd>,
     root: BorrowedFd<'_>,
-    own_user_namespace: bool,
+    namespaces: &Namespaces,
 ) -> Done<()> {
+    let own_user_namespace = namespaces.user.is_some();
     let destination = &plan.destination;
     let covered = match plan.mode_of_covered {
         true => mode_of(root, destination)?,
@@ -95,7 +102,9 @@ fn mount_one(
             options.extend(covered.map(|mode| FsOption::Value("mode".into(), format!("{mode:o}"))));
             match new_mount(fs_type, source.as_deref(), &options, plan.attr.set) {
                 // Its namespace is the guest's, whose root this is not.
-                Err((Errno::EPERM, _)) if own_user_namespace => guests_own(fs_type, plan)?,
+                Err((Errno::EPERM, _)) if own_user_namespace => {
+                    guests_own(fs_type, plan, namespaces)?
+                }
                 Err((errno, complaint)) => {
                     let step = if complaint.is_empty() {
                         format!("mount {fs_type} on")
@@ -108,7 +117,10 @@ fn mount_one(
             }
         }
         (Source::Bind { .. }, Some(tree)) => {
-            set_attributes(&tree, plan, destination)?;
+            // Those that were lent have them.
+            if !(own_user_namespace && lend::is_lent(plan)) {
+                set_attributes(&tree, plan, destination)?;
+            }
             tree
         }
         (Source::Bind { path, .. }, None) => {
@@ -132,9 +144,10 @@ fn mount_one(
 
 /// The guest's own mount of a file system that belongs to one of its
 /// namespaces, for a container that has a user namespace but shares that one.
-fn guests_own(fs_type: &str, plan: &MountPlan) -> Done<OwnedFd> {
+fn guests_own(fs_type: &str, plan: &MountPlan, namespaces: &Namespaces) -> Done<OwnedFd> {
     let destination = &plan.destination;
     let path = match fs_type {
+        "proc" if namespaces.pid == PidNamespace::Guest => Path::new("/proc"),
         "sysfs" => Path::new("/sys"),
         "cgroup2" => Path::new("/sys/fs/cgroup"),
         "mqueue" => Path::new("/dev/mqueue"),
@@ -208,7 +221,8 @@ fn check_target(
     Ok(())
 }
 
-fn set_attributes(tree: &OwnedFd, plan: &MountPlan, destination: &Path) -> Done<()> {
+/// Gives a mount that is bound the attributes of its options.
+pub fn set_attributes(tree: &OwnedFd, plan: &MountPlan, destination: &Path) -> Done<()> {
     for (attr, recursive) in [(plan.attr, false), (plan.recursive_attr, true)] {
         if attr != MountAttr::default() {
             set_attr(tree.as_fd(), &attr, recursive).at("set mount options of", destination)?;

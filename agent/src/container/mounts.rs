@@ -74,7 +74,7 @@ const PROC_ALLOWED: [&str; 11] = [
 ];
 
 const ID_MAPPED: &str =
-    "id-mapped mounts are not supported: volumes are on virtio-fs, whose server does not allow it";
+    "id-mapped mounts are made on the host, which leaves out what asks for them";
 
 /// Translates one mount.
 ///

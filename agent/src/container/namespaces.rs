@@ -18,7 +18,7 @@ pub const CLONE_NEWTIME: libc::c_int = 0x80;
 /// What a container's namespaces are.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Namespaces {
-    /// CLONE_NEW* flags of those to make with the process.
+    /// CLONE_NEW* flags of those that are not the guest's own.
     pub flags: libc::c_int,
     /// Whether the container sees its own cgroup as the root.
     pub own_cgroup: bool,
@@ -26,8 +26,10 @@ pub struct Namespaces {
     pub time: Option<String>,
     /// The pid namespace.
     pub pid: PidNamespace,
-    /// The ids of a user namespace of its own.
+    /// The ids of a user namespace that is not the guest's.
     pub user: Option<UserPlan>,
+    /// The user namespace is that of who has the pid namespace.
+    pub user_joined: bool,
 }
 
 /// Where a container's processes are numbered.
@@ -53,8 +55,10 @@ impl Namespaces {
             time: None,
             pid: PidNamespace::Guest,
             user: None,
+            user_joined: false,
         };
         let (mut time, mut user) = (false, false);
+        let mut users_of = None;
         let mut seen = HashSet::new();
         for namespace in &linux.namespaces {
             let kind = namespace.type_.as_str();
@@ -63,12 +67,20 @@ impl Namespaces {
             }
             let joined = !namespace.path.is_empty();
             if !namespace.container_id.is_empty() {
-                if kind != "pid" {
-                    return Err(invalid(format!(
-                        "{kind}: only the pid namespace of another container can be joined"
-                    )));
+                let of = namespace.container_id.clone();
+                match kind {
+                    "pid" => out.pid = PidNamespace::Of(of),
+                    "user" => {
+                        user = true;
+                        users_of = Some(of);
+                    }
+                    _ => {
+                        return Err(invalid(format!(
+                            "{kind}: only the pid and user namespaces of another container can \
+                             be joined"
+                        )))
+                    }
                 }
-                out.pid = PidNamespace::Of(namespace.container_id.clone());
                 continue;
             }
             match kind {
@@ -99,15 +111,38 @@ impl Namespaces {
         out.time = time_offsets(linux, time)?;
         out.user = user_mappings(linux, user)?;
         if out.user.is_some() {
-            if matches!(out.pid, PidNamespace::Of(_)) {
-                // Its user namespace would have to be joined first.
-                return Err(invalid(
-                    "user: not together with the pid namespace of another container",
-                ));
+            // proc can be mounted by who has the pid namespace only.
+            match (&out.pid, users_of) {
+                (PidNamespace::Of(pid), Some(users)) if *pid == users => out.user_joined = true,
+                (PidNamespace::Of(_), _) => {
+                    return Err(invalid(
+                        "user: with the pid namespace of another container it has to be that \
+                         one's too",
+                    ))
+                }
+                (_, Some(_)) => {
+                    return Err(invalid(
+                        "user: that of another container is joined with its pid namespace only",
+                    ))
+                }
+                (_, None) => {}
             }
             out.flags |= libc::CLONE_NEWUSER;
         }
         Ok(out)
+    }
+
+    /// Those to make with the first process.
+    pub fn at_birth(&self) -> libc::c_int {
+        match self.user_joined {
+            true => 0,
+            false => self.flags,
+        }
+    }
+
+    /// Those that the first process makes once it has joined the user namespace.
+    pub fn in_joined(&self) -> libc::c_int {
+        self.flags & !(libc::CLONE_NEWUSER | libc::CLONE_NEWPID)
     }
 
     /// All that a further process has to join, but the pid namespace: it is
@@ -244,6 +279,34 @@ mod tests {
         assert_ne!(out.flags & libc::CLONE_NEWUSER, 0);
         spec.namespaces.pop();
         assert!(refused(&spec).starts_with("linux.uidMappings"));
+    }
+
+    #[test]
+    fn the_user_namespace_of_who_has_the_pid_namespace() {
+        let range = oci::IdMapping {
+            host_id: 1000,
+            size: 10,
+            ..Default::default()
+        };
+        let spec = |pid: &str, user: &str| {
+            let mut spec = linux(&["mount", "pid", "user"]);
+            spec.namespaces[1].container_id = pid.into();
+            spec.namespaces[2].container_id = user.into();
+            spec.uid_mappings.push(range.clone());
+            spec.gid_mappings.push(range.clone());
+            spec
+        };
+        let out = Namespaces::new(&spec("pause", "pause")).unwrap();
+        assert!(out.user_joined);
+        assert_eq!(out.at_birth(), 0);
+        assert_eq!(out.in_joined(), libc::CLONE_NEWNS);
+        assert_eq!(out.to_join(), libc::CLONE_NEWNS | libc::CLONE_NEWUSER);
+        for (pid, user) in [("pause", ""), ("pause", "other"), ("", "pause")] {
+            let why = refused(&spec(pid, user));
+            assert!(why.starts_with("linux.namespaces: user"), "{why}");
+        }
+        let own = Namespaces::new(&spec("", "")).unwrap();
+        assert_eq!(own.at_birth(), own.flags);
     }
 
     #[test]

@@ -18,6 +18,7 @@ use super::notify::Notice;
 use super::plan::{ContainerPlan, ProcessPlan};
 use super::user::UserPlan;
 use crate::cgroup::{stats, Cgroup, Hierarchy};
+use crate::child::lend;
 use crate::child::report::{self, Report};
 use crate::child::{run_copy, run_exec, run_guest, run_init, Parts};
 use crate::error::{AgentError, Context, Result};
@@ -187,18 +188,33 @@ pub fn spawn_init(
     }
     let user = plan.namespaces.user.as_ref();
     let owner = user.map(|user| (user, &plan.process));
+    let joined = plan.namespaces.user_joined;
+    if joined && neighbour.is_none() {
+        return Err(AgentError::Invalid(
+            "linux.namespaces: user: the other container has no pid namespace".into(),
+        ));
+    }
+    let lender = match !joined && lend::lent(plan).next().is_some() {
+        true => Some(lender(plan, cgroup)?),
+        false => None,
+    };
     let mut child = spawn(shared, owner, cgroup, streams, |parts| {
+        let parts = Parts {
+            neighbour: neighbour.filter(|_| joined).map(|n| n.pidfd().as_ref()),
+            lender: lender.as_ref(),
+            ..*parts
+        };
         in_pid_namespace(shared, neighbour, || {
             process::spawn(
-                plan.namespaces.flags,
+                plan.namespaces.at_birth(),
                 Some(cgroup.directory().as_fd()),
-                || run_init(plan, parts),
+                || run_init(plan, &parts),
             )
         })
     })?;
     let pid = child.process.pid as u32;
     child.notice = Notice::new(plan, pid, pid);
-    if let Some(user) = user {
+    if let Some(user) = user.filter(|_| !joined) {
         let mapped = user.write(child.process.pid).and_then(|()| {
             report::send_mapped(child.channel.as_fd()).step(|| "tell of the user namespace")
         });
@@ -210,6 +226,16 @@ pub fn spawn_init(
         }
     }
     Ok(child)
+}
+
+/// Starts who makes mounts for a container's first process; gives where they
+/// come out. It ends by itself, and is reaped like any orphan.
+fn lender(plan: &ContainerPlan, cgroup: &Cgroup) -> Result<OwnedFd> {
+    let (theirs, ours) = fd::packet_pair().step(|| "create socket for mounts")?;
+    let group = cgroup.directory();
+    process::spawn(0, Some(group.as_fd()), || lend::run(plan, &theirs))
+        .step(|| "create process for mounts")?;
+    Ok(ours)
 }
 
 /// Starts a further process of the container whose first one is `init`.
@@ -298,6 +324,8 @@ fn spawn(
     let (pid, pidfd) = make(&Parts {
         channel: &theirs,
         ends: &child_ends,
+        neighbour: None,
+        lender: None,
         die_with_agent: !shared.in_guest,
     })?;
     let reaped = shared.reaper.watch(pid);
