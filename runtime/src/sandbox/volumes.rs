@@ -244,6 +244,7 @@ mod tests {
     use bulkhead_agent_protocol::oci;
 
     use super::*;
+    use crate::resource::idmap::{IdMapping, IdRange, Mapped};
 
     fn prepared(source: &Path, read_only: bool) -> Prepared {
         Prepared {
@@ -313,6 +314,61 @@ mod tests {
         volumes.leave("later", |_| ()).unwrap();
         assert!(!there(&later));
         assert_eq!(fs::read(source.join("file")).unwrap(), b"seen");
+        mount::remove_tree(&base).unwrap();
+    }
+
+    #[test]
+    fn other_ids_are_another_mount() {
+        const NAME: &str = "other_ids_are_another_mount";
+        if !nix::unistd::geteuid().is_root() {
+            println!("SKIPPED: {NAME}: needs root");
+            return;
+        }
+        let base = std::env::temp_dir().join(format!("bulkhead-ids-{}", std::process::id()));
+        let _ = mount::remove_tree(&base);
+        let (shared, source) = (base.join("shared"), base.join("source"));
+        for directory in [&shared, &source] {
+            fs::create_dir_all(directory).unwrap();
+        }
+        let journal = Journal::create(&base).unwrap();
+        let volumes = Volumes::default();
+        let place = |id: &str, shown: u32| {
+            let range = || {
+                vec![IdRange {
+                    stored: 0,
+                    shown,
+                    size: 1,
+                }]
+            };
+            let mut prepared = prepared(&source, false);
+            prepared.volumes[0].mapped = (shown != 0).then(|| Mapped {
+                ids: IdMapping::new(range(), range()).unwrap(),
+                recursive: true,
+            });
+            volumes.place(&mut prepared, id, &shared, &journal)?;
+            let place = prepared.spec.mounts[0].source.clone();
+            let name = place.rsplit('/').next().unwrap().to_owned();
+            let found = fs::metadata(shared.join(DIRECTORY).join(&name)).unwrap();
+            assert_eq!((found.uid(), found.gid()), (shown, shown));
+            Ok::<_, Error>(name)
+        };
+        let plain = place("a", 0).unwrap();
+        match place("b", 7000) {
+            Ok(first) => {
+                let second = place("c", 8000).unwrap();
+                assert!(plain != first && first != second && plain != second);
+                assert_eq!(place("d", 7000).unwrap(), first);
+                assert_eq!(place("e", 0).unwrap(), plain);
+            }
+            Err(error) => {
+                let why = error.to_string();
+                assert!(why.contains("cannot be id-mapped"), "{why}");
+                println!("SKIPPED: {NAME}: {why}");
+            }
+        }
+        for id in ["a", "b", "c", "d", "e"] {
+            volumes.leave(id).unwrap();
+        }
         mount::remove_tree(&base).unwrap();
     }
 

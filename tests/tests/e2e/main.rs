@@ -20,6 +20,7 @@ mod failure;
 mod guest;
 mod host;
 mod hotplug;
+mod idmap;
 mod jail;
 mod kill;
 mod ksm;
@@ -90,6 +91,7 @@ fn all() -> Vec<Test> {
         exhaustion::TESTS,
         spans::TESTS,
         sandbox_api::TESTS,
+        idmap::TESTS,
     ]
     .concat()
 }

@@ -23,6 +23,7 @@ pub const TESTS: &[Test] = tests![
     user_and_time_namespaces,
     mount_options_and_process_settings,
     a_pod_shares_its_pid_namespace,
+    a_pod_shares_its_pid_and_user_namespaces,
 ];
 
 fn sh(script: &str) -> Value {
@@ -260,8 +261,30 @@ fn mount_options_and_process_settings(context: &Context) -> Result<()> {
 
 /// As Kubernetes does with `shareProcessNamespace`.
 fn a_pod_shares_its_pid_namespace(context: &Context) -> Result<()> {
+    let (spec, log) = scripted(context, "exec busybox sleep 1000")?;
+    fs::remove_file(log)?;
+    shares(context, spec, &["pid"])
+}
+
+/// The same with `hostUsers: false`.
+fn a_pod_shares_its_pid_and_user_namespaces(context: &Context) -> Result<()> {
     let (mut spec, log) = scripted(context, "exec busybox sleep 1000")?;
     fs::remove_file(log)?;
+    let range = json!([{ "containerID": 0, "hostID": 100_000, "size": 65536 }]);
+    spec["linux"]["uidMappings"] = range.clone();
+    spec["linux"]["gidMappings"] = range;
+    let namespaces = spec["linux"]["namespaces"].as_array_mut();
+    let namespaces = namespaces.context("a list of namespaces")?;
+    namespaces.push(json!({ "type": "user" }));
+    let root = context.dir.join("rootfs");
+    give(&root, "100000:100000")?;
+    let shared = shares(context, spec, &["pid", "user"]);
+    give(&root, "0:0")?;
+    shared
+}
+
+/// A container that joins namespaces of the pod's first by their paths.
+fn shares(context: &Context, mut spec: Value, kinds: &[&str]) -> Result<()> {
     let pod = context.id("pause");
     let role = |role: &str| json!({ "io.kubernetes.cri.container-type": role, "io.kubernetes.cri.sandbox-id": pod });
     spec["annotations"] = role("sandbox");
@@ -280,8 +303,9 @@ fn a_pod_shares_its_pid_namespace(context: &Context) -> Result<()> {
     spec["annotations"] = role("container");
     let namespaces = spec["linux"]["namespaces"].as_array_mut();
     for namespace in namespaces.context("a list of namespaces")? {
-        if namespace["type"] == "pid" {
-            namespace["path"] = json!(format!("/proc/{pid}/ns/pid"));
+        let kind = namespace["type"].as_str().context("a type")?.to_owned();
+        if kinds.contains(&kind.as_str()) {
+            namespace["path"] = json!(format!("/proc/{pid}/ns/{kind}"));
         }
     }
     let out = run_spec(context, &spec)?.ok()?.out();

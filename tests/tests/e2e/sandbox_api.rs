@@ -42,7 +42,8 @@ const CALL: Duration = Duration::from_secs(120);
 /// What a kill leaves as a status.
 const KILLED: u32 = 128 + 9;
 
-fn limit() -> context::Context {
+/// Of one call to a shim.
+pub fn limit() -> context::Context {
     context::with_duration(CALL)
 }
 
@@ -63,7 +64,7 @@ impl Drop for Netns {
 }
 
 /// A directory that is made empty.
-fn fresh(path: PathBuf) -> Result<PathBuf> {
+pub fn fresh(path: PathBuf) -> Result<PathBuf> {
     if path.exists() {
         fs::remove_dir_all(&path)?;
     }
@@ -72,10 +73,10 @@ fn fresh(path: PathBuf) -> Result<PathBuf> {
 }
 
 /// The shim that `start` leaves behind: where it listens.
-fn start_shim(context: &Context, bundle: &Path) -> Result<PathBuf> {
+pub fn start_shim(context: &Context, namespace: &str, id: &str, bundle: &Path) -> Result<PathBuf> {
     let mut start = Command::new(context.products.program("containerd-shim-bulkhead-v2"));
     start
-        .args(["-namespace", NAMESPACE, "-id", SANDBOX])
+        .args(["-namespace", namespace, "-id", id])
         .args(["-address", "/run/bh-api/none.sock", "start"])
         .env("BULKHEAD_CONFIG", context.dir.join("config.toml"))
         .current_dir(bundle);
@@ -257,7 +258,7 @@ fn a_sandbox_by_the_sandbox_api(context: &Context) -> Result<()> {
     let log = bundle.join("log");
     fs::write(&log, "")?;
     let netns = Netns::make()?;
-    let socket = start_shim(context, &bundle)?;
+    let socket = start_shim(context, NAMESPACE, SANDBOX, &bundle)?;
     let lived = runtime()?.block_on(lives_and_ends(context, &socket, &bundle));
     lived
         .and_then(|()| until(LIMIT, "the shim's end", || Ok(!socket.exists())))
