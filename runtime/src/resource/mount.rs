@@ -5,7 +5,7 @@ use std::{
     ffi::OsString,
     io,
     os::{
-        fd::{AsFd, AsRawFd, OwnedFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
         unix::ffi::OsStringExt,
     },
     path::{Path, PathBuf},
@@ -60,6 +60,24 @@ pub fn bind(source: &Path, target: &Path, recursive: bool, read_only: bool) -> i
 /// What the kernel says; of a mapping that cannot be, which file system it is
 /// that cannot have it.
 pub fn again(source: &Path, target: &Path, kind: Kind<'_>) -> io::Result<()> {
+    let tree = detached(source, kind)?;
+    // Not through a link.
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+    Ok(move_mount(&tree, "", CWD, target, flags)?)
+}
+
+/// As [`again`], on what is open.
+///
+/// # Errors
+/// As there.
+pub fn again_on(source: &Path, target: BorrowedFd<'_>, kind: Kind<'_>) -> io::Result<()> {
+    let tree = detached(source, kind)?;
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+    Ok(move_mount(&tree, "", target, "", flags)?)
+}
+
+/// What is to be mounted, attached nowhere yet.
+fn detached(source: &Path, kind: Kind<'_>) -> io::Result<OwnedFd> {
     let tree = copy(source, kind.recursive)?;
     // Before it is attached anywhere.
     sys::isolate_mount(tree.as_fd(), kind.recursive, kind.read_only, kind.follows)?;
@@ -69,14 +87,7 @@ pub fn again(source: &Path, target: &Path, kind: Kind<'_>) -> io::Result<()> {
         sys::map_mount(tree.as_fd(), recursive, namespace.as_fd())
             .map_err(|error| cannot_be_mapped(source, recursive, &namespace, error))?;
     }
-    move_mount(
-        &tree,
-        "",
-        CWD,
-        target,
-        MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
-    )?;
-    Ok(())
+    Ok(tree)
 }
 
 /// A copy of a mount, or of a part of it, that is attached nowhere.

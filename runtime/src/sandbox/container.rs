@@ -16,6 +16,7 @@ use oci_spec::runtime::{LinuxResources, Spec};
 use super::{
     blocking,
     directory::check_name,
+    layers::Layers,
     mirror::{self, Mirrored},
     process::{self, Requested},
     resize::Resize,
@@ -181,7 +182,7 @@ async fn make_hooked(
         let shared = pod.directory.shared();
         pod.volumes
             .place(&mut prepared, &id, &shared, &pod.journal)?;
-        let layers = rootfs::Layers {
+        let layers = Layers {
             directory: &pod.directory.layers(&id),
             journal: &pod.journal,
         };

@@ -10,6 +10,7 @@ mod container;
 pub(crate) mod directory;
 mod files;
 mod host;
+mod layers;
 mod mirror;
 mod observe;
 mod ports;

@@ -6,46 +6,30 @@
 //! <sandbox>/shared/<container>/rootfs      from a snapshotter, or root.path
 //! <sandbox>/shared/<container>/mounts/<n>  files that the specification binds
 //! ```
-//!
-//! A snapshotter may say that a container with a user namespace is to see its
-//! files as its own (options `uidmap` and `gidmap`, containerd 2). The layers of
-//! an overlay have those ids then, which the kernel takes from mounts of theirs:
-//!
-//! ```text
-//! <sandbox>/layers/<container>/<n>         while the overlay is being mounted
-//! ```
 
 use std::{
     fs::{self, DirBuilder, File},
-    os::unix::fs::DirBuilderExt,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::DirBuilderExt,
+    },
     path::{Path, PathBuf},
 };
 
 use nix::mount::{mount, MsFlags};
 
-use super::RootfsMount;
+use super::{
+    layers::{self, Layers},
+    RootfsMount,
+};
 use crate::{
     error::{Error, Step},
     oci::Volume,
-    resource::{
-        idmap::{IdMapping, IdRange, Mapped},
-        journal::{Journal, Resource},
-        mount as mounts,
-    },
+    resource::mount as mounts,
 };
 
 /// mount(2) takes its options in one page.
-const OPTIONS_MAX: usize = 4096;
-
-/// Where mounts of a container's layers are, for a moment; not below what the
-/// guest sees.
-#[derive(Debug, Clone, Copy)]
-pub struct Layers<'a> {
-    /// The directory, which is made when it is needed.
-    pub directory: &'a Path,
-    /// Where that is written down.
-    pub journal: &'a Journal,
-}
+pub const OPTIONS_MAX: usize = 4096;
 
 /// Mounts everything a container needs. Blocks. Whatever it has mounted when
 /// it fails is unmounted with the directory.
@@ -123,15 +107,16 @@ fn mount_snapshot(snapshot: &RootfsMount, root: &Path, layers: Layers<'_>) -> Re
         };
         Error::Precondition(format!("rootfs: mount {kind} of {source}: {problem}"))
     };
-    let (_held, target): (_, PathBuf) = if snapshot.target.is_empty() {
-        (None, root.into())
-    } else {
-        let below = Path::new(&snapshot.target);
-        let (held, target) = mounts::inside(root, below).map_err(failed)?;
-        (Some(held), target)
+    let find = || -> std::io::Result<(Option<OwnedFd>, PathBuf)> {
+        if snapshot.target.is_empty() {
+            return Ok((None, root.into()));
+        }
+        let (held, target) = mounts::inside(root, Path::new(&snapshot.target))?;
+        Ok((Some(held), target))
     };
+    let (held, target) = find().map_err(failed)?;
     let mut options = Options::parse(&snapshot.options);
-    let mapped = mapped(&mut options.data)?;
+    let mapped = layers::mapped(&mut options.data)?;
     if kind == "bind" || options.flags.contains(MsFlags::MS_BIND) {
         let recursive = options.flags.contains(MsFlags::MS_REC);
         let read_only = options.flags.contains(MsFlags::MS_RDONLY);
@@ -142,7 +127,7 @@ fn mount_snapshot(snapshot: &RootfsMount, root: &Path, layers: Layers<'_>) -> Re
             mapped: mapped.as_ref(),
             ..mounts::Kind::default()
         };
-        return mounts::again(source, &target, kind).map_err(failed);
+        return on(source, (&held, target.as_path()), kind).map_err(failed);
     }
     if options.data.iter().any(|option| option == "loop") {
         return Err(Error::Unimplemented(format!(
@@ -154,24 +139,18 @@ fn mount_snapshot(snapshot: &RootfsMount, root: &Path, layers: Layers<'_>) -> Re
         mount(Some(source), &target, Some(kind), options.flags, Some(data)).map_err(Into::into)
     };
     if let (Some(mapped), "overlay") = (&mapped, kind) {
-        return overlay_mapped(&options.data, mapped, layers, call, failed);
+        return layers.overlay(&options.data, mapped, call, failed);
     }
     if let Some(mapped) = &mapped {
         call(&options.data.join(",")).map_err(failed)?;
-        // Over itself, which the path as it was found before does not lead to.
-        let (_held, target): (_, PathBuf) = if snapshot.target.is_empty() {
-            (None, target)
-        } else {
-            let found = mounts::inside(root, Path::new(&snapshot.target));
-            let (held, target) = found.map_err(failed)?;
-            (Some(held), target)
-        };
+        // Over itself, which what was found before does not lead to.
+        let (held, target) = find().map_err(failed)?;
         let again = mounts::Kind {
             mapped: Some(mapped),
             read_only: options.flags.contains(MsFlags::MS_RDONLY),
             ..mounts::Kind::default()
         };
-        return mounts::again(&target, &target, again).map_err(failed);
+        return on(&target, (&held, target.as_path()), again).map_err(failed);
     }
     let data = options.data.join(",");
     if data.len() < OPTIONS_MAX {
@@ -183,108 +162,16 @@ fn mount_snapshot(snapshot: &RootfsMount, root: &Path, layers: Layers<'_>) -> Re
     in_directory(&directory, || call(&data)).map_err(failed)
 }
 
-/// Takes the mapping out of a mount's options: `uidmap=` and `gidmap=`, each a
-/// list of ranges `container:host:size` with commas between.
-fn mapped(options: &mut Vec<String>) -> Result<Option<Mapped>, Error> {
-    let mut take = |key: &str| {
-        let place = options.iter().position(|option| option.starts_with(key))?;
-        Some(options.remove(place).split_off(key.len()))
-    };
-    let (users, groups) = (take("uidmap="), take("gidmap="));
-    let invalid = |why: String| Error::Invalid(format!("rootfs: {why}"));
-    let (users, groups) = match (users, groups) {
-        (None, None) => return Ok(None),
-        (Some(users), Some(groups)) => (users, groups),
-        _ => {
-            return Err(invalid(
-                "one of the options uidmap and gidmap is missing: give both".into(),
-            ))
-        }
-    };
-    let ranges = |key: &str, text: &str| {
-        let list: Option<Vec<IdRange>> = text.split(',').map(range).collect();
-        list.ok_or_else(|| {
-            invalid(format!(
-                "option {key}={text}: it should be like 0:100000:65536"
-            ))
-        })
-    };
-    let ids = IdMapping::new(ranges("uidmap", &users)?, ranges("gidmap", &groups)?)
-        .map_err(|why| invalid(format!("options uidmap, gidmap: {why}")))?;
-    Ok(Some(Mapped {
-        ids,
-        recursive: false,
-    }))
-}
-
-fn range(text: &str) -> Option<IdRange> {
-    let mut numbers = text.split(':').map(|number| number.parse().ok());
-    let mut next = || numbers.next().flatten();
-    let range = IdRange {
-        stored: next()?,
-        shown: next()?,
-        size: next()?,
-    };
-    numbers.next().is_none().then_some(range)
-}
-
-/// Mounts an overlay over mounts of its lower directories that have the ids.
-/// The upper one is the container's, and has them on the disk.
-fn overlay_mapped(
-    options: &[String],
-    mapped: &Mapped,
-    layers: Layers<'_>,
-    call: impl Fn(&str) -> std::io::Result<()> + Sync,
-    failed: impl Fn(std::io::Error) -> Error,
-) -> Result<(), Error> {
-    const KEY: &str = "lowerdir=";
-    let Some(lower) = options.iter().find_map(|option| option.strip_prefix(KEY)) else {
-        return Err(Error::Invalid(
-            "rootfs: uidmap of an overlay without a lowerdir".into(),
-        ));
-    };
-    let Layers { directory, journal } = layers;
-    let path = directory.to_path_buf();
-    let entry = journal
-        .record(Resource::Directory { path })
-        .step(|| "write the journal")?;
-    let mounted = || -> Result<(), Error> {
-        let made = fs::create_dir_all(directory);
-        made.step(|| format!("create {}", directory.display()))?;
-        let mut names = Vec::new();
-        for (number, layer) in lower.split(':').enumerate() {
-            let name = number.to_string();
-            let target = directory.join(&name);
-            make_directory(&target)?;
-            let kind = mounts::Kind {
-                read_only: true,
-                mapped: Some(mapped),
-                ..mounts::Kind::default()
-            };
-            mounts::again(Path::new(layer), &target, kind).map_err(&failed)?;
-            names.push(name);
-        }
-        // From their directory they have short names, however many they are.
-        let lower = format!("{KEY}{}", names.join(":"));
-        let data: Vec<&str> = options
-            .iter()
-            .map(|option| match option.starts_with(KEY) {
-                true => lower.as_str(),
-                false => option.as_str(),
-            })
-            .collect();
-        let data = data.join(",");
-        if data.len() >= OPTIONS_MAX {
-            return Err(failed(std::io::ErrorKind::ArgumentListTooLong.into()));
-        }
-        in_directory(directory, || call(&data)).map_err(&failed)
-    };
-    let outcome = mounted();
-    // The overlay has mounts of its own, nowhere to be seen.
-    mounts::remove_tree(directory)
-        .step(|| format!("remove {}", directory.display()))
-        .and_then(|()| journal.forget(entry).step(|| "write the journal"))
-        .and(outcome)
+/// Mounts on what was found in the root, or else by its path.
+fn on(
+    source: &Path,
+    (held, target): (&Option<OwnedFd>, &Path),
+    kind: mounts::Kind<'_>,
+) -> std::io::Result<()> {
+    match held {
+        Some(held) => mounts::again_on(source, held.as_fd(), kind),
+        None => mounts::again(source, target, kind),
+    }
 }
 
 /// Overlay options with paths relative to the directory they have in common.
@@ -329,7 +216,7 @@ fn shorten(options: &[String]) -> Option<(PathBuf, String)> {
 }
 
 /// Runs `work` on a thread with a working directory of its own.
-fn in_directory<T: Send>(
+pub fn in_directory<T: Send>(
     directory: &Path,
     work: impl FnOnce() -> std::io::Result<T> + Send,
 ) -> std::io::Result<T> {
@@ -400,6 +287,7 @@ mod tests {
     use std::os::unix::fs::{chown, MetadataExt, PermissionsExt};
 
     use super::*;
+    use crate::resource::journal::Journal;
 
     #[test]
     fn options_are_flags_or_the_file_systems() {
@@ -407,36 +295,6 @@ mod tests {
         let parsed = Options::parse(&options);
         assert_eq!(parsed.flags, MsFlags::MS_NOATIME);
         assert_eq!(parsed.data, ["lowerdir=/a:/b"]);
-    }
-
-    #[test]
-    fn mappings_are_among_the_options() {
-        let taken = |options: &[&str]| {
-            let mut options: Vec<String> = options.iter().map(|option| (*option).into()).collect();
-            let mapped = mapped(&mut options).map_err(|error| error.to_string())?;
-            Ok::<_, String>((options, mapped.map(|mapped| mapped.ids)))
-        };
-        let (left, ids) = taken(&[
-            "index=off",
-            "uidmap=0:7000:10,10:9:1",
-            "gidmap=0:8000:10",
-            "lowerdir=/a",
-        ])
-        .unwrap();
-        assert_eq!(left, ["index=off", "lowerdir=/a"]);
-        let ids = ids.unwrap();
-        assert_eq!((ids.user(1), ids.user(10), ids.group(2)), (7001, 9, 8002));
-        assert_eq!(taken(&["ro"]).unwrap(), (vec!["ro".into()], None));
-        for (options, word) in [
-            (&["uidmap=0:1:1"][..], "give both"),
-            (&["uidmap=0:1", "gidmap=0:1:1"], "uidmap=0:1: it should"),
-            (&["uidmap=0:1:1:1", "gidmap=0:1:1"], "uidmap=0:1:1:1"),
-            (&["uidmap=0:1:1", "gidmap=0:-1:1"], "gidmap=0:-1:1"),
-            (&["uidmap=0:1:0", "gidmap=0:1:1"], "users: a range"),
-        ] {
-            let why = taken(options).unwrap_err();
-            assert!(why.contains(word), "{why}");
-        }
     }
 
     fn snapshot(fs_type: &str, source: &Path, options: &[&str]) -> RootfsMount {
@@ -518,6 +376,29 @@ mod tests {
         assert!(!layers.exists());
         let points = mounts::mount_points_below(&base).unwrap();
         assert_eq!(points, [at("c1"), at("c2")]);
+        // In the root, where a link leads to.
+        fs::create_dir_all(at("work/below/x")).unwrap();
+        std::os::unix::fs::symlink("/below", at("work/link")).unwrap();
+        let bound = RootfsMount {
+            target: "link/x".into(),
+            ..snapshot("bind", &at("1"), &["rbind"])
+        };
+        mount_snapshot(&bound, &at("work"), place).unwrap();
+        assert_eq!(fs::read(at("work/below/x/file")).unwrap(), b"seen");
+        // One that is made, at a place in the root.
+        let made = RootfsMount {
+            target: "in".into(),
+            ..snapshot("tmpfs", Path::new("tmpfs"), &[ids[0], ids[1], "size=1m"])
+        };
+        fs::create_dir(at("work/in")).unwrap();
+        match mount_snapshot(&made, &at("work"), place) {
+            Ok(()) => assert_eq!(owner(at("work/in")), (7000, 8000)),
+            // Before Linux 6.3.
+            Err(error) => {
+                let why = error.to_string();
+                assert!(why.contains("tmpfs, the file system of"), "{why}");
+            }
+        }
         mounts::remove_tree(&base).unwrap();
     }
 

@@ -193,8 +193,17 @@ const FIRST_TIME_NAMESPACE: &str = "time:[4026531834]";
 fn user_and_time_namespaces(context: &Context) -> Result<()> {
     let script =
         "busybox id -u; cat /proc/self/uid_map; echo x > /made; busybox stat -c %u /made; \
-        ls -d /dev/mqueue; echo x > /dev/null; busybox readlink /proc/self/ns/time; ls /sys/class";
+        ls -d /dev/mqueue; echo x > /dev/null; busybox readlink /proc/self/ns/time; \
+        busybox grep ' /data ' /proc/self/mountinfo | busybox cut -d' ' -f6; ls /sys/class";
     let (mut spec, log) = scripted(context, script)?;
+    // How times of access are kept is not for a user namespace to change.
+    let data = context.dir.join("data");
+    fs::create_dir_all(&data)?;
+    let mounts = spec["mounts"].as_array_mut().context("a list of mounts")?;
+    mounts.push(
+        json!({ "destination": "/data", "type": "bind", "source": data,
+        "options": ["rbind", "noatime"] }),
+    );
     let root = context.dir.join("rootfs");
     give(&root, "100000:100000")?;
     let range = json!([{ "containerID": 0, "hostID": 100_000, "size": 65536 }]);
@@ -212,6 +221,7 @@ fn user_and_time_namespaces(context: &Context) -> Result<()> {
     let _ = fs::remove_file(&made);
     give(&root, "0:0")?;
     fs::remove_file(log)?;
+    fs::remove_dir_all(data)?;
     let out = out?.ok()?.out();
     let lines: Vec<&str> = out.lines().collect();
     same(lines[0], "0")?;
@@ -220,6 +230,7 @@ fn user_and_time_namespaces(context: &Context) -> Result<()> {
     same(lines[2], "0")?;
     same(owner?, 100_000_u32)?;
     same(lines[3], "/dev/mqueue")?;
+    same(lines[5], "rw,noatime")?;
     if context.only_bulkhead().is_ok() && lines[4] == FIRST_TIME_NAMESPACE {
         bail!("the time namespace is the guest's");
     }
