@@ -177,7 +177,7 @@ fn grow(
 /// own lock for ever. How many there were.
 fn end_stuck(bench: &Bench, pods: &mut Vec<String>) -> Result<usize> {
     let list = bulkhead(bench, &["list"])?;
-    let machines = list.as_array().context("a list of sandboxes")?;
+    let machines = list["sandboxes"].as_array().context("no sandboxes")?;
     let times = || -> Vec<Option<f64>> {
         let pid = |machine: &Value| machine["vmm_pid"].as_u64();
         machines.iter().map(|m| cpu_seconds(pid(m)?)).collect()
