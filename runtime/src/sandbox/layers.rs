@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Root file systems with other ids than are stored. A snapshotter may say that a
-//! container with a user namespace is to see its files as its own (options `uidmap` and `gidmap`, containerd 2). The layers of
-//! an overlay have those ids then, which the kernel takes from mounts of theirs:
+//! Root file systems with other ids than are stored. A snapshotter may say that
+//! a container with a user namespace is to see its files as its own (options
+//! `uidmap` and `gidmap`, containerd 2). The layers of an overlay have those ids
+//! then, which the kernel takes from mounts of theirs:
 //!
 //! ```text
 //! <sandbox>/layers/<container>/<n>         while the overlay is being mounted

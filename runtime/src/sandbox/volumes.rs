@@ -367,7 +367,7 @@ mod tests {
             }
         }
         for id in ["a", "b", "c", "d", "e"] {
-            volumes.leave(id).unwrap();
+            volumes.leave(id, |_| ()).unwrap();
         }
         mount::remove_tree(&base).unwrap();
     }
