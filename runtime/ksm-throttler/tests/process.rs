@@ -16,6 +16,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use bulkhead_ksm_throttler::controller::SLEEP_MS;
 use nix::{
     sys::signal::{kill, Signal},
     unistd::Pid,
@@ -94,7 +95,7 @@ impl Host {
         // The first run, for what was there before.
         until("the first run", || {
             self.path("run/state.json").exists()
-                && self.get("sleep_millisecs") == "20"
+                && self.get("sleep_millisecs") == SLEEP_MS.to_string()
                 // What a killed one left looks the same, but does not answer.
                 && UnixStream::connect(self.path("run/metrics.sock")).is_ok()
         });
@@ -269,7 +270,7 @@ fn what_a_killed_daemon_left_is_put_back_at_the_next_start() {
     let daemon = host.start();
     let (code, _) = daemon.end(Signal::SIGKILL);
     assert_eq!(code, None);
-    assert_eq!(host.get("sleep_millisecs"), "20");
+    assert_eq!(host.get("sleep_millisecs"), SLEEP_MS.to_string());
     assert!(host.path("run/ksm.sock").exists());
     // Replaces the socket, and does not take what it finds now for what was
     // found.
