@@ -7,6 +7,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context, Result};
+use nix::sys::signal::{kill, Signal};
+use nix::unistd::Pid;
 use serde_json::Value;
 
 use super::ksm::policy::{reset, Daemon};
@@ -176,9 +178,10 @@ fn grow(
 fn end_stuck(bench: &Bench, pods: &mut Vec<String>) -> Result<()> {
     let list = bulkhead(bench, &["list"])?;
     let machines = list["sandboxes"].as_array().context("no sandboxes")?;
+    let pid = |machine: &Value| machine["vmm_pid"].as_u64();
     let times = || -> Vec<Option<f64>> {
-        let pid = |machine: &Value| machine["vmm_pid"].as_u64();
-        machines.iter().map(|m| cpu_seconds(pid(m)?)).collect()
+        let all = machines.iter();
+        all.map(|machine| cpu_seconds(pid(machine)?)).collect()
     };
     let before = times();
     thread::sleep(GLANCE);
@@ -189,6 +192,9 @@ fn end_stuck(bench: &Bench, pods: &mut Vec<String>) -> Result<()> {
         let id = machine["id"].as_str().context("a sandbox without an id")?;
         if after - before > GLANCE.as_secs_f64() * STUCK {
             progress(&format!("{id} does not come to rest and is ended"));
+            // Nothing in it would answer.
+            let vmm = pid(machine).and_then(|pid| i32::try_from(pid).ok());
+            kill(Pid::from_raw(vmm.context("no process")?), Signal::SIGKILL)?;
             end(bench, id)?;
             pods.retain(|pod| pod != id);
         }
