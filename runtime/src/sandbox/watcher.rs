@@ -202,9 +202,15 @@ impl Group {
         path: &[u8],
         mut found: Option<&mut Changes>,
     ) -> io::Result<()> {
-        let mut open = vec![(open_below(shared, path)?, path.to_vec())];
+        // Names, not descriptors: a guest makes as many directories as it likes.
+        let mut left = vec![path.to_vec()];
         let mut first = true;
-        while let Some((directory, path)) = open.pop() {
+        while let Some(path) = left.pop() {
+            let directory = match open_below(shared, &path) {
+                Err(error) if first => return Err(error),
+                Err(_) => continue,
+                Ok(directory) => directory,
+            };
             match self.mark_one(&directory, &path) {
                 Ok(true) => {}
                 Ok(false) => return Ok(()),
@@ -222,10 +228,8 @@ impl Group {
                     continue;
                 }
                 let path = joined(&path, name);
-                if entry.file_type() == FileType::Directory {
-                    if let Ok(below) = openat(&directory, entry.file_name(), FLAGS, Mode::empty()) {
-                        open.push((below, path.clone()));
-                    }
+                if entry.file_type() == FileType::Directory && left.len() <= self.limit {
+                    left.push(path.clone());
                 }
                 if let Some(found) = found.as_mut().filter(|found| found.len() < MOST) {
                     found.insert(path, false);
