@@ -30,7 +30,7 @@ PACKAGES := ca-certificates build-essential bc bison flex libelf-dev libssl-dev 
 RUST_PACKAGES := rustc-web cargo-web
 RUST_OLDEST := 1.86.0
 
-.PHONY: help deps build binaries guest kernel run test test-agent test-agent-load test-guest-load test-programs test-containerd critest soak box bench fuzz install uninstall
+.PHONY: help deps build binaries guest kernel run test test-agent test-agent-load test-guest-load test-programs test-containerd test-docker critest soak box bench fuzz install uninstall
 
 help: ## What can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -76,6 +76,10 @@ test: build ## Runs every test: unit tests, tiny guests, end to end
 test-containerd: build ## End-to-end tests with another containerd (CONTAINERD=v2.3.4, ONLY=NAMEPART, BULKHEAD_SANDBOXER=shim); needs Go
 	@dir=$$(tests/containerd/build $(or $(CONTAINERD),v2.3.4)) && \
 		BULKHEAD_CONTAINERD="$$dir" cargo test -p bulkhead-tests --test e2e -- $(ONLY)
+
+test-docker: build ## End-to-end tests with Docker's daemon (DOCKER=28.5.2); needs Go
+	@dir=$$(tests/docker/build $(or $(DOCKER),28.5.2)) && \
+		BULKHEAD_DOCKER="$$dir" cargo test -p bulkhead-tests --test e2e -- docker_
 
 critest: build ## Runs the tests of cri-tools (FOCUS: only those cases); needs Go
 	@tests/cri-tools/build crictl critest

@@ -66,7 +66,7 @@ pub fn request(bytes: &[u8]) {
             for name in request.sysctls.keys() {
                 let _ = plan::sysctl_path(name);
             }
-            netlink::fuzz(&request);
+            netlink::fuzz(&request.network);
         }),
         4 => with(bytes, |request: agent::SignalProcessRequest| {
             let _ = check_name(&request.container_id, "container_id");

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! SetupSandbox: what makes a booted guest this pod's. Entropy comes first: it
-//! is what a clone of a template must have before anything else happens.
+//! is what a clone of a template must have before anything else happens. And
+//! AddNetwork, for a pod whose network comes later.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -11,6 +12,7 @@ use bulkhead_agent_protocol::{agent, SHARED_MOUNT};
 use nix::mount::{mount, MsFlags};
 
 use crate::container::plan::sysctl_path;
+use crate::devices;
 use crate::error::{AgentError, Context, Result};
 use crate::netlink::Netlink;
 use crate::sys::host;
@@ -83,7 +85,16 @@ fn change_guest(request: &agent::SetupSandboxRequest) -> Result<()> {
         .step(|| "resize /dev/shm")?;
     }
     set_sysctls(request)?;
-    set_network(request)
+    set_network(&request.network)
+}
+
+/// Does what AddNetwork says.
+///
+/// # Errors
+/// As of [`set_up`].
+pub fn add_network(network: &agent::Network, in_guest: bool) -> Result<()> {
+    devices::rescan(in_guest)?;
+    set_network(network)
 }
 
 fn mount_shared(tag: &str) -> Result<()> {
@@ -112,25 +123,25 @@ fn set_sysctls(request: &agent::SetupSandboxRequest) -> Result<()> {
 }
 
 /// Interfaces, then routes (gateways must be reachable first), then neighbours.
-fn set_network(request: &agent::SetupSandboxRequest) -> Result<()> {
-    let nothing = request.interfaces.is_empty()
-        && request.routes.is_empty()
-        && request.neighbours.is_empty()
-        && request.rules.is_empty();
+fn set_network(network: &agent::Network) -> Result<()> {
+    let nothing = network.interfaces.is_empty()
+        && network.routes.is_empty()
+        && network.neighbours.is_empty()
+        && network.rules.is_empty();
     if nothing {
         return Ok(());
     }
     let mut netlink = Netlink::open()?;
-    for interface in &request.interfaces {
+    for interface in &network.interfaces {
         netlink.set_interface(interface)?;
     }
-    for route in &request.routes {
+    for route in &network.routes {
         netlink.add_route(route)?;
     }
-    for rule in &request.rules {
+    for rule in &network.rules {
         netlink.add_rule(rule)?;
     }
-    for neighbour in &request.neighbours {
+    for neighbour in &network.neighbours {
         netlink.add_neighbour(neighbour)?;
     }
     Ok(())

@@ -78,6 +78,15 @@ impl agent_ttrpc::Agent for Service {
         )?)
     }
 
+    async fn add_network(
+        &self,
+        _: &TtrpcContext,
+        network: agent::Network,
+    ) -> ttrpc::Result<agent::Empty> {
+        sandbox::add_network(&network, self.containers.shared().in_guest)?;
+        Ok(agent::Empty::new())
+    }
+
     async fn create_container(
         &self,
         _: &TtrpcContext,

@@ -220,6 +220,21 @@ impl Containerd {
         command
     }
 
+    /// Its version: the first two numbers.
+    ///
+    /// # Errors
+    /// It says none.
+    pub fn version(&self) -> Result<(u32, u32)> {
+        let mut command = Command::new("containerd");
+        command.env("PATH", &self.search).arg("--version");
+        let said = proc::run(&mut command, LIMIT)?.ok()?.out();
+        // containerd github.com/containerd/containerd/v2 v2.3.4 ...
+        let version = said.split_whitespace().nth(2).unwrap_or_default();
+        let mut numbers = version.trim_start_matches('v').split('.');
+        let mut number = || numbers.next().and_then(|number| number.parse().ok());
+        number().zip(number()).with_context(|| said.clone())
+    }
+
     /// Imports an OCI archive.
     ///
     /// # Errors

@@ -363,18 +363,18 @@ fn prefix_of(address: &agent::IpAddress, field: &str) -> Result<u8> {
     }
 }
 
-/// For a fuzz target: the messages of a request.
+/// For a fuzz target: the messages for a network.
 #[cfg(feature = "fuzzing")]
-pub fn fuzz(request: &agent::SetupSandboxRequest) {
-    let addresses = request.interfaces.iter().flat_map(|i| &i.addresses);
+pub fn fuzz(network: &agent::Network) {
+    let addresses = network.interfaces.iter().flat_map(|i| &i.addresses);
     let addresses = addresses.map(|address| address_message(1, address));
     let hops = vec![1; 1024];
-    let routes = request
+    let routes = network
         .routes
         .iter()
         .map(|r| route_message(r, Some(1), &hops[..r.hops.len().min(1024)]));
-    let rules = request.rules.iter().map(rule_message);
-    let neighbours = request.neighbours.iter().map(|n| neighbour_message(n, 1));
+    let rules = network.rules.iter().map(rule_message);
+    let neighbours = network.neighbours.iter().map(|n| neighbour_message(n, 1));
     for message in addresses
         .chain(routes)
         .chain(neighbours)

@@ -88,6 +88,8 @@ macro_rules! calls {
 calls! {
     /// Sets the guest up: clock, entropy, names, network, shared directory.
     setup_sandbox(SetupSandboxRequest) -> SetupSandboxReply, "set the guest up", long;
+    /// Takes a network that came later.
+    add_network(Network) -> Empty, "add the network", long;
     /// Makes a container, up to its waiting first process.
     create_container(CreateContainerRequest) -> CreateContainerReply, "create container", long;
     /// Runs a container's program.

@@ -21,8 +21,8 @@ use std::{
 use async_trait::async_trait;
 use bulkhead_vmm_api::{
     BalloonConfig, Call, Channel, ChannelError, DeviceConfigs, FdIndex, FsCache, FsConfig,
-    KernelConfig, MemConfig, MemoryTarget, NetConfig, Outcome, PmemConfig, Request, Timeline,
-    VmConfig, VsockConfig,
+    KernelConfig, MemConfig, MemoryTarget, NetConfig, Outcome, PlugConfig, PmemConfig, Request,
+    Timeline, VmConfig, VsockConfig,
 };
 use rustix::{
     fs::{fcntl_setfl, OFlags},
@@ -34,7 +34,7 @@ use tokio::{
     sync::{oneshot, watch as watching},
 };
 
-use super::{error::HypervisorError, tail::Tail, Ending, Hypervisor, Machine, Vsock};
+use super::{error::HypervisorError, tail::Tail, Ending, Hypervisor, Machine, NicDevice, Vsock};
 use crate::sys;
 
 /// The guest's context id; every guest's is the same, for the sockets are the
@@ -268,6 +268,12 @@ impl Hypervisor for BulkheadVmm {
         self.inner.done("boot", booted).await
     }
 
+    async fn plug_nic(&self, nic: NicDevice) -> Result<(), HypervisorError> {
+        let call = Call::Plug(Box::new(PlugConfig::Net(net_config(&nic, 0))));
+        let answer = self.inner.send(call, &[nic.tap.as_fd()]).await?;
+        self.inner.done("plug", answer).await
+    }
+
     async fn set_extra_memory(&self, mib: u32) -> Result<(), HypervisorError> {
         let call = Call::Memory(MemoryTarget { mib });
         let answer = self.inner.send(call, &[]).await?;
@@ -316,6 +322,15 @@ impl Hypervisor for BulkheadVmm {
     }
 }
 
+fn net_config(nic: &NicDevice, tap: FdIndex) -> NetConfig {
+    NetConfig {
+        id: nic.id.clone(),
+        tap,
+        mac: nic.mac,
+        mtu: Some(nic.mtu),
+    }
+}
+
 /// The machine as the VMM's message, with the descriptors in their order.
 fn describe(machine: &Machine) -> (VmConfig, Vec<&OwnedFd>) {
     let mut fds: Vec<&OwnedFd> = Vec::new();
@@ -360,12 +375,7 @@ fn describe(machine: &Machine) -> (VmConfig, Vec<&OwnedFd>) {
             net: machine
                 .nics
                 .iter()
-                .map(|nic| NetConfig {
-                    id: nic.id.clone(),
-                    tap: pass(&nic.tap),
-                    mac: nic.mac,
-                    mtu: Some(nic.mtu),
-                })
+                .map(|nic| net_config(nic, pass(&nic.tap)))
                 .collect(),
             balloon: machine.free_page_reporting.then(BalloonConfig::default),
             mem: (machine.extra_memory_mib > 0).then_some(MemConfig {

@@ -82,6 +82,13 @@ pub trait Hypervisor: Send + Sync {
     /// What is wrong with the machine, or why the process ended.
     async fn boot(&self, machine: Machine) -> Result<(), HypervisorError>;
 
+    /// Plugs a network interface while the machine runs. The guest finds it when
+    /// it looks at its bus again.
+    ///
+    /// # Errors
+    /// There is no room for it, or why the process ended.
+    async fn plug_nic(&self, nic: NicDevice) -> Result<(), HypervisorError>;
+
     /// Asks the guest to have so many MiB beyond what it booted with. It takes
     /// its time: [`Self::extra_memory`] tells.
     ///

@@ -34,7 +34,8 @@ use super::{
     blocking,
     directory::{check_name, Directory, Identity},
     files::PodFiles,
-    host::{adopt, attach, listen, open_network, place, share, watched},
+    host::{adopt, attach, listen, nics, open_network, place, share, watched},
+    late::LateNetwork,
     observe::watch_health,
     ports,
     state::{Extra, Pod},
@@ -51,12 +52,12 @@ use crate::{
         bulkhead::{open_image, open_kernel, BulkheadVmm},
         cmdline::{self, Later},
         console::Console,
-        Ending, Hypervisor, HypervisorError, Machine, NicDevice, Vsock,
+        Ending, Hypervisor, HypervisorError, Machine, Vsock,
     },
     ksm::{self, Merging},
-    oci::{self, Size},
+    oci::{self, Role, Size},
     operator::{history::History, server},
-    resource::{journal::Journal, network::Network, process},
+    resource::{journal::Journal, process},
     timeline::Timeline,
 };
 
@@ -100,7 +101,8 @@ pub async fn start(
     let size = Size::of(&spec, &config.hypervisor)?;
     let merge_group = oci::merge_group(&spec, &config.hypervisor)?;
     let hooks = Lifecycle::new(&spec, &request.id, &request.bundle)?;
-    let hooks_network = hooks.any_before_start() && oci::wants_new_network(&spec);
+    let own_network = oci::wants_new_network(&spec);
+    let of_pod = files.is_some() || oci::role(&spec) == Role::Sandbox;
     let kernel = open_kernel(&config.hypervisor.kernel)?;
     let image = open_image(&config.hypervisor.image)?;
 
@@ -113,7 +115,8 @@ pub async fn start(
         pod_sysctls,
         shm_size,
         files,
-        hooks_network,
+        own_network,
+        of_pod,
         kernel,
         image,
     };
@@ -125,7 +128,7 @@ pub async fn start(
     match started {
         Ok(started) => Ok(started),
         Err(error) => {
-            if hooks_network {
+            if own_network && hooks.any_before_start() {
                 // What they have done is theirs to undo.
                 hooks.poststop().await;
             }
@@ -152,8 +155,11 @@ struct Plan {
     shm_size: Option<u64>,
     /// None: a container stands for the pod.
     files: Option<Vec<(PathBuf, String)>>,
-    /// The network is for the first container's hooks to set up.
-    hooks_network: bool,
+    /// The network namespace is a new one, which the first container's hooks set
+    /// up, or others once it is there.
+    own_network: bool,
+    /// It is a pod's, not a container's alone.
+    of_pod: bool,
     kernel: OwnedFd,
     image: OwnedFd,
 }
@@ -175,7 +181,7 @@ async fn boot(
     let files = plan.files.map(|files| PodFiles::write(&directory, files));
     let files = files.transpose()?;
     let cgroup = place(&config.runtime, request, &plan.spec, &journal)?;
-    let vm = BulkheadVmm::spawn(&config.hypervisor.path, plan.hooks_network)?;
+    let vm = BulkheadVmm::spawn(&config.hypervisor.path, plan.own_network)?;
     fault.after(fault::Step::Spawn)?;
     adopt(&vm, cgroup, &journal)?;
     fault.after(fault::Step::Adopt)?;
@@ -208,12 +214,8 @@ async fn boot(
     let agent_listener = watched(listen(directory.vsock_port(AGENT_PORT))?)?;
     let stream_listener = watched(listen(directory.vsock_port(STREAM_PORT))?)?;
     fault.after(fault::Step::Listen)?;
-    let made = match plan.hooks_network {
-        true => {
-            let made = open_network(vm.pid())?;
-            hooks.before_start(vm.pid()).await?;
-            Some(made)
-        }
+    let made = match plan.own_network {
+        true => Some(open_network(vm.pid())?),
         false => None,
     };
     let netns = match &made {
@@ -221,30 +223,21 @@ async fn boot(
         Some(made) => Some(format!("/proc/{}/fd/{}", std::process::id(), made.as_raw_fd()).into()),
         None => oci::network_namespace(&plan.spec).map(Path::to_owned),
     };
-    let (journal, network) = attach(netns.clone(), journal).await?;
+    let hooked = plan.own_network && hooks.any_before_start();
+    if hooked {
+        hooks.before_start(vm.pid()).await?;
+    }
+    // Without hooks nobody has been in it yet.
+    let there = netns.clone().filter(|_| hooked || !plan.own_network);
+    let (journal, network) = attach(there, journal).await?;
+    let empty = network.nics.is_empty();
+    let late = netns.clone().filter(|_| plan.own_network && empty);
     fault.after(fault::Step::Network)?;
     let (console, console_writer) = Console::open(&config.runtime, &request.id)
         .step(|| "open the guest's console (runtime.guest_console)")?;
     let console = Arc::new(console);
     let shared = File::open(directory.shared()).step(|| "open the shared directory")?;
 
-    let Network {
-        interfaces,
-        routes,
-        rules,
-        neighbours,
-    } = network;
-    let mut guest_interfaces = Vec::with_capacity(interfaces.len());
-    let mut nics = Vec::with_capacity(interfaces.len());
-    for (number, nic) in interfaces.into_iter().enumerate() {
-        nics.push(NicDevice {
-            id: format!("net{number}"),
-            tap: nic.tap,
-            mac: nic.mac,
-            mtu: nic.mtu,
-        });
-        guest_interfaces.push(nic.guest);
-    }
     let machine = Machine {
         vcpus: plan.size.vcpus + plan.size.extra_vcpus,
         memory_mib: plan.size.memory_mib,
@@ -269,7 +262,7 @@ async fn boot(
             path: directory.vsock(),
             ready_port: AGENT_PORT,
         },
-        nics,
+        nics: nics(network.nics),
     };
     let patience = config.agent.ready_timeout();
     let call = tokio::select! {
@@ -291,10 +284,7 @@ async fn boot(
         realtime_ns: clock::realtime_ns(),
         entropy,
         shared_tag: SHARED_TAG.into(),
-        interfaces: guest_interfaces,
-        routes,
-        rules,
-        neighbours,
+        network: Some(network.guest).into(),
         sysctls: plan.pod_sysctls,
         shm_size: plan.shm_size.unwrap_or_default(),
         ..Default::default()
@@ -363,12 +353,15 @@ async fn boot(
         files,
         pod: Mutex::new(pod),
         extra: Semaphore::new(1),
-        hooked: AtomicBool::new(plan.hooks_network),
+        hooked: AtomicBool::new(hooked),
         _network: made,
+        late: late.map(LateNetwork::new),
         closed: watch::Sender::new(None),
     });
     tokio::spawn(follow(inner.vm.ending(), Arc::downgrade(&inner), console));
-    beside(&inner, operator, netns);
+    // Nobody connects to ports in the namespace of a container alone.
+    let forwarded = netns.filter(|_| plan.of_pod || !plan.own_network);
+    beside(&inner, operator, forwarded);
     Ok((Sandbox { inner }, told))
 }
 

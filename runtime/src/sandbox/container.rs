@@ -18,6 +18,7 @@ use super::{
     directory::check_name,
     layers::Layers,
     mirror::{self, Mirrored},
+    mountpoints,
     process::{self, Requested},
     resize::Resize,
     rootfs,
@@ -176,8 +177,14 @@ async fn make_hooked(
     let read_only = root.and_then(|root| root.readonly()).unwrap_or(false);
     let (directory, mounts) = (directory.to_path_buf(), request.rootfs.clone());
     let (id, pod) = (request.id.clone(), inner.clone());
+    // A root that nothing is mounted for is as the host has it; the guest
+    // mounts its own over a snapshot, and makes that read-only itself.
+    let points = (read_only && mounts.is_empty()).then(|| spec.mounts().clone());
     let (prepared, mirrors) = blocking(move || {
         let mut prepared = prepared;
+        if let Some(points) = points.flatten() {
+            mountpoints::make(&root_path, &points)?;
+        }
         let mirrors = copied(&mut prepared, &id)?;
         let shared = pod.directory.shared();
         pod.volumes

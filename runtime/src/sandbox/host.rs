@@ -14,12 +14,12 @@ use super::{blocking, directory::Directory, SandboxRequest};
 use crate::{
     config,
     error::{Error, Step},
-    hypervisor::{bulkhead::BulkheadVmm, Hypervisor},
+    hypervisor::{bulkhead::BulkheadVmm, Hypervisor, NicDevice},
     resource::{
         cgroup::SandboxCgroup,
         journal::{Journal, Resource},
         mount,
-        network::{self, Network},
+        network::{self, Network, Nic},
         process,
     },
 };
@@ -103,6 +103,18 @@ pub async fn attach(netns: Option<PathBuf>, journal: Journal) -> Result<(Journal
         Ok((journal, network))
     })
     .await
+}
+
+/// Interfaces for a machine that has none.
+pub fn nics(nics: Vec<Nic>) -> Vec<NicDevice> {
+    let numbered = nics.into_iter().enumerate();
+    let device = |(number, nic): (usize, Nic)| NicDevice {
+        id: format!("net{number}"),
+        tap: nic.tap,
+        mac: nic.mac,
+        mtu: nic.mtu,
+    };
+    numbered.map(device).collect()
 }
 
 /// A socket in the pod's directory, for the VMM to connect to.

@@ -79,7 +79,8 @@ pub struct Mirrored {
 }
 
 impl Mirrored {
-    /// Watches and reads a volume. None: it cannot be copied. Blocks.
+    /// Watches and reads a volume. None: it cannot be copied, and is shared as
+    /// any other, whose changes are announced. Blocks.
     ///
     /// # Errors
     /// It cannot be read.
@@ -87,14 +88,18 @@ impl Mirrored {
         let source = volume.source.as_path();
         let ids = volume.mapped.as_ref().map(|mapped| mapped.ids.clone());
         let step = || format!("read {}", source.display());
-        let watch = Watch::new().step(step)?;
-        watch.all_below(source).step(step)?;
+        let shared = |why: &str| {
+            tracing::info!(volume = %source.display(), why, "the volume is shared, not copied");
+            Ok(None)
+        };
+        let watch = match Watch::of(source) {
+            Ok(watch) => watch,
+            Err(error) if is_exhausted(&error) => return shared(&error.to_string()),
+            Err(error) => return Err(error).step(step),
+        };
         let entries = match read(source, ids.as_ref()).step(step)? {
             Ok(entries) => entries,
-            Err(why) => {
-                tracing::info!(volume = %source.display(), why, "the volume is shared, not copied");
-                return Ok(None);
-            }
+            Err(why) => return shared(&why),
         };
         let tree = Mirror {
             name: volume.name.clone(),
@@ -208,15 +213,18 @@ async fn follow(mirrored: Mirrored, inner: Weak<Inner>, container: String) {
 #[derive(Debug)]
 struct Watch(OwnedFd);
 
-impl Watch {
-    fn new() -> io::Result<Self> {
-        Ok(Self(inotify::init(
-            CreateFlags::CLOEXEC | CreateFlags::NONBLOCK,
-        )?))
-    }
+/// Whether a user has as many inotify instances or watches as the host allows
+/// (fs.inotify.max_user_instances, fs.inotify.max_user_watches).
+fn is_exhausted(error: &io::Error) -> bool {
+    let number = error.raw_os_error();
+    number.is_some_and(|number| [libc::EMFILE, libc::ENOSPC].contains(&number))
+}
 
-    fn all_below(&self, directory: &Path) -> io::Result<()> {
-        all_below(&self.0, directory)
+impl Watch {
+    fn of(directory: &Path) -> io::Result<Self> {
+        let fd = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
+        all_below(&fd, directory)?;
+        Ok(Self(fd))
     }
 
     fn events(self) -> io::Result<Events> {
@@ -466,8 +474,7 @@ mod tests {
     #[tokio::test]
     async fn every_change_is_seen() {
         let (_directory, place) = volume();
-        let watch = Watch::new().unwrap();
-        watch.all_below(&place).unwrap();
+        let watch = Watch::of(&place).unwrap();
         let mut events = watch.events().unwrap();
         let seen = async |events: &mut Events| {
             let change = tokio::time::timeout(Duration::from_secs(60), events.change());

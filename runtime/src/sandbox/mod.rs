@@ -10,8 +10,10 @@ mod container;
 pub(crate) mod directory;
 mod files;
 mod host;
+mod late;
 mod layers;
 mod mirror;
+mod mountpoints;
 mod observe;
 mod ports;
 mod process;
@@ -43,7 +45,10 @@ use tokio::{
 };
 
 pub(crate) use self::observe::Observed;
-use self::{directory::Directory, files::PodFiles, state::Pod, volumes::Volumes, watcher::Watcher};
+use self::{
+    directory::Directory, files::PodFiles, late::LateNetwork, state::Pod, volumes::Volumes,
+    watcher::Watcher,
+};
 pub use self::{
     types::*,
     work::{Arriving, FileCopy, GuestCommand, Work, FILE_COPY, GUEST_COMMAND},
@@ -104,8 +109,10 @@ struct Inner {
     extra: Semaphore,
     /// The first container's hooks have run already, for its network.
     hooked: AtomicBool,
-    /// The network namespace that was made for those; its path is open here.
+    /// The network namespace that was made for the pod; its path is open here.
     _network: Option<File>,
+    /// Its network, where that comes later.
+    late: Option<LateNetwork>,
     /// Set once everything has been given back: what could not be.
     closed: watch::Sender<Option<Option<String>>>,
 }

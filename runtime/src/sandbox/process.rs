@@ -10,6 +10,7 @@ use bulkhead_agent_protocol::agent::{
 
 use super::{
     directory::check_name,
+    late,
     state::{label, wall_clock, Described, Process, Stage},
     work::{Translated, Work},
     Deleted, Event, Exit, Inner,
@@ -204,7 +205,8 @@ async fn end_after_hook(inner: &Inner, id: &str) {
     }
 }
 
-async fn start_container(inner: &Inner, id: &str) -> Result<(), Error> {
+async fn start_container(inner: &Arc<Inner>, id: &str) -> Result<(), Error> {
+    late::take(inner).await?;
     let started = inner.agent.start_container(StartContainerRequest {
         container_id: id.into(),
         ..Default::default()

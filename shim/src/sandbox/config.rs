@@ -77,9 +77,15 @@ fn spec(
     // The host's processes and IPC objects are the guest's in a virtual
     // machine; its network is refused, as that of any pod without its own.
     let of_host = options.network.enum_value() == Ok(NamespaceMode::NODE);
+    let users = options.userns_options.as_ref().map(|users| users.mode);
+    let own_users = users.is_some_and(|mode| mode.enum_value() == Ok(NamespaceMode::POD));
     let network = match request.netns_path.as_str() {
-        path if !path.is_empty() && !of_host => json!([{"type": "network", "path": path}]),
-        _ => json!([]),
+        _ if of_host => json!([]),
+        // That of a pod with a user namespace is the runtime's to make, and set
+        // up once the pod runs.
+        "" if own_users => json!([{"type": "network"}]),
+        "" => json!([]),
+        path => json!([{"type": "network", "path": path}]),
     };
     let mut described = json!({"namespaces": network, "sysctl": linux.sysctls});
     if let Some(path) = cgroups_path(&linux.cgroup_parent, &request.sandbox_id) {
@@ -231,6 +237,24 @@ mod tests {
         let pod = pod_spec(&request(&config)).unwrap();
         let linux = pod.spec.linux().clone().unwrap();
         assert_eq!(linux.namespaces().clone().unwrap_or_default(), []);
+    }
+
+    #[test]
+    fn the_network_of_a_pod_with_a_user_namespace_is_made_for_it() {
+        let users = |mode: NamespaceMode| {
+            let mut config = PodSandboxConfig::new();
+            let linux = config.linux.mut_or_insert_default();
+            let security = linux.security_context.mut_or_insert_default();
+            let options = security.namespace_options.mut_or_insert_default();
+            options.userns_options.mut_or_insert_default().mode = mode.into();
+            let mut request = request(&config);
+            request.netns_path.clear();
+            let linux = pod_spec(&request).unwrap().spec.linux().clone().unwrap();
+            linux.namespaces().clone().unwrap_or_default()
+        };
+        let made = users(NamespaceMode::POD);
+        assert_eq!((made.len(), made[0].path()), (1, &None));
+        assert_eq!(users(NamespaceMode::NODE), []);
     }
 
     #[test]

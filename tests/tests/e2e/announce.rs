@@ -53,11 +53,8 @@ fn announcement(wire: &UnixDatagram) -> Result<()> {
 fn a_clone_announces_itself(context: &Context) -> Result<()> {
     let mut guest = Guest::boot_with(context, "announce-template", "")?;
     let (config, tap, wire) = interface()?;
-    let slot = guest.vmm.plug(PlugConfig::Net(config), tap)?;
-    guest.look_at(slot, "virtio_net")?;
-    let request = agent::SetupSandboxRequest {
-        sandbox_id: "clone".into(),
-        entropy: vec![7; 32],
+    guest.vmm.plug(PlugConfig::Net(config), tap)?;
+    let network = agent::Network {
         interfaces: vec![agent::Interface {
             mac: vec![2, 0, 0, 0, 0, 7],
             name: "eth0".into(),
@@ -71,7 +68,7 @@ fn a_clone_announces_itself(context: &Context) -> Result<()> {
         }],
         ..Default::default()
     };
-    guest.runtime.block_on(guest.agent.setup_sandbox(request))?;
+    guest.runtime.block_on(guest.agent.add_network(network))?;
     drop(wire);
     let dir = guest.host.dir.clone();
     guest

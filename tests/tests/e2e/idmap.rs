@@ -2,20 +2,23 @@
 //! Containers with a user namespace whose files are on a disk as if they had
 //! none: id-mapped volumes, and a root file system that containerd 2 has mapped
 //! by mount options. The distribution's containerd knows neither, so the shim
-//! is called as containerd 2 calls it.
+//! is called as containerd 2 calls it; and with one that knows them a pod is run
+//! as a kubelet does (`hostUsers: false`).
 
 use std::fs;
 use std::os::unix::fs::{chown, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context as _, Result};
+use anyhow::{ensure, Context as _, Result};
 use bulkhead_shim_protocol::shim::{
     CreateTaskRequest, DeleteRequest, ShutdownRequest, StartRequest, WaitRequest,
 };
 use bulkhead_shim_protocol::shim_v3_ttrpc::TaskClient;
 use bulkhead_shim_protocol::types::Mount;
+use bulkhead_tests::cri::Cri;
 use bulkhead_tests::install::which;
+use bulkhead_tests::listing::Listing;
 use bulkhead_tests::proc;
 use serde_json::{json, Value};
 use tokio::net::UnixStream;
@@ -23,12 +26,14 @@ use ttrpc::asynchronous::{transport::Socket, Client};
 
 use crate::context::{mentions, same, until, Context, Skip, LIMIT};
 use crate::failure::{good_spec, run_spec, unpacked};
+use crate::pod::{listing, places, Pod, PATIENCE};
 use crate::runner::{tests, Test};
 use crate::sandbox_api::{fresh, limit, start_shim};
 use crate::vmm::runtime;
 
 pub const TESTS: &[Test] = tests![
     volumes_and_layers_have_the_containers_ids,
+    a_pod_has_users_of_its_own,
     what_cannot_be_id_mapped_is_refused,
 ];
 
@@ -49,7 +54,7 @@ impl Drop for Mounted {
 }
 
 /// A disk with a file system that can be id-mapped on every kernel.
-fn disk(context: &Context) -> Result<Mounted> {
+fn disk(context: &Context, mib: u64) -> Result<Mounted> {
     for program in ["mkfs.ext4", "mount", "umount"] {
         if which(program).is_none() {
             return Err(Skip(format!("{program} is missing")).into());
@@ -57,7 +62,7 @@ fn disk(context: &Context) -> Result<Mounted> {
     }
     let (image, place) = (context.dir.join("disk.img"), context.dir.join("disk"));
     fs::create_dir_all(&place)?;
-    fs::File::create(&image)?.set_len(64 << 20)?;
+    fs::File::create(&image)?.set_len(mib << 20)?;
     let mut make = Command::new("mkfs.ext4");
     proc::run(make.args(["-q", "-F"]).arg(&image), LIMIT)?.ok()?;
     let mut mount = Command::new("mount");
@@ -215,7 +220,7 @@ async fn runs(socket: &Path, bundle: &Path, out: &Path, root: Mount) -> Result<u
 
 fn volumes_and_layers_have_the_containers_ids(context: &Context) -> Result<()> {
     context.only_bulkhead()?;
-    let disk = disk(context)?;
+    let disk = disk(context, 64)?;
     let at = |name: &str| disk.0.join(name);
     let root = layers(&disk.0)?;
     let bundle = bundle(context, &disk.0)?;
@@ -256,6 +261,94 @@ fn volumes_and_layers_have_the_containers_ids(context: &Context) -> Result<()> {
         fs::remove_dir_all(directory)?;
     }
     fs::remove_file(out)?;
+    Ok(())
+}
+
+/// What containerd 1.7 has of it first.
+const POD_USERS: (u32, u32) = (1, 7);
+/// What looks at a runtime's features first.
+const FEATURES: (u32, u32) = (2, 0);
+
+fn a_pod_has_users_of_its_own(context: &Context) -> Result<()> {
+    context.only_bulkhead()?;
+    // Where there is no crictl, this test is skipped.
+    context.cri()?;
+    let version = context.containerd.version()?;
+    if version < POD_USERS {
+        let (major, minor) = version;
+        let why = format!("containerd {major}.{minor} has no user namespaces of pods");
+        return Err(Skip(why).into());
+    }
+    let disk = disk(context, 1024)?;
+    let config = context.dir.join("config.toml");
+    let directory = disk.0.join("k");
+    let cri = Cri::start(&directory, &context.products, &config, &context.runtime)?;
+    let outcome = pods_users(context, &cri).with_context(|| cri.containerd().log_tail(20));
+    cri.stop()?;
+    outcome?;
+    if version >= FEATURES {
+        features_are_asked_for(context, &disk.0)?;
+    }
+    drop(disk);
+    fs::remove_dir_all(context.dir.join("disk"))?;
+    Ok(())
+}
+
+/// What a kubelet is told, and what lets an id-mapped volume through.
+fn features_are_asked_for(context: &Context, disk: &Path) -> Result<()> {
+    let inspect = ["plugins", "inspect-runtime", "--runtime", &context.runtime];
+    let told = context.ctr(&inspect)?.ok()?.out();
+    let told: Value = serde_json::from_str(&told).context(told)?;
+    let features = &told["Features"];
+    let idmap = &features["linux"]["mountExtensions"]["idmap"];
+    same(&idmap["enabled"], &json!(true)).with_context(|| told.to_string())?;
+
+    let volume = disk.join("volume");
+    fs::create_dir_all(&volume)?;
+    fs::write(volume.join("file"), "x")?;
+    chown(volume.join("file"), Some(1000), Some(2000))?;
+    let root = unpacked(context)?;
+    let mut spec = good_spec(context, &root)?;
+    let range = |outside: u32| json!([{ "containerID": outside, "hostID": 0, "size": 10 }]);
+    let mounts = spec["mounts"].as_array_mut().context("a list of mounts")?;
+    mounts.push(
+        json!({ "destination": "/data", "type": "bind", "source": volume,
+        "options": ["rbind"], "uidMappings": range(1000), "gidMappings": range(2000) }),
+    );
+    spec["process"]["args"] = json!(["busybox", "stat", "-c", "%u:%g", "/data/file"]);
+    same(run_spec(context, &spec)?.ok()?.out(), "0:0")
+}
+
+fn pods_users(context: &Context, cri: &Cri) -> Result<()> {
+    let ids = json!([{ "container_id": 0, "host_id": FIRST, "length": 65536 }]);
+    let users = json!({ "mode": 0, "uids": ids, "gids": ids });
+    let options = json!({ "namespace_options": { "userns_options": users } });
+    let config = json!({ "linux": { "security_context": options } });
+    // With what stays: the bridge, and directories of all pods.
+    Pod::run_on(context, cri, cri.handler(), "users", json!({}))?.remove()?;
+    let before = listing(context, cri);
+    let pod = Pod::run_on(context, cri, cri.handler(), "users", config.clone())?;
+    let serve = "mkdir /srv; echo from the pod >/srv/page; echo serving; \
+        exec httpd -f -p 8080 -h /srv";
+    let one = pod.start("one", serve, config.clone())?;
+    pod.logged(&one, "serving")?;
+    let two = pod.start("two", "exec sleep 7777", config)?;
+    for container in [&one, &two] {
+        let map = pod.sh(container, "cat /proc/self/uid_map /proc/self/gid_map")?;
+        let numbers: Vec<&str> = map.split_whitespace().collect();
+        same(numbers, ["0", "100000", "65536"].repeat(2))?;
+        same(pod.sh(container, "id -u; stat -c %u /bin/busybox")?, "0\n0")?;
+    }
+    // The network, which containerd 1.7 makes only when the pod runs.
+    let address = pod.address()?;
+    mentions(&pod.sh(&two, "ip -4 addr show eth0")?, &[&address])?;
+    let url = format!("http://{address}:8080/page");
+    let mut get = Command::new("busybox");
+    let page = proc::run(get.args(["wget", "-q", "-O", "-", &url]), PATIENCE)?;
+    same(page.ok().context("from the host")?.out(), "from the pod")?;
+    pod.remove()?;
+    let left = Listing::left_since(&before, &places(context, cri), PATIENCE);
+    ensure!(left.is_empty(), "left behind:\n  {}", left.join("\n  "));
     Ok(())
 }
 

@@ -15,6 +15,7 @@ mod cli;
 mod conformance;
 mod context;
 mod cri;
+mod docker;
 mod exhaustion;
 mod failure;
 mod guest;
@@ -92,6 +93,7 @@ fn all() -> Vec<Test> {
         spans::TESTS,
         sandbox_api::TESTS,
         idmap::TESTS,
+        docker::TESTS,
     ]
     .concat()
 }

@@ -61,7 +61,17 @@ impl<'a> Pod<'a> {
 
     /// As [`Pod::run`], with another runtime handler.
     pub fn run_with(context: &'a Context, handler: &str, name: &str, more: Value) -> Result<Self> {
-        let cri = context.cri()?;
+        Self::run_on(context, context.cri()?, handler, name, more)
+    }
+
+    /// As [`Pod::run_with`], on another containerd than the tests' own.
+    pub fn run_on(
+        context: &'a Context,
+        cri: &'a Cri,
+        handler: &str,
+        name: &str,
+        more: Value,
+    ) -> Result<Self> {
         let file = Self::configuration(context, name, more)?;
         let file = file.to_string_lossy();
         let id = cri

@@ -3,22 +3,27 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
 use std::thread;
 
-use anyhow::{ensure, Context as _, Result};
+use anyhow::{bail, ensure, Context as _, Result};
 use bulkhead_tests::image::{pattern, PATTERN_PATH};
+use bulkhead_tests::listing::Listing;
 use bulkhead_tests::proc::{self, Done};
+use nix::sys::signal::{kill, Signal};
+use nix::unistd::Pid;
 use serde_json::json;
 
+use crate::cli::listed;
 use crate::context::{same, until, Context};
-use crate::pod::{Pod, PATIENCE};
+use crate::pod::{listing, places, Pod, PATIENCE};
 use crate::runner::{tests, Test};
 
-pub const TESTS: &[Test] = tests![a_pods_ports_are_forwarded];
+pub const TESTS: &[Test] = tests![a_pods_ports_are_forwarded, a_forward_ends_with_its_shim];
 
 /// Where containerd has the pods' network namespaces.
 const NAMESPACES: &str = "/run/netns";
@@ -130,4 +135,38 @@ fn a_pods_ports_are_forwarded(context: &Context) -> Result<()> {
     until(PATIENCE, "the end of the pod's network", || {
         Ok(!namespaces().contains(&namespace))
     })
+}
+
+fn a_forward_ends_with_its_shim(context: &Context) -> Result<()> {
+    context.only_bulkhead()?;
+    let cri = context.cri()?;
+    // With what stays: the bridge, and directories of all pods.
+    Pod::run(context, "cut", json!({}))?.remove()?;
+    let before = listing(context, cri);
+    let pod = Pod::run(context, "cut", json!({}))?;
+    let echo = "echo serving; exec nc -ll -p 7000 -e cat";
+    let server = pod.start("server", echo, json!({}))?;
+    pod.logged(&server, "serving")?;
+    let forward = Forward::start(&pod, 7000)?;
+    let mut stream = TcpStream::connect(("127.0.0.1", forward.port))?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    let mut byte = [0];
+    stream.write_all(b"x")?;
+    stream.read_exact(&mut byte).context("before")?;
+    same(byte, *b"x")?;
+
+    let pid = listed(context, &pod.id)?["pid"].as_i64();
+    let pid = i32::try_from(pid.context("the shim's process id")?)?;
+    kill(Pid::from_raw(pid), Signal::SIGKILL)?;
+    // Closed or reset, whichever crictl makes of it; not silent.
+    match stream.read(&mut byte) {
+        Ok(0) => {}
+        Ok(_) => bail!("it still answers"),
+        Err(error) => same(error.kind(), std::io::ErrorKind::ConnectionReset)?,
+    }
+    drop(forward);
+    pod.remove()?;
+    let left = Listing::left_since(&before, &places(context, cri), PATIENCE);
+    ensure!(left.is_empty(), "left behind:\n  {}", left.join("\n  "));
+    Pod::run(context, "cut", json!({}))?.remove()
 }

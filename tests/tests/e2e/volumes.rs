@@ -12,6 +12,7 @@ use crate::runner::{tests, Test};
 
 pub const TESTS: &[Test] = tests![
     a_config_map_that_changes_wakes_its_watchers,
+    a_config_map_that_cannot_be_watched_is_shared,
     changes_of_the_host_wake_watchers_in_any_volume,
 ];
 
@@ -75,6 +76,41 @@ fn a_config_map_that_changes_wakes_its_watchers(context: &Context) -> Result<()>
     let code = watcher.wait(LIMIT).context("the update")?;
     let wanted = "old\nwatching\n100 ..2\n100 ..data_tmp\n40 ..data_tmp\n80 ..data\n200 ..1\nnew\n";
     same((code, watcher.out().as_str()), (0, wanted)).context(watcher.err())?;
+    fs::remove_dir_all(context.dir.join("volumes"))?;
+    Ok(())
+}
+
+/// How many inotify instances a user may have.
+const INSTANCES: &str = "/proc/sys/fs/inotify/max_user_instances";
+
+/// Puts the number of instances back when dropped.
+struct Instances(String);
+
+impl Drop for Instances {
+    fn drop(&mut self) {
+        // A wrong number later says so itself.
+        let _ = fs::write(INSTANCES, &self.0);
+    }
+}
+
+fn a_config_map_that_cannot_be_watched_is_shared(context: &Context) -> Result<()> {
+    context.only_bulkhead()?;
+    let volume = context.dir.join("volumes/kubernetes.io~secret/secret");
+    fs::create_dir_all(&volume)?;
+    publish(&volume, "..1", None, "old\n")?;
+    let mount = format!(
+        "type=bind,src={},dst=/secret,options=bind:ro",
+        volume.display()
+    );
+    let before = Instances(fs::read_to_string(INSTANCES)?);
+    fs::write(INSTANCES, "0")?;
+    let script = "cat /secret/key; until grep -q new /secret/key; do sleep 0.2; done; echo seen";
+    let mut reader = context.attached(&["--mount", &mount], &["sh", "-c", script])?;
+    reader.wait_for("old")?;
+    drop(before);
+    publish(&volume, "..2", Some("..1"), "new\n")?;
+    let code = reader.wait(LIMIT).context("the update")?;
+    same((code, reader.out().as_str()), (0, "old\nseen\n")).context(reader.err())?;
     fs::remove_dir_all(context.dir.join("volumes"))?;
     Ok(())
 }

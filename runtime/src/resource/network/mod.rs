@@ -30,7 +30,7 @@ use super::journal::{Journal, Resource};
 /// Prefix of the taps' names; the number of the pod's interface follows.
 const TAP_PREFIX: &str = "bhtap";
 
-/// One network interface of the guest.
+/// What one network interface of the guest is connected to.
 #[derive(Debug)]
 pub struct Nic {
     /// The tap, opened with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`.
@@ -39,21 +39,16 @@ pub struct Nic {
     pub mac: [u8; 6],
     /// MTU in bytes.
     pub mtu: u16,
-    /// What the agent sets up.
-    pub guest: agent::Interface,
 }
 
 /// A pod's network as the guest is to have it.
 #[derive(Debug, Default)]
 pub struct Network {
-    /// Interfaces, in the order of their index in the namespace.
-    pub interfaces: Vec<Nic>,
-    /// Routes, in the order to add them: those of links first.
-    pub routes: Vec<agent::Route>,
-    /// Policy rules.
-    pub rules: Vec<agent::Rule>,
-    /// Permanent neighbours.
-    pub neighbours: Vec<agent::Neighbour>,
+    /// For the machine, in the order of the interfaces' index in the namespace.
+    pub nics: Vec<Nic>,
+    /// What the agent sets up. Its routes are in the order to add them: those of
+    /// links first.
+    pub guest: agent::Network,
 }
 
 /// Why a pod's network could not be attached.
@@ -115,10 +110,14 @@ pub fn attach(netns: &Path, journal: &Journal) -> Result<Network, NetworkError> 
     within(netns, |netlink| async move {
         let scan = scan::scan(&netlink).await?;
         let mut network = Network {
-            interfaces: Vec::with_capacity(scan.links.len()),
-            routes: scan.routes,
-            rules: scan.rules,
-            neighbours: scan.neighbours,
+            nics: Vec::with_capacity(scan.links.len()),
+            guest: agent::Network {
+                interfaces: Vec::with_capacity(scan.links.len()),
+                routes: scan.routes,
+                rules: scan.rules,
+                neighbours: scan.neighbours,
+                ..Default::default()
+            },
         };
         for (number, link) in scan.links.into_iter().enumerate() {
             let name = format!("{TAP_PREFIX}{number}");
@@ -140,12 +139,12 @@ pub fn attach(netns: &Path, journal: &Journal) -> Result<Network, NetworkError> 
             })?;
             netlink.redirect(link.index, &link.name, tap_index).await?;
             netlink.redirect(tap_index, &name, link.index).await?;
-            network.interfaces.push(Nic {
+            network.nics.push(Nic {
                 tap,
                 mac: link.mac,
                 mtu: u16::try_from(link.mtu).unwrap_or(u16::MAX),
-                guest: link.guest,
             });
+            network.guest.interfaces.push(link.guest);
         }
         Ok(network)
     })

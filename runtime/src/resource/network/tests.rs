@@ -93,27 +93,26 @@ fn a_veth_is_attached_and_given_back() {
     let journal = Journal::create(&dir).unwrap();
     let network = attach(&namespace.path(), &journal).unwrap();
 
-    assert_eq!(network.interfaces.len(), 1);
-    let nic = &network.interfaces[0];
+    assert_eq!(network.nics.len(), 1);
+    let nic = &network.nics[0];
     assert_eq!(nic.mac, [2, 0, 0, 0, 0, 0x11]);
     assert_eq!(nic.mtu, 1400);
-    assert_eq!(nic.guest.name, "eth0");
-    let addresses: Vec<_> = nic
-        .guest
+    assert_eq!(network.guest.interfaces[0].name, "eth0");
+    let addresses: Vec<_> = network.guest.interfaces[0]
         .addresses
         .iter()
         .map(|a| (a.address.len(), a.prefix_len))
         .collect();
     assert_eq!(addresses, [(4, 24), (16, 64)]);
     // Link route first, then the two default routes.
-    assert_eq!(network.routes[0].destination.prefix_len, 16);
-    let gateways: Vec<_> = network.routes[1..]
+    assert_eq!(network.guest.routes[0].destination.prefix_len, 16);
+    let gateways: Vec<_> = network.guest.routes[1..]
         .iter()
         .map(|r| (r.ipv6, r.gateway.len(), r.destination.is_none()))
         .collect();
     assert_eq!(gateways, [(false, 4, true), (true, 16, true)]);
-    assert_eq!(network.neighbours.len(), 1);
-    assert_eq!(network.neighbours[0].address, [10, 11, 0, 7]);
+    assert_eq!(network.guest.neighbours.len(), 1);
+    assert_eq!(network.guest.neighbours[0].address, [10, 11, 0, 7]);
 
     let filters = output(&format!(
         "tc -n {} filter show dev eth0 ingress",
@@ -233,7 +232,7 @@ fn packets_pass_between_the_interface_and_the_tap() {
     let dir = scratch("packets");
     let journal = Journal::create(&dir).unwrap();
     let mut network = attach(&namespace.path(), &journal).unwrap();
-    let mut tap = File::from(network.interfaces.remove(0).tap);
+    let mut tap = File::from(network.nics.remove(0).tap);
 
     // From outside to the tap: the guest would receive it.
     std::thread::scope(|scope| {
@@ -294,8 +293,8 @@ fn a_namespace_without_interfaces_gives_nothing() {
     let dir = scratch("empty");
     let journal = Journal::create(&dir).unwrap();
     let network = attach(&namespace.path(), &journal).unwrap();
-    assert!(network.interfaces.is_empty());
-    assert!(network.routes.is_empty());
+    assert!(network.nics.is_empty());
+    assert!(network.guest.routes.is_empty());
     assert!(Journal::entries(&dir).unwrap().is_empty());
     std::fs::remove_dir_all(&dir).unwrap();
 }
