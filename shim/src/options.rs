@@ -8,11 +8,19 @@ use std::{
 
 use bulkhead_runtime::config::{Config, ConfigError};
 use bulkhead_shim_protocol::{runc, runtimeoptions, Named};
-use protobuf::{well_known_types::any::Any, Message};
+use protobuf::{
+    well_known_types::{any::Any, empty::Empty},
+    Message,
+};
 use toml::Table;
 
 /// What containerd adds to a table of options for itself.
 const CONTAINERD: [&str; 3] = ["TypeUrl", "ConfigPath", "ConfigBody"];
+
+/// runc's options as they were called first: clients of containerd 1 send them
+/// to any other runtime for a container with a user namespace, to tell whose its
+/// pipes are (`ctr run --uidmap`). The guest's pipes are its own.
+const RUNC_OF_CONTAINERD_1: &str = "containerd.linux.runc.CreateOptions";
 
 /// What errors call a configuration in the options.
 const BODY: &str = "runtime options (config_body)";
@@ -78,6 +86,9 @@ impl Options {
                 Config::default().apply(BODY, &options.body)?;
                 Ok(options)
             }
+            RUNC_OF_CONTAINERD_1 => Empty::parse_from_bytes(&any.value)
+                .map(|_| Self::default())
+                .map_err(|source| OptionsError::Malformed(RUNC_OF_CONTAINERD_1, source)),
             runc::Options::TYPE_URL => runc::Options::parse_from_bytes(&any.value)
                 .map(|_| Self::default())
                 .map_err(|source| OptionsError::Malformed(runc::Options::TYPE_URL, source)),
@@ -158,6 +169,13 @@ mod tests {
         assert_eq!(Options::parse(Some(&nothing)).unwrap(), Options::default());
         let runc = runc::Options::default().to_any().unwrap();
         assert_eq!(Options::parse(Some(&runc)).unwrap(), Options::default());
+        // An owner of pipes: user 100000.
+        let older = Any {
+            type_url: RUNC_OF_CONTAINERD_1.into(),
+            value: vec![0x50, 0xa0, 0x8d, 0x06],
+            ..Default::default()
+        };
+        assert_eq!(Options::parse(Some(&older)).unwrap(), Options::default());
         let mut any = generic("/etc/x.toml", b"");
         let expected = Options {
             config: Some("/etc/x.toml".into()),
