@@ -222,6 +222,20 @@ impl Machine {
         Ok(())
     }
 
+    /// Does what the machine's own threads may not: they have said so
+    /// ([`Callbacks::on_trap`]).
+    ///
+    /// # Errors
+    /// It cannot be done.
+    pub fn attend(&self) -> Result<(), BuildError> {
+        if self.vm.unmap_tables()? {
+            for (_, function) in self.board.functions() {
+                function.settle_interrupts();
+            }
+        }
+        Ok(())
+    }
+
     /// Whether it rests.
     pub fn is_paused(&self) -> bool {
         self.paused
@@ -252,6 +266,7 @@ impl Machine {
                 .map(|vcpu| VcpuState::save(&lock(vcpu), &msrs, xsave_size))
                 .collect::<Result<_, _>>()?,
             serial: self.serial.save(),
+            windows: snapshot::state::WINDOWS.to_vec(),
         };
         snapshot::state::write(&state, state_file)?;
         snapshot::memory::write(&self.board.memory(), &self.host.pagemap, memory_file)
@@ -390,8 +405,7 @@ fn device_error(slot: u8, function: &VirtioPci, source: StateError) -> SnapshotE
 fn serial_interrupt(vm: &Vm) -> Result<EventFd, BuildError> {
     let event =
         EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(system("serial interrupt"))?;
-    vm.router()
-        .register_line(&event, layout::SERIAL_IRQ)
+    vm.register_line(&event, layout::SERIAL_IRQ)
         .map_err(system("serial interrupt"))?;
     Ok(event)
 }

@@ -149,6 +149,7 @@ const EVERYBODY: &[Rule] = &[
         ],
         "unoptimised builds look at what they close; copies of eventfds",
     ),
+    tested(libc::SYS_ioctl, &[&[Is(1, kvm::SIGNAL_MSI)]], "interrupts"),
     // The panic hook's event to the client.
     any(
         libc::SYS_sendmsg,
@@ -165,8 +166,7 @@ mod kvm {
     pub const SET_USER_MEMORY_REGION: u64 = 0x4020_ae46;
     pub const GET_IRQCHIP: u64 = 0xc208_ae62;
     pub const GET_CLOCK: u64 = 0x8030_ae7c;
-    pub const SET_GSI_ROUTING: u64 = 0x4008_ae6a;
-    pub const IRQFD: u64 = 0x4020_ae76;
+    pub const SIGNAL_MSI: u64 = 0x4020_aea5;
     pub const IOEVENTFD: u64 = 0x4040_ae79;
     pub const RUN: u64 = 0xae80;
     pub const KVMCLOCK_CTRL: u64 = 0xaead;
@@ -224,13 +224,11 @@ const CONTROL: &[Rule] = &[
         libc::SYS_ioctl,
         &[
             &[Is(1, kvm::SET_USER_MEMORY_REGION)],
-            &[Is(1, kvm::SET_GSI_ROUTING)],
-            &[Is(1, kvm::IRQFD)],
             &[Is(1, kvm::IOEVENTFD)],
             &[Is(1, TUN_SET_OFFLOAD)],
             &[Is(1, TUN_SET_HEADER_SIZE)],
         ],
-        "plugging: pmem's window, taps; unplugging: notifications, interrupts",
+        "plugging: pmem's window, taps; unplugging: notifications",
     ),
     // Never executable, and shared with the file.
     tested(
@@ -268,17 +266,15 @@ const VCPU: &[Rule] = &[
         &[
             &[Is(1, kvm::RUN)],
             &[Is(1, kvm::KVMCLOCK_CTRL)],
-            &[Is(1, kvm::SET_GSI_ROUTING)],
-            &[Is(1, kvm::IRQFD)],
             &[Is(1, kvm::IOEVENTFD)],
             &[Is(1, TUN_SET_OFFLOAD)],
         ],
-        "the guest, its interrupts and notifications, what a tap may send it",
+        "the guest, its notifications, what a tap may send it",
     ),
     tested(
         libc::SYS_eventfd2,
         &[&[Is(0, 0)]],
-        "notifications and interrupts that a driver uses for the first time",
+        "notifications that a driver uses for the first time",
     ),
     any(libc::SYS_epoll_ctl, "a device that starts is watched"),
     any(

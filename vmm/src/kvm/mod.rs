@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The kernel's virtual machine: memory slots, interrupts, vCPUs.
 
-pub mod irq;
 pub mod state;
 pub mod vcpu;
 pub mod vm;

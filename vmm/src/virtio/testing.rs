@@ -45,6 +45,7 @@ impl Interrupt for Recorder {
     fn signal_queue(&self, index: usize) {
         self.queues[index].fetch_add(1, Ordering::SeqCst);
     }
+    fn show_config(&self, _: &[u8]) {}
     fn signal_config(&self) {}
     fn device_broken(&self) {
         self.broken.store(true, Ordering::SeqCst);

@@ -3,6 +3,7 @@
 //! a few instructions.
 
 mod configuration;
+mod exits;
 mod golden;
 mod guest;
 mod hotplug;

@@ -87,13 +87,8 @@ const ELSEWHERE: &[(i64, Option<u64>, &str)] = &[
     // A guest's driver that has let go: e2e, `disks_come_and_go_while_a_guest_runs`.
     (
         libc::SYS_ioctl,
-        Some(0x4008_ae6a),
-        "a driver's interrupts (KVM_SET_GSI_ROUTING)",
-    ),
-    (
-        libc::SYS_ioctl,
-        Some(0x4020_ae76),
-        "a driver's interrupts (KVM_IRQFD)",
+        Some(0x4020_aea5),
+        "a driver's interrupts (KVM_SIGNAL_MSI)",
     ),
     (
         libc::SYS_ioctl,

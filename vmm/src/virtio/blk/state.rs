@@ -24,6 +24,7 @@ impl Blk {
     /// The driver reads the capacity again.
     pub(super) fn announce_capacity(&mut self) {
         if let (Some(active), true) = (&self.active, self.resized) {
+            active.queues.interrupt.show_config(&self.config);
             active.queues.interrupt.signal_config();
         }
         self.resized = false;

@@ -164,7 +164,7 @@ impl VirtioPci {
             0x10 => u32::from(vector(registers.queues.len())),
             0x12 => registers.queues.len() as u32,
             0x14 => u32::from(self.status(&registers)),
-            0x15 => u32::from(lines.generation.load(Ordering::SeqCst)),
+            0x15 => u32::from(lines.generation()),
             0x16 => u32::from(registers.queue_select),
             0x18 => queue.map_or(0, |queue| u32::from(queue.size)),
             0x1a => match queue {
