@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Puts everything on the machine's buses.
 
-use std::sync::{
-    atomic::{AtomicBool, AtomicU32},
-    Arc, Mutex,
+use std::{
+    io,
+    sync::{
+        atomic::{AtomicBool, AtomicU32},
+        Arc, Mutex,
+    },
 };
 
 use kvm_ioctls::VcpuFd;
@@ -19,6 +22,7 @@ use crate::{
     bus::{Bus, BusDevice},
     generation::GenerationId,
     kvm::{
+        gathered::Gathered,
         vcpu::{self, Buses, ExitCounters, Rest, Shared},
         vm::Vm,
     },
@@ -75,7 +79,7 @@ impl Parts {
         buses
             .mmio
             .insert(layout::GENERATION_ID, 0x1000, Arc::new(generation))?;
-        let root = Arc::new(PciRoot::new()?);
+        let root = Arc::new(PciRoot::new(self.vm.clone(), layout::ECAM)?);
         let tables = Arc::new(MmapRegion::new(SLOTS * PAGE)?);
         self.vm
             .map_tables(Arc::clone(&tables), callbacks.on_trap.clone())?;
@@ -110,6 +114,10 @@ impl Parts {
             buses.mmio.insert(base, window.size(), Arc::new(window))?;
         }
         buses.mmio.insert(layout::ECAM, layout::ECAM_SIZE, root)?;
+        let gathered = self.vcpus.first().map(Gathered::map);
+        let gathered = gathered
+            .unwrap_or_else(|| Err(io::ErrorKind::NotFound.into()))
+            .map_err(system("ring of gathered writes"))?;
         let exits = self.vcpus.iter().map(|_| ExitCounters::default()).collect();
         let ids = self.vcpus.iter().map(|_| AtomicU32::new(0)).collect();
         let vcpus = self.vcpus.into_iter();
@@ -119,6 +127,7 @@ impl Parts {
             loops,
             shared: Arc::new(Shared {
                 buses,
+                gathered,
                 exits,
                 ids,
                 on_end: callbacks.on_end.clone(),

@@ -90,7 +90,8 @@ impl Machine {
             resources.initrd.as_mut(),
         )?;
         boot::write_tables(&memory, &acpi::tables(resources.vcpus))?;
-        let serial = SerialPort::new(resources.serial.take(), serial_interrupt(&vm)?);
+        let interrupt = serial_interrupt(&vm)?;
+        let serial = SerialPort::new(resources.serial.take(), interrupt, Some(vm.clone()));
         let mut vcpus = Vec::new();
         for index in 0..resources.vcpus {
             let vcpu = vm.create_vcpu(index)?;
@@ -131,8 +132,13 @@ impl Machine {
         let memory = memory::map_snapshot(state.memory_size, grown, &resources.memory)?;
         let vm = Arc::new(Vm::new(&host.kvm, &memory)?);
         let interrupt = serial_interrupt(&vm)?;
-        let serial = SerialPort::restore(state.serial.clone(), resources.serial, interrupt)
-            .map_err(system("serial port"))?;
+        let serial = SerialPort::restore(
+            state.serial.clone(),
+            resources.serial,
+            interrupt,
+            Some(vm.clone()),
+        )
+        .map_err(system("serial port"))?;
         let mut vcpus = Vec::new();
         for index in 0..state.vcpus.len() {
             // At most as many as a machine can have.
@@ -199,6 +205,7 @@ impl Machine {
             if !self.shared.rest.begin(&self.threads) {
                 return false;
             }
+            self.shared.drain();
             if !self.loops.iter().all(EventLoop::pause) {
                 self.loops.iter().for_each(EventLoop::resume);
                 self.shared.rest.end();
@@ -351,6 +358,8 @@ impl Machine {
     /// # Errors
     /// One cannot be made, or the bus is full.
     pub fn plug(&mut self, devices: Devices) -> Result<Option<u8>, BuildError> {
+        // What was written where there was nothing yet is not the device's.
+        self.shared.drain();
         let mut last = None;
         for item in plug::items(devices) {
             last = Some(self.board.plug(item, Place::default(), &mut self.loops)?);
@@ -363,6 +372,7 @@ impl Machine {
     /// # Errors
     /// It cannot be, or the guest uses it.
     pub fn unplug(&mut self, slot: u8) -> Result<(), UnplugError> {
+        self.shared.drain();
         self.board.unplug(slot)
     }
 }

@@ -167,6 +167,7 @@ mod kvm {
     pub const GET_IRQCHIP: u64 = 0xc208_ae62;
     pub const GET_CLOCK: u64 = 0x8030_ae7c;
     pub const SIGNAL_MSI: u64 = 0x4020_aea5;
+    pub const REGISTER_COALESCED_MMIO: u64 = 0x4010_ae67;
     pub const IOEVENTFD: u64 = 0x4040_ae79;
     pub const RUN: u64 = 0xae80;
     pub const KVMCLOCK_CTRL: u64 = 0xaead;
@@ -267,9 +268,10 @@ const VCPU: &[Rule] = &[
             &[Is(1, kvm::RUN)],
             &[Is(1, kvm::KVMCLOCK_CTRL)],
             &[Is(1, kvm::IOEVENTFD)],
+            &[Is(1, kvm::REGISTER_COALESCED_MMIO)],
             &[Is(1, TUN_SET_OFFLOAD)],
         ],
-        "the guest, its notifications, what a tap may send it",
+        "the guest, its notifications and gathered writes, what a tap may send it",
     ),
     tested(
         libc::SYS_eventfd2,

@@ -2,6 +2,7 @@
 //! The VM's descriptor, its memory slots, interrupts and notifications.
 
 use std::{
+    collections::BTreeSet,
     io,
     sync::{
         atomic::{AtomicBool, AtomicU32, Ordering},
@@ -45,6 +46,9 @@ pub struct Vm {
     trap_asked: AtomicBool,
     /// Tells who may change that.
     on_trap: OnceLock<OnTrap>,
+    /// Where writes are gathered: for as long as there is a machine, whatever
+    /// comes and goes there.
+    gathering: Mutex<BTreeSet<u64>>,
     /// Mapped into slots: must outlive the machine.
     _memory: GuestMemoryMmap,
 }
@@ -81,6 +85,7 @@ impl Vm {
             tables_memory: OnceLock::new(),
             trap_asked: AtomicBool::new(false),
             on_trap: OnceLock::new(),
+            gathering: Mutex::default(),
             _memory: memory.clone(),
         };
         for region in memory.iter() {
@@ -223,6 +228,19 @@ impl Vm {
     }
 }
 
+impl Vm {
+    /// Once for each zone, which `number` tells apart.
+    fn gather(&self, number: u64, zone: IoEventAddress, size: u32) {
+        let mut gathering = self.gathering.lock().expect("no holder of the set panics");
+        if !gathering.insert(number) {
+            return;
+        }
+        if let Err(error) = self.fd.register_coalesced_mmio(zone, size) {
+            tracing::warn!(%error, "writes are not gathered");
+        }
+    }
+}
+
 /// A part of guest-physical memory, to be given back.
 #[derive(Debug, PartialEq, Eq)]
 pub struct MemorySlot(u32);
@@ -261,5 +279,15 @@ impl NotifyRegistrar for Vm {
         self.fd
             .unregister_ioevent(event, &IoEventAddress::Mmio(address), NoDatamatch)
             .map_err(Into::into)
+    }
+
+    fn gather_writes(&self, address: u64, size: u32) {
+        self.gather(address, IoEventAddress::Mmio(address), size);
+    }
+
+    fn gather_port_writes(&self, port: u16, count: u32) {
+        let port = u64::from(port);
+        // No memory of a device's lies there.
+        self.gather(port, IoEventAddress::Pio(port), count);
     }
 }

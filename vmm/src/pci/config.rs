@@ -10,6 +10,10 @@ pub const SIZE: usize = 256;
 /// Vendor id of virtio devices.
 pub const VIRTIO_VENDOR: u16 = 0x1af4;
 
+/// Registers of which none can be written: where base addresses would be, of
+/// memory, ports and a ROM, and the subsystem.
+pub const FIXED: std::ops::Range<usize> = 0x10..0x34;
+
 const COMMAND: usize = 0x04;
 const STATUS: usize = 0x06;
 const CLASS: usize = 0x08;
@@ -172,11 +176,10 @@ mod tests {
     #[test]
     fn nothing_can_be_written_where_base_addresses_would_be() {
         let mut space = space();
-        space.write(0x10, &[0xff; 0x18]);
-        space.write(0x30, &[0xff; 4]);
-        let mut read = [1; 0x24];
-        space.read(0x10, &mut read);
-        let mut expected = [0; 0x24];
+        let mut read = [0xff; FIXED.end - FIXED.start];
+        space.write(FIXED.start, &read);
+        space.read(FIXED.start, &mut read);
+        let mut expected = [0; FIXED.end - FIXED.start];
         // The subsystem's ids.
         expected[0x1c..0x20].copy_from_slice(&[0xf4, 0x1a, 0x40, 0]);
         assert_eq!(read, expected);

@@ -32,4 +32,10 @@ pub trait NotifyRegistrar: Send + Sync {
     fn register_notify(&self, event: &EventFd, address: u64) -> io::Result<()>;
     /// Undoes it.
     fn unregister_notify(&self, event: &EventFd, address: u64) -> io::Result<()>;
+    /// From now on, writes within these `size` bytes need not leave the guest:
+    /// they may come late, but before any other access that does, and in their
+    /// order.
+    fn gather_writes(&self, address: u64, size: u32);
+    /// The same, of ports.
+    fn gather_port_writes(&self, port: u16, count: u32);
 }

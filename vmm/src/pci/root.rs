@@ -14,6 +14,7 @@ use vm_memory::{mmap::MmapRegionError, Bytes, MmapRegion, VolatileMemory};
 
 use super::{
     config::{self, ConfigSpace, Identity},
+    host::NotifyRegistrar,
     pages::{Page, PAGE},
 };
 use crate::bus::BusDevice;
@@ -51,6 +52,9 @@ pub struct PciRoot {
     /// What the guest reads. Held while a function's space changes, so that the
     /// last change is what it shows.
     shown: Mutex<Arc<MmapRegion>>,
+    registrar: Arc<dyn NotifyRegistrar>,
+    /// Where the window is.
+    base: u64,
 }
 
 struct HostBridge(ConfigSpace);
@@ -66,11 +70,11 @@ impl PciFunction for HostBridge {
 const SHOWN: usize = SLOTS * (SLOT_SIZE + PAGE);
 
 impl PciRoot {
-    /// A bus with nothing but its bridge.
+    /// A bus with nothing but its bridge, and its window at `base`.
     ///
     /// # Errors
     /// There is no memory.
-    pub fn new() -> Result<Self, MmapRegionError> {
+    pub fn new(registrar: Arc<dyn NotifyRegistrar>, base: u64) -> Result<Self, MmapRegionError> {
         // An Intel host bridge that has no driver and no registers.
         let bridge = ConfigSpace::new(Identity {
             vendor: 0x8086,
@@ -84,6 +88,8 @@ impl PciRoot {
         let this = Self {
             slots: RwLock::new(slots),
             shown: Mutex::new(Arc::new(MmapRegion::new(SHOWN)?)),
+            registrar,
+            base,
         };
         this.refresh();
         Ok(this)
@@ -216,6 +222,13 @@ impl BusDevice for PciRoot {
 
     fn write(&self, offset: u64, data: &[u8]) {
         if let Some((slot, function, register)) = self.decode(offset) {
+            if config::FIXED.contains(&register) {
+                // A guest writes here to find base addresses, and nothing comes
+                // of it. The first time tells that it does.
+                let first = self.base + (slot * SLOT_SIZE + config::FIXED.start) as u64;
+                self.registrar
+                    .gather_writes(first, config::FIXED.len() as u32);
+            }
             let shown = self.shown();
             function.write_config(register, data);
             // It may have been taken off meanwhile.
@@ -285,11 +298,53 @@ impl BusDevice for BarWindow {
 
 #[cfg(test)]
 mod tests {
+    use std::io;
+
+    use vmm_sys_util::eventfd::EventFd;
+
     use super::*;
+
+    #[derive(Default)]
+    struct Registrar(Mutex<Vec<(u64, u32)>>);
+
+    impl NotifyRegistrar for Registrar {
+        fn register_notify(&self, _: &EventFd, _: u64) -> io::Result<()> {
+            Ok(())
+        }
+        fn unregister_notify(&self, _: &EventFd, _: u64) -> io::Result<()> {
+            Ok(())
+        }
+        fn gather_writes(&self, address: u64, size: u32) {
+            self.0.lock().unwrap().push((address, size));
+        }
+        fn gather_port_writes(&self, _: u16, _: u32) {}
+    }
+
+    fn root() -> PciRoot {
+        PciRoot::new(Arc::new(Registrar::default()), 0).unwrap()
+    }
+
+    #[test]
+    fn what_does_nothing_is_gathered_from_the_first_time_on() {
+        let registrar = Arc::new(Registrar::default());
+        let root = PciRoot::new(registrar.clone(), 0x8000_0000).unwrap();
+        root.add(Arc::new(HostBridge(space(1)))).unwrap();
+        for (offset, gathered) in [
+            (0x0f, None),
+            (0x34, None),
+            (2 << 15 | 0x10, None),
+            (0x10, Some(0x8000_0010)),
+            (1 << 15 | 0x30, Some(0x8000_8010)),
+        ] {
+            root.write(offset, &[0; 4]);
+            let seen = registrar.0.lock().unwrap().pop();
+            assert_eq!(seen, gathered.map(|at| (at, 0x24)), "{offset:#x}");
+        }
+    }
 
     #[test]
     fn the_bridge_answers_and_empty_slots_read_all_ones() {
-        let root = PciRoot::new().unwrap();
+        let root = root();
         let mut data = [0; 4];
         root.read(0, &mut data);
         assert_eq!(data, [0x86, 0x80, 0x57, 0x0d]);
@@ -313,7 +368,7 @@ mod tests {
 
     #[test]
     fn what_is_shown_is_what_would_be_read() {
-        let root = PciRoot::new().unwrap();
+        let root = root();
         let mut space = ConfigSpace::new(Identity {
             vendor: 1,
             device: 2,
@@ -369,7 +424,7 @@ mod tests {
 
     #[test]
     fn what_comes_and_goes_is_shown() {
-        let root = PciRoot::new().unwrap();
+        let root = root();
         let memory = root.memory();
         let seen = |slot: usize| {
             let all = memory.as_volatile_slice();
@@ -407,7 +462,7 @@ mod tests {
 
     #[test]
     fn registers_are_found_by_their_slot() {
-        let root = Arc::new(PciRoot::new().unwrap());
+        let root = Arc::new(root());
         let registers = Arc::new(Registers(Mutex::default()));
         root.add_at(3, registers.clone()).unwrap();
         let page = BarWindow::page(Arc::clone(&root), 0x4000);
@@ -434,7 +489,7 @@ mod tests {
 
     #[test]
     fn the_bus_holds_31_devices() {
-        let root = PciRoot::new().unwrap();
+        let root = root();
         for expected in 1..SLOTS {
             assert_eq!(root.add(Arc::new(HostBridge(space(2)))), Ok(expected));
         }

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What a driver does that leaves the guest, and what does not.
 
-use std::{io::Read, os::unix::net::UnixStream};
+use std::{io::Read, os::unix::net::UnixStream, time::Duration};
 
 use bulkhead_vmm_api::{BalloonConfig, Call, Exits};
 
 use crate::{
     guest::{configuration, own_configuration, register, table, Code, SERIAL},
-    vmm::{kvm, Setup, Vmm},
+    vmm::{kvm, Setup, Vmm, LONG},
 };
 
 /// Runs code with a balloon in slot 1 until it has printed so much; that, and
@@ -33,6 +33,10 @@ fn memory_exits(code: Code) -> u64 {
     vmm.call(Call::Shutdown).unwrap();
     mmio
 }
+
+/// Address of the selected queue's descriptors, lower half.
+const DESCRIPTORS: u32 = 0x20;
+const QUEUE_SELECT: u32 = 0x16;
 
 /// Where the balloon's MSI-X capability has its message control, in the upper
 /// half of the word.
@@ -121,4 +125,94 @@ fn what_a_device_says_of_itself_is_memory_that_can_only_be_read() {
     assert_eq!(status.exits.mmio, 2);
     // A MiB of 4 KiB pages.
     assert_eq!(status.balloon.unwrap().actual_mib, 1);
+}
+
+#[test]
+fn writes_that_set_up_are_gathered_and_none_is_lost() {
+    if !kvm("writes_that_set_up_are_gathered_and_none_is_lost") {
+        return;
+    }
+    // More than KVM's ring holds, twice.
+    const WRITES: u32 = 400;
+    let descriptors = register(1, DESCRIPTORS);
+    let mut code = Code::new().store8(register(1, 0x14), 3);
+    for value in 0..WRITES {
+        code = code.store32(descriptors, value << 4);
+    }
+    let code = code
+        .store16(register(1, QUEUE_SELECT), 1)
+        .store32(descriptors, 7 << 4)
+        .print32(descriptors)
+        .store16(register(1, QUEUE_SELECT), 0)
+        .print32(descriptors)
+        .out(SERIAL, b'\n');
+    let (printed, mut vmm, _serial) = run(code, 9);
+    let words: Vec<u32> = printed[..8]
+        .chunks_exact(4)
+        .map(|word| u32::from_le_bytes(word.try_into().unwrap()))
+        .collect();
+    assert_eq!(words, [7 << 4, (WRITES - 1) << 4]);
+    // The status, two reads, and what the ring had no room for.
+    assert_eq!(vmm.status().exits.mmio, 3 + 2);
+}
+
+#[test]
+fn what_the_serial_port_only_keeps_is_gathered() {
+    if !kvm("what_the_serial_port_only_keeps_is_gathered") {
+        return;
+    }
+    const SCRATCH: u16 = SERIAL + 7;
+    // The port's own first write, by which it knows that it is used.
+    let mut code = Code::new().out(SERIAL, b'a');
+    for value in 0..100 {
+        code = code.out(SCRATCH, value);
+    }
+    let code = code.copy_port(SCRATCH, SERIAL).print("\n");
+    let (printed, mut vmm, _serial) = run(code, 3);
+    assert_eq!(printed, *b"ac\n");
+    assert_eq!(vmm.status().exits.pio, 4);
+}
+
+#[test]
+fn sizing_a_function_leaves_the_guest_once() {
+    if !kvm("sizing_a_function_leaves_the_guest_once") {
+        return;
+    }
+    let mut code = Code::new();
+    for at in [0x10, 0x14, 0x18, 0x1c, 0x20, 0x24, 0x30] {
+        let register = configuration(1, at);
+        code = code.store32(register, u32::MAX).load32(register);
+        code = code.store32(register, 0);
+    }
+    assert_eq!(memory_exits(code), 1);
+}
+
+#[test]
+fn a_snapshot_has_what_was_gathered() {
+    if !kvm("a_snapshot_has_what_was_gathered") {
+        return;
+    }
+    let code = Code::new()
+        .store8(register(1, 0x14), 3)
+        .print("w\n")
+        .store16(register(1, QUEUE_SELECT), 3)
+        .count_down(400_000)
+        .print32(register(1, QUEUE_SELECT))
+        .print("\n");
+    let (_, mut vmm, _serial) = run(code, 2);
+    // Well within the time that it counts.
+    std::thread::sleep(Duration::from_millis(100));
+    assert_eq!(vmm.status().exits.mmio, 1);
+    let snapshot = vmm.snapshot().unwrap();
+    drop(vmm);
+    let (mut ours, theirs) = UnixStream::pair().unwrap();
+    ours.set_read_timeout(Some(LONG)).unwrap();
+    let restored = Vmm::restore(&snapshot, |config, fds| {
+        fds.push(theirs.into());
+        config.serial = Some(2);
+        config.devices.balloon = Some(BalloonConfig::default());
+    });
+    let mut vmm = restored.unwrap();
+    vmm.call(Call::Resume).unwrap();
+    assert_eq!(read(&mut ours, 4)[..2], [3, 0]);
 }

@@ -85,6 +85,12 @@ impl Code {
         text.bytes().fold(self, |code, byte| code.out(SERIAL, byte))
     }
 
+    /// Reads a byte from a port, and writes it to another.
+    pub fn copy_port(self, from: u16, to: u16) -> Self {
+        // in al, dx; out dx, al
+        self.port(from).bytes(&[0xec]).port(to).bytes(&[0xee])
+    }
+
     /// Writes a byte to memory.
     pub fn store8(self, address: u32, value: u8) -> Self {
         // mov byte [address], value
@@ -188,6 +194,14 @@ impl Code {
         self.port(SERIAL)
             .bytes(&[0xc6, 0x05, 0x00, 0x00, 0xf0, 0x01, byte])
             .bytes(&[0xa0, 0x00, 0x00, 0xf0, 0x01, 0xee, 0xeb, 0xf8])
+    }
+
+    /// Does nothing, so many times.
+    pub fn count_down(self, from: u32) -> Self {
+        // mov ecx, from; 1: dec ecx; jnz 1b
+        self.bytes(&[0xb9])
+            .bytes(&from.to_le_bytes())
+            .bytes(&[0x49, 0x75, 0xfd])
     }
 
     /// Sleeps for ever.

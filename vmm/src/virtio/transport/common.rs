@@ -65,6 +65,10 @@ impl QueueSetup {
     }
 }
 
+/// Registers that set something up: all but the device's status, which is
+/// between them. What is behind them does not exist.
+pub(super) const SET_UP: [(u64, u64); 2] = [(0x00, 0x14), (0x16, 0x38)];
+
 /// The registers' state.
 #[derive(Debug)]
 pub(super) struct Registers {

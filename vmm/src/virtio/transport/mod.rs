@@ -319,6 +319,14 @@ impl VirtioPci {
 
     fn add_status(&self, registers: &mut Registers, value: u8) {
         let added = value & !registers.status;
+        if added & (status::ACKNOWLEDGE | status::DRIVER) != 0 {
+            // A driver sets up what it writes before it goes on by another
+            // status, reads something or notifies.
+            for (first, end) in common::SET_UP {
+                let address = u64::from(self.at.registers) + COMMON + first;
+                self.notify.gather_writes(address, (end - first) as u32);
+            }
+        }
         // Bits are only ever added, in the order of virtio 1.2 §3.1.1.
         if registers.status & !value != 0 {
             return;
