@@ -259,6 +259,15 @@ const CONTROL: &[Rule] = &[
         "plugging: taps do not block",
     ),
     any(libc::SYS_epoll_ctl, "unplugging: nothing is watched"),
+    any(libc::SYS_io_uring_setup, "plugging: a disk's ring"),
+    any(
+        libc::SYS_io_uring_register,
+        "plugging: a disk's ring can do what it is for, and nothing else",
+    ),
+    any(
+        libc::SYS_io_uring_enter,
+        "saving, unplugging: what a disk is at is waited for",
+    ),
 ];
 
 const VCPU: &[Rule] = &[
@@ -282,6 +291,10 @@ const VCPU: &[Rule] = &[
     any(
         libc::SYS_timerfd_create,
         "a vsock device, or a disk with limits, that starts",
+    ),
+    any(
+        libc::SYS_io_uring_enter,
+        "a disk that is reset: what it is at is waited for",
     ),
 ];
 
@@ -318,6 +331,7 @@ const DEVICES: &[Rule] = &[
     any(libc::SYS_pwrite64, "blk: writing"),
     any(libc::SYS_fdatasync, "blk and pmem: flushing"),
     any(libc::SYS_fallocate, "blk: discarding and zeroing"),
+    any(libc::SYS_io_uring_enter, "blk: all but these, by a ring"),
 ];
 
 const FILES: &[Rule] = &[

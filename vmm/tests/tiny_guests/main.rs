@@ -3,6 +3,7 @@
 //! a few instructions.
 
 mod configuration;
+mod engines;
 mod exits;
 mod golden;
 mod guest;

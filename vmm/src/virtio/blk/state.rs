@@ -8,8 +8,10 @@ use crate::virtio::device::StateError;
 const CAPACITY: usize = 8;
 
 impl Blk {
-    /// The capacity that the guest knows.
+    /// The capacity that the guest knows. Nothing is on its way any more.
     pub(super) fn save_state(&mut self) -> Result<Vec<u8>, StateError> {
+        self.finish()
+            .map_err(|_| StateError::Busy("its requests cannot be waited for"))?;
         Ok(self.config[..CAPACITY].to_vec())
     }
 
