@@ -57,6 +57,7 @@ pub fn boot() -> Result<Hierarchy> {
         mount_one(kind, target, flags, options)?;
     }
     crate::log::to_kernel();
+    show_errors();
     standard_streams()?;
     // By now someone may be a session leader already: the kernel starts init as none.
     match setsid() {
@@ -68,6 +69,21 @@ pub fn boot() -> Result<Hierarchy> {
     raise_descriptor_limit();
     Netlink::open()?.loopback_up()?;
     Hierarchy::in_guest(Path::new(CGROUPS))
+}
+
+/// Lets errors reach the console, which the kernel was told not to do while it
+/// boots (loglevel=3): it takes the absence of old hardware for one. What was
+/// asked for otherwise stays.
+fn show_errors() {
+    const LEVEL: &str = "/proc/sys/kernel/printk";
+    match fs::read_to_string(LEVEL) {
+        Ok(levels) if levels.starts_with("3\t") => {
+            if let Err(error) = fs::write(LEVEL, "4") {
+                crate::warn!("msg=\"console level stays\" error={error}");
+            }
+        }
+        _ => {}
+    }
 }
 
 fn mount_one(kind: &str, target: &str, flags: MsFlags, options: &str) -> Result<()> {

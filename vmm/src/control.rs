@@ -25,7 +25,8 @@ use crate::{
     timeline::{Moment, Stamps},
 };
 
-/// How the machine ended, and a descriptor that says that it has.
+/// How the machine ended, and a descriptor that says that it has, or that it
+/// wants attention.
 struct End {
     reason: Mutex<Option<ExitReason>>,
     event: EventFd,
@@ -128,8 +129,19 @@ impl Server {
                 }
             }
             let request = ready[0].any().unwrap_or(false);
+            let woken = ready[1].any().unwrap_or(false);
+            if woken {
+                // Before the reason is looked for, which is there before this is.
+                let _ = self.end.event.read();
+            }
             if let Some(reason) = self.end.get() {
                 return reason;
+            }
+            if let (true, Stage::Running(machine)) = (woken, &self.stage) {
+                if let Err(error) = machine.attend() {
+                    tracing::error!(error = %chain(&error), "a guest's interrupts cannot be unmasked");
+                    return ExitReason::VmmError;
+                }
             }
             if request {
                 if let Some(reason) = self.one_request() {
@@ -326,6 +338,7 @@ impl Server {
         let vsock = devices.vsock.as_ref();
         let ready_port = vsock.and_then(|(vsock, _)| vsock.ready_port);
         let end = Arc::clone(&self.end);
+        let wanting = Arc::clone(&self.end);
         let teller = || (Arc::clone(&self.channel), Arc::clone(&self.stamps));
         let (connect_channel, connect_stamps) = teller();
         let (channel, stamps) = teller();
@@ -335,6 +348,10 @@ impl Server {
                 if Some(port) == ready_port && connect_stamps.set(Moment::GuestReady) {
                     send(&connect_channel, Event::GuestReady(connect_stamps.read()));
                 }
+            }),
+            on_trap: Arc::new(move || {
+                // Cannot overflow: it happens once.
+                let _ = wanting.event.write(1);
             }),
             on_generation_read: Arc::new(move || {
                 // A guest that boots has nobody who waits for it.

@@ -6,7 +6,7 @@
 use std::{
     fs::File,
     io::{self, Write},
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, Once},
 };
 
 use serde::{Deserialize, Serialize};
@@ -16,14 +16,23 @@ use vm_superio::{
 };
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::bus::BusDevice;
+use crate::{arch::x86_64::layout, bus::BusDevice, pci::host::NotifyRegistrar};
 
 /// Bytes gathered before they are written: one line in most cases.
 const BUFFER: usize = 512;
 
+/// The first of those registers that do nothing by being written: control of
+/// buffers, lines and modem, and scratch.
+const FIRST_QUIET: u16 = 2;
+/// And how many they are.
+const QUIET: u32 = 6;
+
 /// The serial port.
 pub struct SerialPort {
     serial: Mutex<Serial<Irq, NoEvents, Console>>,
+    /// Writes to some of its registers may come late, from the first use on.
+    registrar: Option<Arc<dyn NotifyRegistrar>>,
+    used: Once,
 }
 
 struct Irq(EventFd);
@@ -94,9 +103,15 @@ impl Write for Console {
 impl SerialPort {
     /// A port that writes to `output` (made non-blocking by the caller) and
     /// interrupts by `irq`.
-    pub fn new(output: Option<File>, irq: EventFd) -> Arc<Self> {
+    pub fn new(
+        output: Option<File>,
+        irq: EventFd,
+        registrar: Option<Arc<dyn NotifyRegistrar>>,
+    ) -> Arc<Self> {
         Arc::new(Self {
             serial: Mutex::new(Serial::new(Irq(irq), Console::new(output))),
+            registrar,
+            used: Once::new(),
         })
     }
 
@@ -125,6 +140,7 @@ impl SerialPort {
         saved: SerialRegisters,
         output: Option<File>,
         irq: EventFd,
+        registrar: Option<Arc<dyn NotifyRegistrar>>,
     ) -> io::Result<Arc<Self>> {
         let state = SerialState {
             baud_divisor_low: saved.divisor[0],
@@ -142,6 +158,8 @@ impl SerialPort {
             .map_err(|error| io::Error::other(format!("{error:?}")))?;
         Ok(Arc::new(Self {
             serial: Mutex::new(serial),
+            registrar,
+            used: Once::new(),
         }))
     }
 
@@ -170,6 +188,11 @@ impl BusDevice for SerialPort {
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
+        if let Some(registrar) = &self.registrar {
+            let first = layout::SERIAL_PORT + FIRST_QUIET;
+            self.used
+                .call_once(|| registrar.gather_port_writes(first, QUIET));
+        }
         if let [byte] = data {
             // Fails only when the interrupt's counter overflows: it is
             // pending then.
@@ -192,7 +215,7 @@ mod tests {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
         let file = File::from(OwnedFd::from(ours));
-        let port = SerialPort::new(Some(file), EventFd::new(0).unwrap());
+        let port = SerialPort::new(Some(file), EventFd::new(0).unwrap(), None);
         for byte in b"hello\n" {
             port.write(0, &[*byte]);
         }
@@ -211,6 +234,7 @@ mod tests {
         let port = SerialPort::new(
             Some(File::from(OwnedFd::from(ours))),
             EventFd::new(0).unwrap(),
+            None,
         );
         port.write(0, b"z");
         port.write(0, b"zz");

@@ -84,6 +84,7 @@ fn callbacks() -> Callbacks {
     Callbacks {
         on_end: Arc::new(|reason| panic!("{reason:?}")),
         on_connect: Arc::new(|_| {}),
+        on_trap: Arc::new(|| {}),
         on_generation_read: Arc::new(|| {}),
     }
 }

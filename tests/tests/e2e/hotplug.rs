@@ -14,8 +14,8 @@ use bulkhead_runtime::agent::Agent;
 use bulkhead_tests::install::which;
 use bulkhead_tests::vmm::Vmm;
 use bulkhead_vmm_api::{
-    BlkConfig, Event, ExitReason, FsCache, FsConfig, NetConfig, PlugConfig, PmemConfig, Rate,
-    RateLimits,
+    BlkConfig, BlkEngine, Event, ExitReason, FsCache, FsConfig, NetConfig, PlugConfig, PmemConfig,
+    Rate, RateLimits,
 };
 use tokio::runtime::Runtime;
 
@@ -25,7 +25,9 @@ use crate::vmm::{runtime, Host};
 
 pub const TESTS: &[Test] = tests![
     disks_come_and_go_while_a_guest_runs,
+    disks_by_io_uring_come_and_go_while_a_guest_runs,
     a_disk_does_what_it_offers,
+    a_disk_by_io_uring_does_what_it_offers,
     all_kinds_of_devices_come_and_go,
     the_bus_is_filled_and_emptied,
     a_clone_has_what_was_plugged
@@ -85,10 +87,15 @@ impl Guest {
     }
 
     fn plug_disk(&mut self, id: &str, file: &File) -> Result<u8> {
+        self.plug_disk_by(BlkEngine::Sync, id, file)
+    }
+
+    fn plug_disk_by(&mut self, engine: BlkEngine, id: &str, file: &File) -> Result<u8> {
         let config = BlkConfig {
             id: id.into(),
             file: 0,
             read_only: false,
+            engine: Some(engine),
             ..BlkConfig::default()
         };
         let fd: OwnedFd = file.try_clone()?.into();
@@ -308,10 +315,18 @@ fn refused(result: Result<()>, words: &[&str]) -> Result<()> {
 }
 
 fn disks_come_and_go_while_a_guest_runs(context: &Context) -> Result<()> {
-    let mut guest = Guest::boot(context, "hotplug-disks")?;
+    disks_come_and_go(context, "hotplug-disks", BlkEngine::Sync)
+}
+
+fn disks_by_io_uring_come_and_go_while_a_guest_runs(context: &Context) -> Result<()> {
+    disks_come_and_go(context, "hotplug-rings", BlkEngine::IoUring)
+}
+
+fn disks_come_and_go(context: &Context, name: &str, engine: BlkEngine) -> Result<()> {
+    let mut guest = Guest::boot(context, name)?;
     let file = guest.file("disk", 4 << 20)?;
     file.write_all_at(&pattern(4 << 20), 0)?;
-    let slot = guest.plug_disk("volume", &file)?;
+    let slot = guest.plug_disk_by(engine, "volume", &file)?;
     let node = guest.look_at(slot, "virtio_blk")?;
     fs::create_dir_all(guest.host.dir.join("shared/io"))?;
     guest.run(
@@ -349,7 +364,7 @@ fn disks_come_and_go_while_a_guest_runs(context: &Context) -> Result<()> {
         .stdout(Stdio::null())
         .status()?;
     same(made.success(), true)?;
-    let again = guest.plug_disk("volume", &file)?;
+    let again = guest.plug_disk_by(engine, "volume", &file)?;
     same(again, slot)?;
     let node = guest.look_at(slot, "virtio_blk")?;
     guest.start(
@@ -368,7 +383,7 @@ fn disks_come_and_go_while_a_guest_runs(context: &Context) -> Result<()> {
 
     // One that is worked with, by whom it is not promised to.
     let file = guest.file("busy", 16 << 20)?;
-    let slot = guest.plug_disk("busy", &file)?;
+    let slot = guest.plug_disk_by(engine, "busy", &file)?;
     let node = guest.look_at(slot, "virtio_blk")?;
     guest.start(
         "works",
@@ -385,8 +400,16 @@ fn disks_come_and_go_while_a_guest_runs(context: &Context) -> Result<()> {
 /// Discards, zeroes, several queues, its name and its limits, as a real kernel
 /// uses them.
 fn a_disk_does_what_it_offers(context: &Context) -> Result<()> {
+    does_what_it_offers(context, "disk-features", BlkEngine::Sync)
+}
+
+fn a_disk_by_io_uring_does_what_it_offers(context: &Context) -> Result<()> {
+    does_what_it_offers(context, "ring-features", BlkEngine::IoUring)
+}
+
+fn does_what_it_offers(context: &Context, name: &str, engine: BlkEngine) -> Result<()> {
     const SIZE: u64 = 64 << 20;
-    let mut guest = Guest::boot(context, "disk-features")?;
+    let mut guest = Guest::boot(context, name)?;
     let file = guest.file("disk", SIZE)?;
     file.write_all_at(&pattern(32 << 20), 0)?;
     file.sync_all()?;
@@ -402,6 +425,7 @@ fn a_disk_does_what_it_offers(context: &Context) -> Result<()> {
         id: "bulkhead-disk-0123".into(),
         queues: Some(4),
         rate: Some(limits),
+        engine: Some(engine),
         ..BlkConfig::default()
     };
     let fd: OwnedFd = file.try_clone()?.into();

@@ -221,6 +221,23 @@ pub struct BlkConfig {
     /// How fast the guest may be; none: as fast as the host is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rate: Option<RateLimits>,
+    /// Who serves requests; none: the synchronous engine, which takes nothing to
+    /// start.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub engine: Option<BlkEngine>,
+}
+
+/// What serves a disk's requests.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum BlkEngine {
+    /// The VMM itself, one request after another.
+    #[default]
+    Sync,
+    /// The host's kernel, many at once. Where it does not let the VMM have a
+    /// ring (`kernel.io_uring_disabled`), the VMM says so in its log and serves
+    /// the disk itself.
+    IoUring,
 }
 
 /// Limits of a device. Requests beyond them wait.

@@ -28,6 +28,7 @@ struct Nobody;
 
 impl Interrupt for Nobody {
     fn signal_queue(&self, _: usize) {}
+    fn show_config(&self, _: &[u8]) {}
     fn signal_config(&self) {}
     fn device_broken(&self) {}
 }

@@ -2,45 +2,31 @@
 //! A guest's accesses to a function's configuration space and MSI-X table.
 #![no_main]
 
-use std::{
-    io,
-    sync::{
-        atomic::{AtomicU32, Ordering},
-        Arc,
-    },
-};
+use std::{io, sync::Arc};
 
 use bulkhead_vmm::pci::{
     config::{ConfigSpace, Identity},
-    msix::{self, InterruptRouter, Message, Msix},
+    host::{Message, Messages},
+    msix::{self, Msix},
+    pages::Page,
 };
 use libfuzzer_sys::fuzz_target;
-use vmm_sys_util::eventfd::EventFd;
 
-/// Takes every route.
-#[derive(Default)]
-struct Router(AtomicU32);
+/// Takes every message.
+struct Sink;
 
-impl InterruptRouter for Router {
-    fn allocate(&self) -> u32 {
-        self.0.fetch_add(1, Ordering::Relaxed)
-    }
-    fn release(&self, _: u32) {}
-    fn set_routes(&self, _: &[(u32, Option<Message>)]) -> io::Result<()> {
+impl Messages for Sink {
+    fn send(&self, _: Message) -> io::Result<()> {
         Ok(())
     }
-    fn register(&self, _: &EventFd, _: u32) -> io::Result<()> {
-        Ok(())
-    }
-    fn unregister(&self, _: &EventFd, _: u32) -> io::Result<()> {
-        Ok(())
-    }
+    fn trap_tables(&self) {}
 }
 
 const VECTORS: u16 = 3;
 
 fuzz_target!(|data: &[u8]| {
-    let msix = Msix::new(Arc::new(Router::default()), VECTORS).expect("eventfds");
+    let page = Page::alone().expect("memory");
+    let msix = Msix::new(Arc::new(Sink), page.clone(), VECTORS).expect("it has room");
     let mut space = ConfigSpace::new(Identity {
         vendor: 0x1af4,
         device: 0x1042,
@@ -48,7 +34,6 @@ fuzz_target!(|data: &[u8]| {
         revision: 1,
         subsystem: 1,
     });
-    space.set_bar(0xc000_0000, 0x8000);
     let at = space.add_capability(msix::CAPABILITY, &msix.capability(0, 0x1000));
     space.allow_writes(at + 2, &msix::CONTROL_WRITABLE.to_le_bytes());
     let fixed = [space.u16_at(0), space.u16_at(2), space.u16_at(0x2c)];
@@ -59,7 +44,7 @@ fuzz_target!(|data: &[u8]| {
         let written = &access[4..][..length.min(8)];
         let mut read = [0_u8; 8];
         let read = &mut read[..length.min(8)];
-        match access[0] % 7 {
+        match access[0] % 8 {
             0 => {
                 space.write(usize::from(offset), written);
                 msix.set_control(space.u16_at(at + 2));
@@ -69,6 +54,8 @@ fuzz_target!(|data: &[u8]| {
             3 => msix.read_table(u64::from(offset), read),
             4 => msix.read_pending(u64::from(offset), read),
             5 => msix.signal(offset),
+            // What the guest writes where the table is memory.
+            6 => page.set_word(usize::from(offset), u32::from_le_bytes([access[4]; 4])),
             _ => assert!(msix.restore(&msix.save())),
         }
     }

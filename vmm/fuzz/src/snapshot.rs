@@ -17,7 +17,7 @@ fn sections(mut data: &[u8]) -> Vec<Section> {
         let length = usize::from(u16::from_le_bytes([*low, *high])).min(rest.len());
         let (content, next) = rest.split_at(length);
         sections.push(Section {
-            kind: u32::from(kind % 6),
+            kind: u32::from(kind % 7),
             version: u32::from(version % 16 != 0),
             content: content.to_vec(),
         });

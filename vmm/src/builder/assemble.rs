@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Puts everything on the machine's buses.
 
-use std::sync::{
-    atomic::{AtomicBool, AtomicU32},
-    Arc, Mutex,
+use std::{
+    io,
+    sync::{
+        atomic::{AtomicBool, AtomicU32},
+        Arc, Mutex,
+    },
 };
 
 use kvm_ioctls::VcpuFd;
-use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap, MmapRegion};
 
 use super::{
     growth::Backing,
@@ -19,14 +22,16 @@ use crate::{
     bus::{Bus, BusDevice},
     generation::GenerationId,
     kvm::{
+        gathered::Gathered,
         vcpu::{self, Buses, ExitCounters, Rest, Shared},
         vm::Vm,
     },
     memory::WindowAllocator,
-    pci::{BarWindow, PciRoot, BAR_SIZE, SLOTS},
+    pci::{pages::PAGE, BarWindow, PciRoot, SLOTS},
     power::{KeyboardReset, PanicPort, PowerRegisters},
     serial::SerialPort,
     timeline::Stamps,
+    virtio::transport,
 };
 
 /// What differs between a machine that boots and one that is restored.
@@ -74,12 +79,16 @@ impl Parts {
         buses
             .mmio
             .insert(layout::GENERATION_ID, 0x1000, Arc::new(generation))?;
-        let root = Arc::new(PciRoot::default());
+        let root = Arc::new(PciRoot::new(self.vm.clone(), layout::ECAM)?);
+        let tables = Arc::new(MmapRegion::new(SLOTS * PAGE)?);
+        self.vm
+            .map_tables(Arc::clone(&tables), callbacks.on_trap.clone())?;
         let mut loops = Loops::new(self.paused)?;
         let mut board = Board::new(
             Arc::clone(&self.vm),
             GuestMemoryAtomic::new(self.memory.clone()),
             Arc::clone(&root),
+            tables,
             WindowAllocator::new(self.memory_size),
             self.backing,
             callbacks.on_connect.clone(),
@@ -88,15 +97,27 @@ impl Parts {
             board.plug(item, place, &mut loops)?;
         }
         loops.complete()?;
-        root.show(|memory| {
-            let shown = self.vm.map_window(layout::ECAM, memory, true);
-            // As long as there is a machine.
-            shown.map(drop).map_err(BuildError::Kvm)
-        })?;
-        let registers = Arc::new(BarWindow(Arc::clone(&root)));
-        let size = SLOTS as u64 * BAR_SIZE;
-        buses.mmio.insert(layout::BAR_WINDOW, size, registers)?;
+        // As long as there is a machine.
+        self.vm.map_window(layout::ECAM, &root.memory(), true)?;
+        let windows = [
+            (layout::BAR_WINDOW, BarWindow::all(Arc::clone(&root))),
+            (
+                layout::TABLE_WINDOW,
+                BarWindow::page(Arc::clone(&root), transport::TABLE),
+            ),
+            (
+                layout::CONFIG_WINDOW,
+                BarWindow::page(Arc::clone(&root), transport::DEVICE),
+            ),
+        ];
+        for (base, window) in windows {
+            buses.mmio.insert(base, window.size(), Arc::new(window))?;
+        }
         buses.mmio.insert(layout::ECAM, layout::ECAM_SIZE, root)?;
+        let gathered = self.vcpus.first().map(Gathered::map);
+        let gathered = gathered
+            .unwrap_or_else(|| Err(io::ErrorKind::NotFound.into()))
+            .map_err(system("ring of gathered writes"))?;
         let exits = self.vcpus.iter().map(|_| ExitCounters::default()).collect();
         let ids = self.vcpus.iter().map(|_| AtomicU32::new(0)).collect();
         let vcpus = self.vcpus.into_iter();
@@ -106,6 +127,7 @@ impl Parts {
             loops,
             shared: Arc::new(Shared {
                 buses,
+                gathered,
                 exits,
                 ids,
                 on_end: callbacks.on_end.clone(),

@@ -90,7 +90,8 @@ impl Machine {
             resources.initrd.as_mut(),
         )?;
         boot::write_tables(&memory, &acpi::tables(resources.vcpus))?;
-        let serial = SerialPort::new(resources.serial.take(), serial_interrupt(&vm)?);
+        let interrupt = serial_interrupt(&vm)?;
+        let serial = SerialPort::new(resources.serial.take(), interrupt, Some(vm.clone()));
         let mut vcpus = Vec::new();
         for index in 0..resources.vcpus {
             let vcpu = vm.create_vcpu(index)?;
@@ -131,8 +132,13 @@ impl Machine {
         let memory = memory::map_snapshot(state.memory_size, grown, &resources.memory)?;
         let vm = Arc::new(Vm::new(&host.kvm, &memory)?);
         let interrupt = serial_interrupt(&vm)?;
-        let serial = SerialPort::restore(state.serial.clone(), resources.serial, interrupt)
-            .map_err(system("serial port"))?;
+        let serial = SerialPort::restore(
+            state.serial.clone(),
+            resources.serial,
+            interrupt,
+            Some(vm.clone()),
+        )
+        .map_err(system("serial port"))?;
         let mut vcpus = Vec::new();
         for index in 0..state.vcpus.len() {
             // At most as many as a machine can have.
@@ -199,6 +205,7 @@ impl Machine {
             if !self.shared.rest.begin(&self.threads) {
                 return false;
             }
+            self.shared.drain();
             if !self.loops.iter().all(EventLoop::pause) {
                 self.loops.iter().for_each(EventLoop::resume);
                 self.shared.rest.end();
@@ -218,6 +225,20 @@ impl Machine {
                 return self.start();
             }
             self.shared.rest.end();
+        }
+        Ok(())
+    }
+
+    /// Does what the machine's own threads may not: they have said so
+    /// ([`Callbacks::on_trap`]).
+    ///
+    /// # Errors
+    /// It cannot be done.
+    pub fn attend(&self) -> Result<(), BuildError> {
+        if self.vm.unmap_tables()? {
+            for (_, function) in self.board.functions() {
+                function.settle_interrupts();
+            }
         }
         Ok(())
     }
@@ -252,6 +273,7 @@ impl Machine {
                 .map(|vcpu| VcpuState::save(&lock(vcpu), &msrs, xsave_size))
                 .collect::<Result<_, _>>()?,
             serial: self.serial.save(),
+            windows: snapshot::state::WINDOWS.to_vec(),
         };
         snapshot::state::write(&state, state_file)?;
         snapshot::memory::write(&self.board.memory(), &self.host.pagemap, memory_file)
@@ -336,6 +358,8 @@ impl Machine {
     /// # Errors
     /// One cannot be made, or the bus is full.
     pub fn plug(&mut self, devices: Devices) -> Result<Option<u8>, BuildError> {
+        // What was written where there was nothing yet is not the device's.
+        self.shared.drain();
         let mut last = None;
         for item in plug::items(devices) {
             last = Some(self.board.plug(item, Place::default(), &mut self.loops)?);
@@ -348,6 +372,7 @@ impl Machine {
     /// # Errors
     /// It cannot be, or the guest uses it.
     pub fn unplug(&mut self, slot: u8) -> Result<(), UnplugError> {
+        self.shared.drain();
         self.board.unplug(slot)
     }
 }
@@ -390,8 +415,7 @@ fn device_error(slot: u8, function: &VirtioPci, source: StateError) -> SnapshotE
 fn serial_interrupt(vm: &Vm) -> Result<EventFd, BuildError> {
     let event =
         EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(system("serial interrupt"))?;
-    vm.router()
-        .register_line(&event, layout::SERIAL_IRQ)
+    vm.register_line(&event, layout::SERIAL_IRQ)
         .map_err(system("serial interrupt"))?;
     Ok(event)
 }

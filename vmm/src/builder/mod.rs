@@ -132,6 +132,9 @@ pub struct Callbacks {
     pub on_end: OnEnd,
     /// The guest connected to a vsock port of the host.
     pub on_connect: Arc<dyn Fn(u32) + Send + Sync>,
+    /// [`Machine::attend`] is to be called, by who controls the machine. Called
+    /// once, on any thread.
+    pub on_trap: Arc<dyn Fn() + Send + Sync>,
     /// The guest read its generation id for the first time. Called on a
     /// vCPU's thread.
     pub on_generation_read: Arc<dyn Fn() + Send + Sync>,

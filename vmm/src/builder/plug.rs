@@ -27,7 +27,10 @@ use crate::{
     event::{EventHandler, EventLoop, LoopHandle},
     kvm::vm::{MemorySlot, Vm},
     memory::WindowAllocator,
-    pci::{PciRoot, BAR_SIZE},
+    pci::{
+        pages::{Page, PAGE},
+        PciRoot, BAR_SIZE,
+    },
     snapshot::{state::MachineState, SnapshotError},
     virtio::{
         balloon::Balloon,
@@ -38,7 +41,7 @@ use crate::{
         net::Net,
         pmem::Pmem,
         rng::Rng,
-        transport::{InUse, VirtioPci, Wiring},
+        transport::{Addresses, InUse, VirtioPci, Wiring},
         vsock::Vsock,
     },
 };
@@ -328,6 +331,8 @@ pub(super) struct Board {
     vm: Arc<Vm>,
     ram: GuestRam,
     root: Arc<PciRoot>,
+    /// The memory of all interrupts' tables.
+    tables: Arc<MmapRegion>,
     plugged: BTreeMap<u8, Plugged>,
     balloon: Option<Arc<Mutex<Balloon>>>,
     growth: Option<Growth>,
@@ -342,6 +347,7 @@ impl Board {
         vm: Arc<Vm>,
         ram: GuestRam,
         root: Arc<PciRoot>,
+        tables: Arc<MmapRegion>,
         windows: WindowAllocator,
         backing: Backing,
         on_connect: Arc<dyn Fn(u32) + Send + Sync>,
@@ -350,6 +356,7 @@ impl Board {
             vm,
             ram,
             root,
+            tables,
             plugged: BTreeMap::new(),
             balloon: None,
             growth: None,
@@ -635,14 +642,22 @@ impl Board {
         slot: usize,
     ) -> io::Result<VirtioPci> {
         let handler: Arc<Mutex<dyn EventHandler>> = device.clone();
-        let bar = layout::BAR_WINDOW + slot as u64 * BAR_SIZE;
+        // All lie below 4 GiB.
+        let at = Addresses {
+            registers: (layout::BAR_WINDOW + slot as u64 * BAR_SIZE) as u32,
+            table: (layout::TABLE_WINDOW + (slot * PAGE) as u64) as u32,
+            config: (layout::CONFIG_WINDOW + (slot * PAGE) as u64) as u32,
+        };
+        let no_page = || io::Error::other("there is no such device number");
         VirtioPci::new(
             device,
             Arc::downgrade(&handler),
-            bar as u32,
+            at,
             class,
             Wiring {
-                router: self.vm.router().clone(),
+                messages: self.vm.clone(),
+                table: Page::new(&self.tables, slot * PAGE).ok_or_else(no_page)?,
+                config: self.root.page(slot).ok_or_else(no_page)?,
                 notify: self.vm.clone(),
                 memory: self.ram.clone(),
                 event_loop,

@@ -149,6 +149,7 @@ const EVERYBODY: &[Rule] = &[
         ],
         "unoptimised builds look at what they close; copies of eventfds",
     ),
+    tested(libc::SYS_ioctl, &[&[Is(1, kvm::SIGNAL_MSI)]], "interrupts"),
     // The panic hook's event to the client.
     any(
         libc::SYS_sendmsg,
@@ -165,8 +166,8 @@ mod kvm {
     pub const SET_USER_MEMORY_REGION: u64 = 0x4020_ae46;
     pub const GET_IRQCHIP: u64 = 0xc208_ae62;
     pub const GET_CLOCK: u64 = 0x8030_ae7c;
-    pub const SET_GSI_ROUTING: u64 = 0x4008_ae6a;
-    pub const IRQFD: u64 = 0x4020_ae76;
+    pub const SIGNAL_MSI: u64 = 0x4020_aea5;
+    pub const REGISTER_COALESCED_MMIO: u64 = 0x4010_ae67;
     pub const IOEVENTFD: u64 = 0x4040_ae79;
     pub const RUN: u64 = 0xae80;
     pub const KVMCLOCK_CTRL: u64 = 0xaead;
@@ -224,13 +225,11 @@ const CONTROL: &[Rule] = &[
         libc::SYS_ioctl,
         &[
             &[Is(1, kvm::SET_USER_MEMORY_REGION)],
-            &[Is(1, kvm::SET_GSI_ROUTING)],
-            &[Is(1, kvm::IRQFD)],
             &[Is(1, kvm::IOEVENTFD)],
             &[Is(1, TUN_SET_OFFLOAD)],
             &[Is(1, TUN_SET_HEADER_SIZE)],
         ],
-        "plugging: pmem's window, taps; unplugging: notifications, interrupts",
+        "plugging: pmem's window, taps; unplugging: notifications",
     ),
     // Never executable, and shared with the file.
     tested(
@@ -260,6 +259,15 @@ const CONTROL: &[Rule] = &[
         "plugging: taps do not block",
     ),
     any(libc::SYS_epoll_ctl, "unplugging: nothing is watched"),
+    any(libc::SYS_io_uring_setup, "plugging: a disk's ring"),
+    any(
+        libc::SYS_io_uring_register,
+        "plugging: a disk's ring can do what it is for, and nothing else",
+    ),
+    any(
+        libc::SYS_io_uring_enter,
+        "saving, unplugging: what a disk is at is waited for",
+    ),
 ];
 
 const VCPU: &[Rule] = &[
@@ -268,22 +276,25 @@ const VCPU: &[Rule] = &[
         &[
             &[Is(1, kvm::RUN)],
             &[Is(1, kvm::KVMCLOCK_CTRL)],
-            &[Is(1, kvm::SET_GSI_ROUTING)],
-            &[Is(1, kvm::IRQFD)],
             &[Is(1, kvm::IOEVENTFD)],
+            &[Is(1, kvm::REGISTER_COALESCED_MMIO)],
             &[Is(1, TUN_SET_OFFLOAD)],
         ],
-        "the guest, its interrupts and notifications, what a tap may send it",
+        "the guest, its notifications and gathered writes, what a tap may send it",
     ),
     tested(
         libc::SYS_eventfd2,
         &[&[Is(0, 0)]],
-        "notifications and interrupts that a driver uses for the first time",
+        "notifications that a driver uses for the first time",
     ),
     any(libc::SYS_epoll_ctl, "a device that starts is watched"),
     any(
         libc::SYS_timerfd_create,
         "a vsock device, or a disk with limits, that starts",
+    ),
+    any(
+        libc::SYS_io_uring_enter,
+        "a disk that is reset: what it is at is waited for",
     ),
 ];
 
@@ -320,6 +331,7 @@ const DEVICES: &[Rule] = &[
     any(libc::SYS_pwrite64, "blk: writing"),
     any(libc::SYS_fdatasync, "blk and pmem: flushing"),
     any(libc::SYS_fallocate, "blk: discarding and zeroing"),
+    any(libc::SYS_io_uring_enter, "blk: all but these, by a ring"),
 ];
 
 const FILES: &[Rule] = &[

@@ -62,6 +62,10 @@ const ELSEWHERE: &[(i64, &str)] = &[
         libc::SYS_fcntl,
         "descriptors' flags, looked at by unoptimised builds",
     ),
+    (
+        libc::SYS_ioctl,
+        "drivers' interrupts: every end-to-end test",
+    ),
     // A panic's last words: tests/panic.rs.
     (libc::SYS_gettid, "a panic"),
     (libc::SYS_getpid, "a panic"),

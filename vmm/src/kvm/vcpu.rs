@@ -17,6 +17,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use nix::unistd::gettid;
 use vmm_sys_util::signal::{register_signal_handler, Killable, SIGRTMIN};
 
+use super::gathered::Gathered;
 use crate::{
     bus::Bus,
     confine::{self, seccomp::Worker},
@@ -59,6 +60,8 @@ impl ExitCounters {
 pub struct Shared {
     /// Address spaces.
     pub buses: Buses,
+    /// Writes that are on their way there.
+    pub gathered: Gathered,
     /// Exit counters, of each vCPU.
     pub exits: Vec<ExitCounters>,
     /// The threads' ids, of each vCPU; 0: it has not started.
@@ -69,6 +72,16 @@ pub struct Shared {
     pub rest: Rest,
     /// Set to make the threads leave.
     pub stop: AtomicBool,
+}
+
+impl Shared {
+    /// Lets writes arrive that KVM has gathered.
+    pub fn drain(&self) {
+        self.gathered.drain(|port, address, data| match port {
+            true => self.buses.pio.write(address, data),
+            false => self.buses.mmio.write(address, data),
+        });
+    }
 }
 
 /// Where vCPU threads rest while the machine is paused.
@@ -256,18 +269,22 @@ fn run(shared_vcpu: &Mutex<VcpuFd>, shared: &Shared, exits: &ExitCounters) {
         match vcpu.run() {
             Ok(VcpuExit::IoIn(port, data)) => {
                 count(&exits.pio);
+                shared.drain();
                 shared.buses.pio.read(u64::from(port), data);
             }
             Ok(VcpuExit::IoOut(port, data)) => {
                 count(&exits.pio);
+                shared.drain();
                 shared.buses.pio.write(u64::from(port), data);
             }
             Ok(VcpuExit::MmioRead(address, data)) => {
                 count(&exits.mmio);
+                shared.drain();
                 shared.buses.mmio.read(address, data);
             }
             Ok(VcpuExit::MmioWrite(address, data)) => {
                 count(&exits.mmio);
+                shared.drain();
                 shared.buses.mmio.write(address, data);
             }
             Ok(VcpuExit::Shutdown) => break ExitReason::TripleFault,

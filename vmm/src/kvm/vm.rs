@@ -1,36 +1,54 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The VM's descriptor and its memory slots.
+//! The VM's descriptor, its memory slots, interrupts and notifications.
 
-use std::sync::{
-    atomic::{AtomicU32, Ordering},
-    Arc, Mutex, MutexGuard,
+use std::{
+    collections::BTreeSet,
+    io,
+    sync::{
+        atomic::{AtomicBool, AtomicU32, Ordering},
+        Arc, Mutex, MutexGuard, OnceLock,
+    },
 };
 
-use kvm_bindings::{kvm_userspace_memory_region, CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY};
+use kvm_bindings::{
+    kvm_msi, kvm_userspace_memory_region, CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY,
+};
 use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
 use vm_memory::{
     Address, GuestMemory, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
 };
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{failed, irq::MsiRouter, KvmError};
+use super::{failed, KvmError};
 use crate::{
     arch::x86_64::{cpuid, layout},
-    pci::msix::NotifyRegistrar,
+    pci::host::{Message, Messages, NotifyRegistrar},
 };
 
 /// KVM_CREATE_VM fails with EINTR when a signal is pending, for no reason of
 /// the caller's.
 const CREATE_TRIES: u32 = 5;
 
+/// Called once, on any thread.
+pub type OnTrap = Arc<dyn Fn() + Send + Sync>;
+
 /// A KVM virtual machine.
 pub struct Vm {
-    fd: Arc<VmFd>,
+    fd: VmFd,
     supported_cpuid: CpuId,
     next_slot: AtomicU32,
     /// Slots that were given back.
     free_slots: Mutex<Vec<u32>>,
-    router: Arc<MsiRouter>,
+    /// Of all MSI-X tables, while they are memory.
+    tables: Mutex<Option<MemorySlot>>,
+    tables_memory: OnceLock<Arc<MmapRegion>>,
+    /// They are not to be memory any more.
+    trap_asked: AtomicBool,
+    /// Tells who may change that.
+    on_trap: OnceLock<OnTrap>,
+    /// Where writes are gathered: for as long as there is a machine, whatever
+    /// comes and goes there.
+    gathering: Mutex<BTreeSet<u64>>,
     /// Mapped into slots: must outlive the machine.
     _memory: GuestMemoryMmap,
 }
@@ -58,13 +76,16 @@ impl Vm {
         // hardware-reduced and has the TSC deadline timer and kvmclock.
         fd.create_irq_chip()
             .map_err(failed("interrupt controllers"))?;
-        let fd = Arc::new(fd);
         let vm = Self {
-            router: Arc::new(MsiRouter::new(Arc::clone(&fd))),
             fd,
             supported_cpuid,
             next_slot: AtomicU32::new(0),
             free_slots: Mutex::new(Vec::new()),
+            tables: Mutex::new(None),
+            tables_memory: OnceLock::new(),
+            trap_asked: AtomicBool::new(false),
+            on_trap: OnceLock::new(),
+            gathering: Mutex::default(),
             _memory: memory.clone(),
         };
         for region in memory.iter() {
@@ -90,9 +111,9 @@ impl Vm {
         &self.supported_cpuid
     }
 
-    /// Interrupt routes.
-    pub fn router(&self) -> &Arc<MsiRouter> {
-        &self.router
+    /// Lets `event` raise line `gsi` of the I/O APIC.
+    pub fn register_line(&self, event: &EventFd, gsi: u32) -> io::Result<()> {
+        self.fd.register_irqfd(event, gsi).map_err(Into::into)
     }
 
     /// Raises and lowers a line of the I/O APIC, for an edge.
@@ -120,6 +141,32 @@ impl Vm {
             mapping.as_ptr() as u64,
             read_only,
         )
+    }
+
+    /// Gives the guest the memory of all MSI-X tables, once, until it is to be
+    /// taken away: then `on_trap` has somebody call [`Self::unmap_tables`].
+    pub fn map_tables(&self, memory: Arc<MmapRegion>, on_trap: OnTrap) -> Result<(), KvmError> {
+        let _ = self.on_trap.set(on_trap);
+        let memory = self.tables_memory.get_or_init(|| memory);
+        let slot = self.map_window(layout::TABLE_WINDOW, memory, false)?;
+        *self.tables() = Some(slot);
+        Ok(())
+    }
+
+    /// Takes the tables' memory away, if that was asked for and is not done yet;
+    /// whether it was just now.
+    pub fn unmap_tables(&self) -> Result<bool, KvmError> {
+        if !self.trap_asked.load(Ordering::SeqCst) {
+            return Ok(false);
+        }
+        let slot = self.tables().take();
+        slot.map_or(Ok(false), |slot| self.unmap_window(slot).map(|()| true))
+    }
+
+    fn tables(&self) -> MutexGuard<'_, Option<MemorySlot>> {
+        self.tables
+            .lock()
+            .expect("no holder of the tables' lock panics")
     }
 
     /// Gives the guest a region of memory, which the caller keeps as it does a
@@ -181,20 +228,66 @@ impl Vm {
     }
 }
 
+impl Vm {
+    /// Once for each zone, which `number` tells apart.
+    fn gather(&self, number: u64, zone: IoEventAddress, size: u32) {
+        let mut gathering = self.gathering.lock().expect("no holder of the set panics");
+        if !gathering.insert(number) {
+            return;
+        }
+        if let Err(error) = self.fd.register_coalesced_mmio(zone, size) {
+            tracing::warn!(%error, "writes are not gathered");
+        }
+    }
+}
+
 /// A part of guest-physical memory, to be given back.
 #[derive(Debug, PartialEq, Eq)]
 pub struct MemorySlot(u32);
 
+impl Messages for Vm {
+    fn send(&self, message: Message) -> io::Result<()> {
+        // Without a table of routes, of which every change takes the kernel a
+        // grace period.
+        let message = kvm_msi {
+            address_lo: message.address as u32,
+            address_hi: (message.address >> 32) as u32,
+            data: message.data,
+            ..Default::default()
+        };
+        self.fd.signal_msi(message).map(drop).map_err(Into::into)
+    }
+
+    fn trap_tables(&self) {
+        if self.trap_asked.swap(true, Ordering::SeqCst) {
+            return;
+        }
+        if let Some(on_trap) = self.on_trap.get() {
+            on_trap();
+        }
+    }
+}
+
 impl NotifyRegistrar for Vm {
-    fn register_notify(&self, event: &EventFd, address: u64) -> std::io::Result<()> {
+    fn register_notify(&self, event: &EventFd, address: u64) -> io::Result<()> {
         self.fd
             .register_ioevent(event, &IoEventAddress::Mmio(address), NoDatamatch)
             .map_err(Into::into)
     }
 
-    fn unregister_notify(&self, event: &EventFd, address: u64) -> std::io::Result<()> {
+    fn unregister_notify(&self, event: &EventFd, address: u64) -> io::Result<()> {
         self.fd
             .unregister_ioevent(event, &IoEventAddress::Mmio(address), NoDatamatch)
             .map_err(Into::into)
+    }
+
+    fn gather_writes(&self, address: u64, size: u32) {
+        self.gather(address, IoEventAddress::Mmio(address), size);
+    }
+
+    fn gather_port_writes(&self, port: u16, count: u32) {
+        let port = u64::from(port);
+        // No memory of a device's lies there.
+        self.gather(port, IoEventAddress::Pio(port), count);
     }
 }

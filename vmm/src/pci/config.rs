@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! A function's configuration space (PCI Local Bus 3.0 §6.1): 256 bytes with
-//! a mask of what the guest may write, and a list of capabilities.
+//! a mask of what the guest may write, and a list of capabilities. There are no
+//! base address registers: where registers lie is settled, and a capability says
+//! it (Enhanced Allocation).
 
 /// Bytes of configuration space that exist; the rest of the 4 KiB reads zero.
 pub const SIZE: usize = 256;
@@ -8,10 +10,13 @@ pub const SIZE: usize = 256;
 /// Vendor id of virtio devices.
 pub const VIRTIO_VENDOR: u16 = 0x1af4;
 
+/// Registers of which none can be written: where base addresses would be, of
+/// memory, ports and a ROM, and the subsystem.
+pub const FIXED: std::ops::Range<usize> = 0x10..0x34;
+
 const COMMAND: usize = 0x04;
 const STATUS: usize = 0x06;
 const CLASS: usize = 0x08;
-const BAR0: usize = 0x10;
 const SUBSYSTEM: usize = 0x2c;
 const CAPABILITIES: usize = 0x34;
 const FIRST_CAPABILITY: usize = 0x40;
@@ -44,8 +49,6 @@ pub struct ConfigSpace {
     /// Last capability and the first free byte.
     last: usize,
     free: usize,
-    /// BAR 0: its fixed address and size.
-    bar: Option<(u32, u32)>,
 }
 
 impl ConfigSpace {
@@ -56,7 +59,6 @@ impl ConfigSpace {
             writable: [0; SIZE],
             last: 0,
             free: FIRST_CAPABILITY,
-            bar: None,
         };
         space.set_u16(0, identity.vendor);
         space.set_u16(2, identity.device);
@@ -68,14 +70,6 @@ impl ConfigSpace {
         // The cache line size is the guest's scratch register.
         space.writable[0x0c] = 0xff;
         space
-    }
-
-    /// Gives the function a 32-bit memory BAR 0 at a fixed address. The guest
-    /// may size it; where it lies is settled.
-    pub fn set_bar(&mut self, address: u32, size: u32) {
-        debug_assert!(size.is_power_of_two() && size >= 16 && address % size == 0);
-        self.bytes[BAR0..BAR0 + 4].copy_from_slice(&address.to_le_bytes());
-        self.bar = Some((address, size));
     }
 
     /// Appends a capability: its id and what follows the next-pointer. Returns
@@ -139,16 +133,6 @@ impl ConfigSpace {
 
     /// A guest's write; any offset and length.
     pub fn write(&mut self, offset: usize, data: &[u8]) {
-        if let Some((address, size)) = self.bar {
-            if offset == BAR0 && data.len() == 4 {
-                // Writing all ones asks for the size; anything else gets the
-                // address back, since the BAR does not move.
-                let sizing = data == [0xff; 4];
-                let value = if sizing { !(size - 1) } else { address };
-                self.bytes[BAR0..BAR0 + 4].copy_from_slice(&value.to_le_bytes());
-                return;
-            }
-        }
         for (index, byte) in data.iter().enumerate() {
             let at = offset.saturating_add(index);
             if let (Some(register), Some(mask)) = (self.bytes.get_mut(at), self.writable.get(at)) {
@@ -190,17 +174,15 @@ mod tests {
     }
 
     #[test]
-    fn a_bar_tells_its_size_and_does_not_move() {
+    fn nothing_can_be_written_where_base_addresses_would_be() {
         let mut space = space();
-        space.set_bar(0xc000_8000, 0x8000);
-        assert_eq!(read(&space, 0x10), 0xc000_8000);
-        space.write(0x10, &[0xff; 4]);
-        assert_eq!(read(&space, 0x10), 0xffff_8000);
-        space.write(0x10, &0xd000_0000_u32.to_le_bytes());
-        assert_eq!(read(&space, 0x10), 0xc000_8000);
-        // The other BARs do not exist.
-        space.write(0x14, &[0xff; 4]);
-        assert_eq!(read(&space, 0x14), 0);
+        let mut read = [0xff; FIXED.end - FIXED.start];
+        space.write(FIXED.start, &read);
+        space.read(FIXED.start, &mut read);
+        let mut expected = [0; FIXED.end - FIXED.start];
+        // The subsystem's ids.
+        expected[0x1c..0x20].copy_from_slice(&[0xf4, 0x1a, 0x40, 0]);
+        assert_eq!(read, expected);
     }
 
     #[test]

@@ -3,7 +3,9 @@
 //! by ECAM only, MSI-X only.
 
 pub mod config;
+pub mod host;
 pub mod msix;
+pub mod pages;
 mod root;
 
 pub use root::{BarWindow, BusFull, PciFunction, PciRoot, BAR_SIZE, SLOTS};

@@ -1,17 +1,28 @@
 // SPDX-License-Identifier: Apache-2.0
 //! MSI-X (PCI Local Bus 3.0 §6.8.2): a table of messages that the guest
-//! writes, each bound to an event that raises it in KVM.
+//! writes, and by which it is interrupted.
+//!
+//! A driver writes and reads the table some fifteen times for each vector, and
+//! nothing comes of it until the function has something to tell. So the table is
+//! memory that the guest may write, and is looked at when an interrupt is to be
+//! delivered, as a device does. What memory cannot do is to say that a vector is
+//! no longer masked, which matters for one that is pending: from the first of
+//! those on, which drivers hardly ever cause, no table is memory any more.
 
 use std::{
     io,
     sync::{
         atomic::{AtomicBool, Ordering},
-        Arc, Mutex, OnceLock,
+        Arc, Mutex, MutexGuard,
     },
 };
 
 use serde::{Deserialize, Serialize};
-use vmm_sys_util::eventfd::EventFd;
+
+use super::{
+    host::{Message, Messages},
+    pages::{Page, PAGE},
+};
 
 /// Capability id.
 pub const CAPABILITY: u8 = 0x11;
@@ -26,36 +37,10 @@ pub const CONTROL_WRITABLE: u16 = ENABLE | FUNCTION_MASK;
 /// Vector control: masked.
 const VECTOR_MASKED: u32 = 1;
 
-/// An interrupt message.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Message {
-    /// Address it is written to.
-    pub address: u64,
-    /// What is written.
-    pub data: u32,
-}
-
-/// Binds events to interrupt messages; KVM implements it.
-pub trait InterruptRouter: Send + Sync {
-    /// A number for a new route.
-    fn allocate(&self) -> u32;
-    /// Gives one back, whose route and event are removed already.
-    fn release(&self, gsi: u32);
-    /// Sets or removes routes, all at once.
-    fn set_routes(&self, changes: &[(u32, Option<Message>)]) -> io::Result<()>;
-    /// Lets `event` raise the interrupt of route `gsi`.
-    fn register(&self, event: &EventFd, gsi: u32) -> io::Result<()>;
-    /// Undoes it.
-    fn unregister(&self, event: &EventFd, gsi: u32) -> io::Result<()>;
-}
-
-/// Binds guest writes to events, without an exit to user space.
-pub trait NotifyRegistrar: Send + Sync {
-    /// A write of any size at `address` signals `event`.
-    fn register_notify(&self, event: &EventFd, address: u64) -> io::Result<()>;
-    /// Undoes it.
-    fn unregister_notify(&self, event: &EventFd, address: u64) -> io::Result<()>;
-}
+// Where in an entry.
+const ADDRESS: usize = 0;
+const DATA: usize = 8;
+const CONTROL: usize = 12;
 
 /// The table as it is saved.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -79,100 +64,64 @@ impl MsixState {
     }
 }
 
-struct Vector {
-    message: Message,
-    control: u32,
-    gsi: u32,
-    registered: bool,
-}
-
+#[derive(Default)]
 struct State {
     enabled: bool,
     function_masked: bool,
-    /// Nothing is routed any more, whatever the guest writes.
+    /// Nothing is delivered any more, whatever the guest writes.
     shut: bool,
-    vectors: Vec<Vector>,
-}
-
-/// One vector's fast path.
-#[derive(Default)]
-struct Line {
-    /// Made when the guest first lets the vector through: there are more vectors
-    /// than it uses.
-    event: OnceLock<EventFd>,
-    /// Whether signalling the event reaches the guest now.
-    open: AtomicBool,
-    pending: AtomicBool,
-}
-
-impl Line {
-    /// The event, from the first time on.
-    fn event(&self) -> io::Result<&EventFd> {
-        if let Some(event) = self.event.get() {
-            return Ok(event);
-        }
-        // Nobody else makes one meanwhile: the table is locked.
-        let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
-        Ok(self.event.get_or_init(|| event))
-    }
-
-    /// Raises the interrupt, of a vector that is open.
-    fn raise(&self) {
-        if let Some(event) = self.event.get() {
-            // Full only when KVM has 2^64 of them pending.
-            let _ = event.write(1);
-        }
-    }
 }
 
 /// The MSI-X table of one function.
 pub struct Msix {
-    router: Arc<dyn InterruptRouter>,
-    lines: Vec<Line>,
+    messages: Arc<dyn Messages>,
+    table: Page,
+    /// Of each vector.
+    pending: Vec<AtomicBool>,
+    /// Whether anything is delivered: what the state comes to.
+    usable: AtomicBool,
     state: Mutex<State>,
 }
 
 impl Msix {
-    /// A table of `count` vectors, all masked, as after reset.
-    pub fn new(router: Arc<dyn InterruptRouter>, count: u16) -> io::Result<Self> {
-        let mut lines = Vec::with_capacity(usize::from(count));
-        let mut vectors = Vec::with_capacity(usize::from(count));
-        for _ in 0..count {
-            lines.push(Line::default());
-            vectors.push(Vector {
-                message: Message {
-                    address: 0,
-                    data: 0,
-                },
-                control: VECTOR_MASKED,
-                gsi: router.allocate(),
-                registered: false,
-            });
+    /// A table of `count` vectors in `table`, all masked, as after reset.
+    ///
+    /// # Errors
+    /// They do not fit.
+    pub fn new(messages: Arc<dyn Messages>, table: Page, count: u16) -> io::Result<Self> {
+        let count = usize::from(count);
+        if count > PAGE / ENTRY_SIZE as usize {
+            return Err(io::Error::other("too many interrupt vectors"));
         }
-        Ok(Self {
-            router,
-            lines,
-            state: Mutex::new(State {
-                enabled: false,
-                function_masked: false,
-                shut: false,
-                vectors,
-            }),
-        })
+        let this = Self {
+            messages,
+            table,
+            pending: (0..count).map(|_| AtomicBool::new(false)).collect(),
+            usable: AtomicBool::new(false),
+            state: Mutex::default(),
+        };
+        for index in 0..count {
+            let nothing = Message {
+                address: 0,
+                data: 0,
+            };
+            this.set_entry(index, nothing, VECTOR_MASKED);
+        }
+        Ok(this)
     }
 
     /// Reads the table.
     pub fn save(&self) -> MsixState {
         let state = self.lock();
-        let vectors = state.vectors.iter().zip(&self.lines);
+        let vectors = self.pending.iter().enumerate();
         MsixState {
             enabled: state.enabled,
             function_masked: state.function_masked,
             vectors: vectors
-                .map(|(vector, line)| VectorState {
-                    message: vector.message,
-                    control: vector.control,
-                    pending: line.pending.load(Ordering::SeqCst),
+                .map(|(index, pending)| VectorState {
+                    message: self.message(index),
+                    control: self.word(index, CONTROL) & VECTOR_MASKED,
+                    pending: pending.load(Ordering::SeqCst),
                 })
                 .collect(),
         }
@@ -182,25 +131,24 @@ impl Msix {
     /// number of vectors.
     pub fn restore(&self, saved: &MsixState) -> bool {
         let mut state = self.lock();
-        if saved.vectors.len() != state.vectors.len() {
+        if saved.vectors.len() != self.pending.len() {
             return false;
         }
         state.enabled = saved.enabled;
         state.function_masked = saved.function_masked;
-        let vectors = state.vectors.iter_mut().zip(&self.lines);
-        for ((vector, line), saved) in vectors.zip(&saved.vectors) {
-            vector.message = saved.message;
-            vector.control = saved.control & VECTOR_MASKED;
-            line.pending.store(saved.pending, Ordering::SeqCst);
+        for (index, saved) in saved.vectors.iter().enumerate() {
+            self.set_entry(index, saved.message, saved.control & VECTOR_MASKED);
+            self.pending[index].store(saved.pending, Ordering::SeqCst);
         }
-        self.update(&mut state);
+        self.update(&state);
         true
     }
 
-    /// The capability's body: message control, table and pending bits in BAR 0.
+    /// The capability's body: message control, table and pending bits, each as
+    /// offset and number of its BAR.
     pub fn capability(&self, table: u32, pending: u32) -> Vec<u8> {
         let mut body = Vec::new();
-        body.extend_from_slice(&(self.lines.len() as u16 - 1).to_le_bytes());
+        body.extend_from_slice(&(self.pending.len() as u16 - 1).to_le_bytes());
         body.extend_from_slice(&table.to_le_bytes());
         body.extend_from_slice(&pending.to_le_bytes());
         body
@@ -209,17 +157,14 @@ impl Msix {
     /// Raises vector `index`: at once, or when it is unmasked. What does not
     /// exist is not raised.
     pub fn signal(&self, index: u16) {
-        let Some(line) = self.lines.get(usize::from(index)) else {
+        let index = usize::from(index);
+        let Some(pending) = self.pending.get(index) else {
             return;
         };
-        if line.open.load(Ordering::Acquire) {
-            line.raise();
-        } else {
-            line.pending.store(true, Ordering::SeqCst);
+        if !self.deliver(index) {
+            pending.store(true, Ordering::SeqCst);
             // It may have been opened in between, with nothing pending yet.
-            if line.open.load(Ordering::SeqCst) && line.pending.swap(false, Ordering::SeqCst) {
-                line.raise();
-            }
+            self.settle_vector(index);
         }
     }
 
@@ -228,51 +173,44 @@ impl Msix {
         let mut state = self.lock();
         state.enabled = control & ENABLE != 0;
         state.function_masked = control & FUNCTION_MASK != 0;
-        self.update(&mut state);
+        self.update(&state);
     }
 
-    /// A guest's read of the table.
+    /// A guest's read of the table, where it is not memory.
     pub fn read_table(&self, offset: u64, data: &mut [u8]) {
         data.fill(0);
-        let state = self.lock();
-        let Some(vector) = state.vectors.get((offset / ENTRY_SIZE) as usize) else {
+        let index = (offset / ENTRY_SIZE) as usize;
+        if index >= self.pending.len() {
             return;
-        };
+        }
         let mut entry = [0_u8; ENTRY_SIZE as usize];
-        entry[..8].copy_from_slice(&vector.message.address.to_le_bytes());
-        entry[8..12].copy_from_slice(&vector.message.data.to_le_bytes());
-        entry[12..].copy_from_slice(&vector.control.to_le_bytes());
+        for (at, word) in entry.chunks_exact_mut(4).enumerate() {
+            word.copy_from_slice(&self.word(index, at * 4).to_le_bytes());
+        }
         let start = (offset % ENTRY_SIZE) as usize;
         let length = data.len().min(entry.len() - start);
         data[..length].copy_from_slice(&entry[start..start + length]);
     }
 
-    /// A guest's write to the table: aligned words and double words, as the
-    /// specification demands; all else is ignored.
+    /// A guest's write to the table, where it is not memory: aligned words and
+    /// double words, as the specification demands; all else is ignored.
     pub fn write_table(&self, offset: u64, data: &[u8]) {
         if !matches!(data.len(), 4 | 8) || offset % data.len() as u64 != 0 {
             return;
         }
-        let mut state = self.lock();
-        let Some(vector) = state.vectors.get_mut((offset / ENTRY_SIZE) as usize) else {
+        let index = (offset / ENTRY_SIZE) as usize;
+        if index >= self.pending.len() {
             return;
-        };
-        for (index, word) in data.chunks_exact(4).enumerate() {
+        }
+        let start = (offset % ENTRY_SIZE) as usize;
+        for (at, word) in data.chunks_exact(4).enumerate() {
             let value = u32::from_le_bytes([word[0], word[1], word[2], word[3]]);
-            match (offset % ENTRY_SIZE) / 4 + index as u64 {
-                0 => {
-                    vector.message.address =
-                        (vector.message.address & !0xffff_ffff) | u64::from(value);
-                }
-                1 => {
-                    vector.message.address =
-                        (vector.message.address & 0xffff_ffff) | (u64::from(value) << 32);
-                }
-                2 => vector.message.data = value,
-                _ => vector.control = value & VECTOR_MASKED,
+            match start + at * 4 {
+                CONTROL => self.set_word(index, CONTROL, value & VECTOR_MASKED),
+                at => self.set_word(index, at, value),
             }
         }
-        self.update(&mut state);
+        self.settle_vector(index);
     }
 
     /// A guest's read of the pending bits.
@@ -282,187 +220,240 @@ impl Msix {
             *byte = (0..8).fold(0, |bits, bit| {
                 let pending = usize::try_from(first.saturating_add(bit))
                     .ok()
-                    .and_then(|at| self.lines.get(at))
-                    .is_some_and(|line| line.pending.load(Ordering::Relaxed));
+                    .and_then(|at| self.pending.get(at))
+                    .is_some_and(|pending| pending.load(Ordering::Relaxed));
                 bits | (u8::from(pending) << bit)
             });
         }
     }
 
-    /// Takes all routes and events back, for good: the function leaves.
+    /// Delivers nothing any more: the function leaves.
     pub fn shut(&self) {
         let mut state = self.lock();
-        if std::mem::replace(&mut state.shut, true) {
+        state.shut = true;
+        self.update(&state);
+    }
+
+    /// What the state comes to.
+    fn update(&self, state: &State) {
+        let usable = state.enabled && !state.function_masked && !state.shut;
+        self.usable.store(usable, Ordering::SeqCst);
+        self.settle();
+    }
+
+    /// Delivers what waits for no mask any more. Called when the tables are no
+    /// memory any more, too: until then nobody was told of a mask that was lifted.
+    pub fn settle(&self) {
+        (0..self.pending.len()).for_each(|index| self.settle_vector(index));
+    }
+
+    fn settle_vector(&self, index: usize) {
+        let pending = &self.pending[index];
+        if !pending.load(Ordering::SeqCst) || !self.usable.load(Ordering::SeqCst) {
             return;
         }
-        for (vector, line) in state.vectors.iter_mut().zip(&self.lines) {
-            line.open.store(false, Ordering::SeqCst);
-            let registered = std::mem::replace(&mut vector.registered, false);
-            if let (true, Some(event)) = (registered, line.event.get()) {
-                if let Err(error) = self.router.unregister(event, vector.gsi) {
-                    tracing::error!(%error, "interrupt event not taken back");
-                }
+        if self.is_open(index) {
+            if pending.swap(false, Ordering::SeqCst) {
+                self.send(index);
             }
-        }
-        let numbers = state.vectors.iter().map(|vector| vector.gsi);
-        let routes: Vec<_> = numbers.clone().map(|gsi| (gsi, None)).collect();
-        match self.router.set_routes(&routes) {
-            Ok(()) => numbers.for_each(|gsi| self.router.release(gsi)),
-            // The numbers are not used again then.
-            Err(error) => tracing::error!(%error, "interrupt routes not taken back"),
+        } else {
+            // It waits for a write that is to be told.
+            self.messages.trap_tables();
         }
     }
 
-    /// Makes routes and lines agree with the table.
-    fn update(&self, state: &mut State) {
-        if state.shut {
-            return;
+    /// Delivers the interrupt, if nothing masks it.
+    fn deliver(&self, index: usize) -> bool {
+        let open = self.is_open(index);
+        if open {
+            self.send(index);
         }
-        let usable = state.enabled && !state.function_masked;
-        let open = |vector: &Vector| usable && vector.control & VECTOR_MASKED == 0;
-        // Routes of masked vectors stay: the guest masks a vector for a moment
-        // to move it, and every change of the table costs a grace period.
-        let changes: Vec<_> = state
-            .vectors
-            .iter()
-            .filter(|vector| open(vector))
-            .map(|vector| (vector.gsi, Some(vector.message)))
-            .collect();
-        if !changes.is_empty() {
-            if let Err(error) = self.router.set_routes(&changes) {
-                tracing::error!(%error, "interrupt routes not set");
-                return;
-            }
-        }
-        for (vector, line) in state.vectors.iter_mut().zip(&self.lines) {
-            let opened = open(vector);
-            if opened && !vector.registered {
-                let register = |event| self.router.register(event, vector.gsi);
-                match line.event().and_then(register) {
-                    Ok(()) => vector.registered = true,
-                    Err(error) => {
-                        tracing::error!(%error, "interrupt event not registered");
-                        continue;
-                    }
-                }
-            }
-            line.open.store(opened, Ordering::SeqCst);
-            if opened && line.pending.swap(false, Ordering::SeqCst) {
-                line.raise();
-            }
+        open
+    }
+
+    fn send(&self, index: usize) {
+        // The guest wrote it; one that goes nowhere is lost, as on a bus.
+        let _ = self.messages.send(self.message(index));
+    }
+
+    fn is_open(&self, index: usize) -> bool {
+        self.usable.load(Ordering::SeqCst) && self.word(index, CONTROL) & VECTOR_MASKED == 0
+    }
+
+    fn message(&self, index: usize) -> Message {
+        let [low, high] = [0, 4].map(|at| u64::from(self.word(index, ADDRESS + at)));
+        Message {
+            address: low | high << 32,
+            data: self.word(index, DATA),
         }
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
+    fn set_entry(&self, index: usize, message: Message, control: u32) {
+        self.set_word(index, CONTROL, control);
+        self.set_word(index, ADDRESS, message.address as u32);
+        self.set_word(index, ADDRESS + 4, (message.address >> 32) as u32);
+        self.set_word(index, DATA, message.data);
+    }
+
+    fn word(&self, index: usize, at: usize) -> u32 {
+        self.table.word(index * ENTRY_SIZE as usize + at)
+    }
+
+    fn set_word(&self, index: usize, at: usize, value: u32) {
+        self.table.set_word(index * ENTRY_SIZE as usize + at, value);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
         self.state
             .lock()
-            .expect("no holder of the MSI-X table's lock panics")
+            .expect("no holder of the MSI-X state's lock panics")
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use super::*;
 
     #[derive(Default)]
-    struct Router {
-        routes: Mutex<BTreeMap<u32, Message>>,
-        registered: Mutex<Vec<u32>>,
-        released: Mutex<Vec<u32>>,
+    struct Sink {
+        sent: Mutex<Vec<Message>>,
+        trapped: AtomicBool,
     }
 
-    impl InterruptRouter for Router {
-        fn allocate(&self) -> u32 {
-            24
-        }
-        fn set_routes(&self, changes: &[(u32, Option<Message>)]) -> io::Result<()> {
-            let mut routes = self.routes.lock().unwrap();
-            for (gsi, message) in changes {
-                match message {
-                    Some(message) => routes.insert(*gsi, *message),
-                    None => routes.remove(gsi),
-                };
-            }
+    impl Messages for Sink {
+        fn send(&self, message: Message) -> io::Result<()> {
+            self.sent.lock().unwrap().push(message);
             Ok(())
         }
-        fn register(&self, _: &EventFd, gsi: u32) -> io::Result<()> {
-            self.registered.lock().unwrap().push(gsi);
-            Ok(())
-        }
-        fn unregister(&self, _: &EventFd, gsi: u32) -> io::Result<()> {
-            self.registered.lock().unwrap().retain(|at| *at != gsi);
-            Ok(())
-        }
-        fn release(&self, gsi: u32) {
-            self.released.lock().unwrap().push(gsi);
+        fn trap_tables(&self) {
+            self.trapped.store(true, Ordering::SeqCst);
         }
     }
 
-    fn fired(msix: &Msix) -> bool {
-        msix.lines[0]
-            .event
-            .get()
-            .is_some_and(|event| event.read().is_ok())
+    impl Sink {
+        /// Messages that came since the last time.
+        fn count(&self) -> usize {
+            std::mem::take(&mut *self.sent.lock().unwrap()).len()
+        }
     }
+
+    fn table(count: u16) -> (Arc<Sink>, Page, Msix) {
+        let sink = Arc::new(Sink::default());
+        let page = Page::alone().unwrap();
+        let msix = Msix::new(sink.clone(), page.clone(), count).unwrap();
+        (sink, page, msix)
+    }
+
+    /// What drivers write: to memory.
+    fn set_up(page: &Page) {
+        page.set_word(0, 0xfee0_0000);
+        page.set_word(4, 1);
+        page.set_word(8, 33);
+    }
+
+    const MESSAGE: Message = Message {
+        address: 0x1_fee0_0000,
+        data: 33,
+    };
 
     #[test]
     fn a_vector_fires_only_when_nothing_masks_it() {
-        let router = Arc::new(Router::default());
-        let msix = Msix::new(router.clone(), 1).unwrap();
-        msix.write_table(0, &0xfee0_0000_u64.to_le_bytes());
-        msix.write_table(8, &33_u32.to_le_bytes());
+        let (sink, page, msix) = table(1);
+        set_up(&page);
         msix.signal(0);
-        assert!(!fired(&msix));
+        assert_eq!(sink.count(), 0);
         let mut pending = [0; 8];
         msix.read_pending(0, &mut pending);
         assert_eq!(pending, [1, 0, 0, 0, 0, 0, 0, 0]);
-        msix.write_table(12, &0_u32.to_le_bytes());
-        assert!(!fired(&msix));
+        page.set_word(12, 0);
         msix.set_control(ENABLE | FUNCTION_MASK);
-        assert!(!fired(&msix));
+        assert_eq!(sink.count(), 0);
         msix.set_control(ENABLE);
-        assert!(fired(&msix), "what was pending comes when it is unmasked");
+        let sent = std::mem::take(&mut *sink.sent.lock().unwrap());
         assert_eq!(
-            router.routes.lock().unwrap()[&24],
-            Message {
-                address: 0xfee0_0000,
-                data: 33
-            }
+            sent,
+            [MESSAGE],
+            "what was pending comes when it is unmasked"
         );
-        assert_eq!(*router.registered.lock().unwrap(), [24]);
         msix.signal(0);
-        assert!(fired(&msix));
-        msix.write_table(12, &1_u32.to_le_bytes());
+        assert_eq!(sink.count(), 1);
+        // It goes where the table says now.
+        page.set_word(8, 34);
         msix.signal(0);
-        assert!(!fired(&msix));
+        assert_eq!(sink.sent.lock().unwrap().pop().unwrap().data, 34);
+        assert!(!sink.trapped.load(Ordering::SeqCst));
+    }
+
+    #[test]
+    fn what_waits_for_a_vectors_mask_waits_for_a_write_that_is_told() {
+        let (sink, page, msix) = table(2);
+        set_up(&page);
+        msix.set_control(ENABLE);
+        // Nothing waits, so that nobody need know.
+        page.set_word(12, 0);
+        page.set_word(12, 1);
+        assert!(!sink.trapped.load(Ordering::SeqCst));
+        msix.signal(0);
+        assert!(sink.trapped.load(Ordering::SeqCst));
+        msix.write_table(28, &0_u32.to_le_bytes());
+        assert_eq!(sink.count(), 0, "of another vector");
+        msix.write_table(12, &0_u32.to_le_bytes());
+        assert_eq!(*sink.sent.lock().unwrap(), [MESSAGE]);
+        msix.write_table(12, &0_u32.to_le_bytes());
+        assert_eq!(sink.count(), 1, "once");
+        let mut entry = [0; 16];
+        msix.read_table(0, &mut entry);
+        assert_eq!(entry[..9], [0, 0, 0xe0, 0xfe, 1, 0, 0, 0, 33]);
+    }
+
+    #[test]
+    fn one_that_is_opened_before_writes_are_told_is_not_lost() {
+        let (sink, page, msix) = table(1);
+        msix.set_control(ENABLE);
+        msix.signal(0);
+        assert!(sink.trapped.load(Ordering::SeqCst));
+        // The last write that nobody was told of.
+        page.set_word(12, 0);
+        msix.settle();
+        assert_eq!(sink.count(), 1);
+        msix.settle();
+        assert_eq!(sink.count(), 0);
+    }
+
+    #[test]
+    fn what_is_saved_is_restored() {
+        let (_, page, msix) = table(2);
+        set_up(&page);
+        msix.set_control(ENABLE);
+        msix.signal(0);
+        let saved = msix.save();
+        let (sink, page, other) = table(2);
+        assert!(other.restore(&saved));
+        assert_eq!(other.save(), saved);
+        assert!(sink.trapped.load(Ordering::SeqCst), "it waits here, too");
+        assert_eq!((page.word(8), page.word(12), page.word(28)), (33, 1, 1));
+        other.write_table(12, &0_u32.to_le_bytes());
+        assert_eq!(*sink.sent.lock().unwrap(), [MESSAGE]);
+        assert!(!table(3).2.restore(&saved));
     }
 
     #[test]
     fn what_is_shut_stays_so() {
-        let router = Arc::new(Router::default());
-        let msix = Msix::new(router.clone(), 1).unwrap();
-        let open = |msix: &Msix| {
-            msix.write_table(0, &0xfee0_0000_u64.to_le_bytes());
-            msix.write_table(12, &0_u32.to_le_bytes());
-            msix.set_control(ENABLE);
-        };
-        open(&msix);
-        assert_eq!(*router.registered.lock().unwrap(), [24]);
-        msix.shut();
-        msix.shut();
-        open(&msix);
+        let (sink, page, msix) = table(1);
+        page.set_word(12, 0);
+        msix.set_control(ENABLE);
         msix.signal(0);
-        assert!(!fired(&msix));
-        assert!(router.registered.lock().unwrap().is_empty());
-        assert!(router.routes.lock().unwrap().is_empty());
-        assert_eq!(*router.released.lock().unwrap(), [24]);
+        assert_eq!(sink.count(), 1);
+        msix.shut();
+        msix.shut();
+        msix.set_control(ENABLE);
+        msix.signal(0);
+        assert_eq!(sink.count(), 0);
     }
 
     #[test]
     fn any_access_is_harmless() {
-        let msix = Msix::new(Arc::new(Router::default()), 2).unwrap();
+        let (_, page, msix) = table(2);
         for offset in [0, 1, 13, 30, 31, 32, 4096, u64::MAX - 7] {
             for length in [1, 2, 3, 4, 8] {
                 let mut data = vec![0xff; length];
@@ -471,7 +462,14 @@ mod tests {
                 msix.read_pending(offset, &mut data);
             }
         }
+        for at in (0..PAGE).step_by(4) {
+            page.set_word(at, u32::MAX);
+        }
+        msix.set_control(u16::MAX);
         msix.signal(2);
         msix.signal(0xffff);
+        let most = (PAGE / ENTRY_SIZE as usize) as u16;
+        let other = |count| Msix::new(Arc::new(Sink::default()), Page::alone().unwrap(), count);
+        assert!(other(most).is_ok() && other(most + 1).is_err());
     }
 }

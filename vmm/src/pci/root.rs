@@ -5,13 +5,18 @@
 //! A guest reads configuration space a thousand times while it boots and
 //! writes it a hundred times, and reading has no effect. So the window is
 //! memory that the guest may only read, and the bus keeps it as the functions
-//! say; only writes leave the guest. Functions come and go while it looks.
+//! say; only writes leave the guest. Behind it, in the same memory, is a page for
+//! what each device says of itself. Functions come and go while it looks.
 
 use std::sync::{Arc, Mutex, RwLock};
 
 use vm_memory::{mmap::MmapRegionError, Bytes, MmapRegion, VolatileMemory};
 
-use super::config::{self, ConfigSpace, Identity};
+use super::{
+    config::{self, ConfigSpace, Identity},
+    host::NotifyRegistrar,
+    pages::{Page, PAGE},
+};
 use crate::bus::BusDevice;
 
 /// Device numbers on the bus.
@@ -44,9 +49,12 @@ type Slots = [Option<Arc<dyn PciFunction>>; SLOTS];
 /// The bus with the host bridge at device 0.
 pub struct PciRoot {
     slots: RwLock<Slots>,
-    /// What the guest reads, once it is shown. Held while a function's space
-    /// changes, so that the last change is what it shows.
-    shown: Mutex<Option<MmapRegion>>,
+    /// What the guest reads. Held while a function's space changes, so that the
+    /// last change is what it shows.
+    shown: Mutex<Arc<MmapRegion>>,
+    registrar: Arc<dyn NotifyRegistrar>,
+    /// Where the window is.
+    base: u64,
 }
 
 struct HostBridge(ConfigSpace);
@@ -58,8 +66,15 @@ impl PciFunction for HostBridge {
     fn write_config(&self, _offset: usize, _data: &[u8]) {}
 }
 
-impl Default for PciRoot {
-    fn default() -> Self {
+/// Bytes of what is shown: all spaces, then a page for each device.
+const SHOWN: usize = SLOTS * (SLOT_SIZE + PAGE);
+
+impl PciRoot {
+    /// A bus with nothing but its bridge, and its window at `base`.
+    ///
+    /// # Errors
+    /// There is no memory.
+    pub fn new(registrar: Arc<dyn NotifyRegistrar>, base: u64) -> Result<Self, MmapRegionError> {
         // An Intel host bridge that has no driver and no registers.
         let bridge = ConfigSpace::new(Identity {
             vendor: 0x8086,
@@ -70,14 +85,29 @@ impl Default for PciRoot {
         });
         let mut slots = Slots::default();
         slots[0] = Some(Arc::new(HostBridge(bridge)));
-        Self {
+        let this = Self {
             slots: RwLock::new(slots),
-            shown: Mutex::new(None),
-        }
+            shown: Mutex::new(Arc::new(MmapRegion::new(SHOWN)?)),
+            registrar,
+            base,
+        };
+        this.refresh();
+        Ok(this)
     }
-}
 
-impl PciRoot {
+    /// The memory to put at the start of the window, for the guest to read: the
+    /// spaces of all device numbers, as they are and will be, and the pages
+    /// behind them. Functions that never existed read as zero, which is no vendor
+    /// either, and take no memory.
+    pub fn memory(&self) -> Arc<MmapRegion> {
+        Arc::clone(&self.shown())
+    }
+
+    /// The page for what a device says of itself; none: there is no such number.
+    pub fn page(&self, slot: usize) -> Option<Page> {
+        Page::new(&self.shown(), SLOTS * SLOT_SIZE + slot.checked_mul(PAGE)?)
+    }
+
     /// Plugs a function in at the lowest free device number, which is
     /// returned.
     ///
@@ -98,7 +128,7 @@ impl PciRoot {
             Some(free @ None) => *free = Some(Arc::clone(&function)),
             _ => return Err(BusFull),
         }
-        update(self.shown().as_ref(), slot, function.as_ref());
+        update(&self.shown(), slot, function.as_ref());
         Ok(())
     }
 
@@ -107,8 +137,9 @@ impl PciRoot {
         if let Some(taken) = self.slots_mut().get_mut(slot) {
             *taken = None;
         }
-        if let Some(memory) = self.shown().as_ref() {
-            show_space(memory, slot, &[0xff; config::SIZE]);
+        let shown = self.shown();
+        if slot < SLOTS {
+            show_space(&shown, slot, &[0xff; config::SIZE]);
         }
     }
 
@@ -121,24 +152,6 @@ impl PciRoot {
         slots.iter().position(Option::is_none).ok_or(BusFull)
     }
 
-    /// Memory to put at the start of the window, for the guest to read: the
-    /// spaces of all device numbers, as they are and will be. `map` does that;
-    /// the bus keeps the memory. Functions that never existed read as zero,
-    /// which is no vendor either, and take no memory.
-    ///
-    /// # Errors
-    /// There is no memory, or `map` fails.
-    pub fn show<E: From<MmapRegionError>>(
-        &self,
-        map: impl FnOnce(&MmapRegion) -> Result<(), E>,
-    ) -> Result<(), E> {
-        let memory = MmapRegion::new(SLOTS * SLOT_SIZE)?;
-        map(&memory)?;
-        *self.shown() = Some(memory);
-        self.refresh();
-        Ok(())
-    }
-
     /// Shows the functions' spaces as they are now: they changed otherwise than
     /// by a write to the window.
     pub fn refresh(&self) {
@@ -146,7 +159,7 @@ impl PciRoot {
         let shown = self.shown();
         for (slot, function) in functions.iter().enumerate() {
             if let Some(function) = function {
-                update(shown.as_ref(), slot, function.as_ref());
+                update(&shown, slot, function.as_ref());
             }
         }
     }
@@ -155,7 +168,7 @@ impl PciRoot {
         self.slots.write().expect(NO_PANIC)
     }
 
-    fn shown(&self) -> std::sync::MutexGuard<'_, Option<MmapRegion>> {
+    fn shown(&self) -> std::sync::MutexGuard<'_, Arc<MmapRegion>> {
         self.shown
             .lock()
             .expect("no holder of the window's lock panics")
@@ -182,8 +195,7 @@ impl PciRoot {
 const NO_PANIC: &str = "no holder of the slots' lock panics";
 
 /// Shows a function's space, of which the rest is zero.
-fn update(shown: Option<&MmapRegion>, slot: usize, function: &dyn PciFunction) {
-    let Some(memory) = shown else { return };
+fn update(memory: &MmapRegion, slot: usize, function: &dyn PciFunction) {
     let mut space = [0; config::SIZE];
     function.read_config(0, &mut space);
     show_space(memory, slot, &space);
@@ -210,6 +222,13 @@ impl BusDevice for PciRoot {
 
     fn write(&self, offset: u64, data: &[u8]) {
         if let Some((slot, function, register)) = self.decode(offset) {
+            if config::FIXED.contains(&register) {
+                // A guest writes here to find base addresses, and nothing comes
+                // of it. The first time tells that it does.
+                let first = self.base + (slot * SLOT_SIZE + config::FIXED.start) as u64;
+                self.registrar
+                    .gather_writes(first, config::FIXED.len() as u32);
+            }
             let shown = self.shown();
             function.write_config(register, data);
             // It may have been taken off meanwhile.
@@ -217,19 +236,48 @@ impl BusDevice for PciRoot {
                 .at(slot)
                 .is_some_and(|now| Arc::ptr_eq(&now, &function))
             {
-                update(shown.as_ref(), slot, function.as_ref());
+                update(&shown, slot, function.as_ref());
             }
         }
     }
 }
 
-/// The registers of all functions: device n's lie at n times [`BAR_SIZE`].
-pub struct BarWindow(pub Arc<PciRoot>);
+/// The registers of all functions, or a page of them.
+pub struct BarWindow {
+    root: Arc<PciRoot>,
+    /// Of each device.
+    size: u64,
+    /// Where they begin among a device's registers.
+    first: u64,
+}
 
 impl BarWindow {
+    /// All: device n's lie at n times [`BAR_SIZE`].
+    pub fn all(root: Arc<PciRoot>) -> Self {
+        Self {
+            root,
+            size: BAR_SIZE,
+            first: 0,
+        }
+    }
+
+    /// The page of them at `first`: device n's lies at n times [`PAGE`].
+    pub fn page(root: Arc<PciRoot>, first: u64) -> Self {
+        Self {
+            root,
+            size: PAGE as u64,
+            first,
+        }
+    }
+
+    /// Bytes of the window.
+    pub fn size(&self) -> u64 {
+        SLOTS as u64 * self.size
+    }
+
     fn decode(&self, offset: u64) -> Option<(Arc<dyn PciFunction>, u64)> {
-        let slot = usize::try_from(offset / BAR_SIZE).ok()?;
-        Some((self.0.at(slot)?, offset % BAR_SIZE))
+        let slot = usize::try_from(offset / self.size).ok()?;
+        Some((self.root.at(slot)?, self.first + offset % self.size))
     }
 }
 
@@ -250,11 +298,53 @@ impl BusDevice for BarWindow {
 
 #[cfg(test)]
 mod tests {
+    use std::io;
+
+    use vmm_sys_util::eventfd::EventFd;
+
     use super::*;
+
+    #[derive(Default)]
+    struct Registrar(Mutex<Vec<(u64, u32)>>);
+
+    impl NotifyRegistrar for Registrar {
+        fn register_notify(&self, _: &EventFd, _: u64) -> io::Result<()> {
+            Ok(())
+        }
+        fn unregister_notify(&self, _: &EventFd, _: u64) -> io::Result<()> {
+            Ok(())
+        }
+        fn gather_writes(&self, address: u64, size: u32) {
+            self.0.lock().unwrap().push((address, size));
+        }
+        fn gather_port_writes(&self, _: u16, _: u32) {}
+    }
+
+    fn root() -> PciRoot {
+        PciRoot::new(Arc::new(Registrar::default()), 0).unwrap()
+    }
+
+    #[test]
+    fn what_does_nothing_is_gathered_from_the_first_time_on() {
+        let registrar = Arc::new(Registrar::default());
+        let root = PciRoot::new(registrar.clone(), 0x8000_0000).unwrap();
+        root.add(Arc::new(HostBridge(space(1)))).unwrap();
+        for (offset, gathered) in [
+            (0x0f, None),
+            (0x34, None),
+            (2 << 15 | 0x10, None),
+            (0x10, Some(0x8000_0010)),
+            (1 << 15 | 0x30, Some(0x8000_8010)),
+        ] {
+            root.write(offset, &[0; 4]);
+            let seen = registrar.0.lock().unwrap().pop();
+            assert_eq!(seen, gathered.map(|at| (at, 0x24)), "{offset:#x}");
+        }
+    }
 
     #[test]
     fn the_bridge_answers_and_empty_slots_read_all_ones() {
-        let root = PciRoot::default();
+        let root = root();
         let mut data = [0; 4];
         root.read(0, &mut data);
         assert_eq!(data, [0x86, 0x80, 0x57, 0x0d]);
@@ -278,7 +368,7 @@ mod tests {
 
     #[test]
     fn what_is_shown_is_what_would_be_read() {
-        let root = PciRoot::default();
+        let root = root();
         let mut space = ConfigSpace::new(Identity {
             vendor: 1,
             device: 2,
@@ -286,20 +376,17 @@ mod tests {
             revision: 0,
             subsystem: 0,
         });
-        space.set_bar(0xc000_0000, 0x8000);
+        space.allow_writes(0x40, &[0xff; 4]);
         let scratch = Arc::new(Scratch(Mutex::new(space)));
         root.add(scratch.clone()).unwrap();
-        let mut at = std::ptr::null();
-        root.show(|memory| {
-            at = memory.as_ptr();
-            assert_eq!(memory.size(), SLOTS * SLOT_SIZE);
-            Ok::<_, MmapRegionError>(())
-        })
-        .unwrap();
+        let memory = root.memory();
+        assert_eq!(memory.size(), SLOTS * (SLOT_SIZE + PAGE));
+        let page = root.page(31).unwrap();
+        page.set_word(PAGE - 4, 9);
+        let last = memory.as_volatile_slice().read_obj(memory.size() - 4);
+        assert_eq!(last.map(u32::from_le).unwrap(), 9);
+        assert!(root.page(32).is_none() && root.page(usize::MAX).is_none());
         let same = |root: &PciRoot| {
-            let shown = root.shown();
-            let memory = shown.as_ref().unwrap();
-            assert_eq!(memory.as_ptr().cast_const(), at);
             for slot in 0..2 {
                 let mut seen = [1; 4096];
                 let all = memory.as_volatile_slice();
@@ -310,11 +397,15 @@ mod tests {
             }
         };
         same(&root);
-        // Sizing the BAR, as a guest does.
+        root.write(1 << 15 | 0x40, &[5; 4]);
+        let mut seen = [0; 4];
+        root.read(1 << 15 | 0x40, &mut seen);
+        assert_eq!(seen, [5; 4]);
+        same(&root);
+        // There are no BARs to be sized.
         root.write(1 << 15 | 0x10, &[0xff; 4]);
-        let mut size = [0; 4];
-        root.read(1 << 15 | 0x10, &mut size);
-        assert_eq!(u32::from_le_bytes(size), 0xffff_8000);
+        root.read(1 << 15 | 0x10, &mut seen);
+        assert_eq!(seen, [0; 4]);
         same(&root);
         scratch.write_config(0x0c, &[7]);
         root.refresh();
@@ -333,11 +424,10 @@ mod tests {
 
     #[test]
     fn what_comes_and_goes_is_shown() {
-        let root = PciRoot::default();
-        root.show(|_| Ok::<_, MmapRegionError>(())).unwrap();
+        let root = root();
+        let memory = root.memory();
         let seen = |slot: usize| {
-            let shown = root.shown();
-            let all = shown.as_ref().unwrap().as_volatile_slice();
+            let all = memory.as_volatile_slice();
             all.read_obj::<u32>(slot * SLOT_SIZE).unwrap()
         };
         assert_eq!(seen(1), 0);
@@ -372,10 +462,16 @@ mod tests {
 
     #[test]
     fn registers_are_found_by_their_slot() {
-        let root = Arc::new(PciRoot::default());
+        let root = Arc::new(root());
         let registers = Arc::new(Registers(Mutex::default()));
         root.add_at(3, registers.clone()).unwrap();
-        let window = BarWindow(root);
+        let page = BarWindow::page(Arc::clone(&root), 0x4000);
+        assert_eq!(page.size(), 32 << 12);
+        page.write(3 << 12 | 7, &[0; 2]);
+        page.write(2 << 12 | 7, &[0; 2]);
+        page.write(page.size() + 7, &[0; 2]);
+        assert_eq!(registers.0.lock().unwrap().drain(..).as_slice(), [0x4007]);
+        let window = BarWindow::all(root);
         let mut data = [0; 2];
         for (offset, found) in [
             (3 * BAR_SIZE + 5, 5),
@@ -393,7 +489,7 @@ mod tests {
 
     #[test]
     fn the_bus_holds_31_devices() {
-        let root = PciRoot::default();
+        let root = root();
         for expected in 1..SLOTS {
             assert_eq!(root.add(Arc::new(HostBridge(space(2)))), Ok(expected));
         }

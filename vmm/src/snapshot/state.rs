@@ -13,6 +13,7 @@ use super::{
     SnapshotError,
 };
 use crate::{
+    arch::x86_64::layout,
     config::{MAX_VCPUS, MEMORY_MIB},
     kvm::state::{VcpuState, VmState},
     pci::SLOTS,
@@ -27,6 +28,7 @@ mod kind {
     pub const SERIAL: u32 = 3;
     pub const FUNCTION: u32 = 4;
     pub const SLOTS: u32 = 5;
+    pub const WINDOWS: u32 = 6;
 }
 
 /// Version of each section's content.
@@ -47,7 +49,13 @@ pub struct MachineState {
     pub slots: Vec<u8>,
     /// What is there, in the same order.
     pub functions: Vec<FunctionState>,
+    /// Where the guest has found registers that are memory; none, where a former
+    /// VMM booted it, which had none. Those know nothing of this one's.
+    pub windows: Vec<u64>,
 }
+
+/// Where they are: interrupt tables, and devices' own configuration.
+pub const WINDOWS: [u64; 2] = [layout::TABLE_WINDOW, layout::CONFIG_WINDOW];
 
 impl MachineState {
     /// The state file.
@@ -63,6 +71,9 @@ impl MachineState {
         if self.slots != without_gaps(self.functions.len()) {
             sections.push(section(kind::SLOTS, &self.slots));
         }
+        if !self.windows.is_empty() {
+            sections.push(section(kind::WINDOWS, &self.windows));
+        }
         StateFile {
             memory_size: self.memory_size,
             build: env!("CARGO_PKG_VERSION").into(),
@@ -75,7 +86,7 @@ impl MachineState {
     /// # Errors
     /// A section is missing, unknown, or cannot be read.
     pub fn from_file(file: &StateFile) -> Result<Self, FormatError> {
-        let known = kind::MACHINE..=kind::SLOTS;
+        let known = kind::MACHINE..=kind::WINDOWS;
         let unknown = file
             .sections
             .iter()
@@ -118,7 +129,18 @@ impl MachineState {
         if slots.len() != functions.len() || !ascending || !on_the_bus {
             return Err(FormatError::Content { kind: kind::SLOTS });
         }
+        let windows: Vec<Vec<u64>> = all(file, kind::WINDOWS)?;
+        let windows = match &windows[..] {
+            [] => Vec::new(),
+            [windows] if windows[..] == WINDOWS => windows.clone(),
+            _ => {
+                return Err(FormatError::Content {
+                    kind: kind::WINDOWS,
+                })
+            }
+        };
         Ok(Self {
+            windows,
             memory_size: file.memory_size,
             vm: one(file, kind::MACHINE)?,
             serial: one(file, kind::SERIAL)?,

@@ -154,8 +154,23 @@ impl Queues {
         index: usize,
         limit: usize,
         state: &mut S,
-        mut more: impl FnMut(&mut S) -> bool,
+        more: impl FnMut(&mut S) -> bool,
         mut work: impl FnMut(&mut S, Chain<'_>) -> Result<u32, Broken>,
+    ) {
+        self.drain_later(index, limit, state, more, |state, chain| {
+            work(state, chain).map(Some)
+        });
+    }
+
+    /// As [`Self::drain_while`], of chains some of which are given back later
+    /// ([`Self::complete`]): those of which `work` says nothing yet.
+    pub fn drain_later<S>(
+        &mut self,
+        index: usize,
+        limit: usize,
+        state: &mut S,
+        mut more: impl FnMut(&mut S) -> bool,
+        mut work: impl FnMut(&mut S, Chain<'_>) -> Result<Option<u32>, Broken>,
     ) {
         let memory = self.memory.memory();
         let Some(queue) = self.queues.iter_mut().find(|queue| queue.index == index) else {
@@ -178,15 +193,16 @@ impl Queues {
                     let head = chain.head_index();
                     self.counters.requests(1);
                     let result = work(state, chain).and_then(|length| {
-                        queue
-                            .queue
-                            .add_used(&*memory, head, length)
-                            .map_err(|_| Broken)
+                        let Some(length) = length else {
+                            return Ok(false);
+                        };
+                        let added = queue.queue.add_used(&*memory, head, length);
+                        added.map(|()| true).map_err(|_| Broken)
                     });
-                    if result.is_err() {
-                        break result;
+                    match result {
+                        Ok(given_back) => used |= given_back,
+                        Err(broken) => break Err(broken),
                     }
-                    used = true;
                 }
                 Ok(None) => match queue.queue.enable_notification(&*memory) {
                     // Something came in between.
@@ -202,6 +218,14 @@ impl Queues {
         if outcome.is_err() {
             self.break_device();
         }
+    }
+
+    /// Gives a chain back that [`Self::drain_later`] took. The driver is not told
+    /// ([`Self::signal`]).
+    pub fn complete(&mut self, index: usize, head: u16, length: u32) -> Result<(), Broken> {
+        let memory = self.memory.memory();
+        let queue = self.get(index).ok_or(Broken)?;
+        queue.add_used(&*memory, head, length).map_err(|_| Broken)
     }
 
     /// Interrupts the driver for a queue, if it wants to be.

@@ -23,7 +23,9 @@ pub trait Interrupt: Send + Sync {
     /// Tells the driver that queue `index` has used buffers. The device has
     /// asked the queue whether the driver wants to know.
     fn signal_queue(&self, index: usize);
-    /// Tells the driver that the configuration space changed.
+    /// Says what the configuration space is from now on, all of it.
+    fn show_config(&self, config: &[u8]);
+    /// Tells the driver that it changed.
     fn signal_config(&self);
     /// Marks the device DEVICE_NEEDS_RESET (virtio 1.2 §2.1.2) and tells the
     /// driver: the driver broke a rule, and the device has stopped.
@@ -105,7 +107,9 @@ pub trait VirtioDevice: EventHandler {
     fn features(&self) -> u64;
 
     /// Reads the device-specific configuration at `offset`; what lies beyond
-    /// its end reads as zero.
+    /// its end reads as zero. Between DRIVER_OK and reset, what changes it
+    /// otherwise than [`Self::write_config`] says so
+    /// ([`Interrupt::show_config`]).
     fn read_config(&self, offset: u64, data: &mut [u8]);
 
     /// Writes it; most devices have nothing writable.

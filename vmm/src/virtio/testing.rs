@@ -45,6 +45,7 @@ impl Interrupt for Recorder {
     fn signal_queue(&self, index: usize) {
         self.queues[index].fetch_add(1, Ordering::SeqCst);
     }
+    fn show_config(&self, _: &[u8]) {}
     fn signal_config(&self) {}
     fn device_broken(&self) {
         self.broken.store(true, Ordering::SeqCst);
@@ -66,6 +67,7 @@ pub struct Driver<D: VirtioDevice + 'static> {
     recorder: Arc<Recorder>,
     counters: Arc<Counters>,
     rings: Vec<Ring>,
+    kicks: Vec<EventFd>,
     next_buffer: u64,
     event_loop: EventLoop,
 }
@@ -94,6 +96,7 @@ impl<D: VirtioDevice + 'static> Driver<D> {
             recorder,
             counters: Arc::default(),
             rings: Vec::new(),
+            kicks: Vec::new(),
             next_buffer: BUFFERS,
             event_loop,
         };
@@ -118,6 +121,7 @@ impl<D: VirtioDevice + 'static> Driver<D> {
         let mut device = self.device.lock().unwrap();
         let count = device.queue_sizes().len();
         self.rings.clear();
+        self.kicks.clear();
         let mut queues = Vec::new();
         for index in 0..count {
             let mut queue = Queue::new(SIZE).unwrap();
@@ -134,11 +138,9 @@ impl<D: VirtioDevice + 'static> Driver<D> {
                 available: 0,
                 seen: 0,
             });
-            queues.push(ActiveQueue {
-                index,
-                queue,
-                kick: EventFd::new(libc::EFD_NONBLOCK).unwrap(),
-            });
+            let kick = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+            self.kicks.push(kick.try_clone().unwrap());
+            queues.push(ActiveQueue { index, queue, kick });
         }
         let activation = Activation {
             memory: GuestMemoryAtomic::new(self.memory.clone()),
@@ -163,6 +165,11 @@ impl<D: VirtioDevice + 'static> Driver<D> {
         self.next_buffer += length.next_multiple_of(64);
         assert!(self.next_buffer <= MEMORY as u64);
         at
+    }
+
+    /// Lets buffers lie where there were some.
+    pub fn forget_buffers(&mut self) {
+        self.next_buffer = BUFFERS;
     }
 
     /// Writes guest memory.
@@ -208,6 +215,11 @@ impl<D: VirtioDevice + 'static> Driver<D> {
     /// Notifies the device of a queue, and lets it work.
     pub fn kick(&mut self, index: usize) {
         self.event(index as u32);
+    }
+
+    /// Notifies a live device of a queue, as a guest does.
+    pub fn notify(&self, index: usize) {
+        self.kicks[index].write(1).unwrap();
     }
 
     /// Lets it work on an event of any of its descriptors.

@@ -169,7 +169,7 @@ fn kept_snapshots_are_restored() {
         return;
     }
     if std::env::var("BULKHEAD_GOLDEN").is_ok_and(|value| value == "write") {
-        write(&directory().join("v1"));
+        write(&directory().join("v2"));
     }
     for directory in versions() {
         let (restored, mut serial) = restore(&kept(&directory));

@@ -26,6 +26,33 @@ const ECAM: u32 = 0xe800_0000;
 
 /// Registers of the devices on it.
 const REGISTERS: u32 = 0xc000_0000;
+/// Bytes of them for each device.
+const REGISTERS_SIZE: u32 = 0x8000;
+/// The tables of their interrupts, a page each.
+const TABLES: u32 = 0xc010_0000;
+
+/// What the devices say of themselves, a page each.
+const OWN_CONFIGURATION: u32 = 0xe810_0000;
+
+/// A word of what the device in a slot says of itself.
+pub fn own_configuration(slot: u32, offset: u32) -> u32 {
+    OWN_CONFIGURATION + (slot << 12) + offset
+}
+
+/// A register of the device in a slot.
+pub fn register(slot: u32, offset: u32) -> u32 {
+    REGISTERS + slot * REGISTERS_SIZE + offset
+}
+
+/// A word of its configuration space.
+pub fn configuration(slot: u32, offset: u32) -> u32 {
+    ECAM + (slot << 15) + offset
+}
+
+/// A word of its interrupts' table.
+pub fn table(slot: u32, offset: u32) -> u32 {
+    TABLES + (slot << 12) + offset
+}
 
 /// Machine code under construction.
 #[derive(Clone, Default)]
@@ -58,6 +85,60 @@ impl Code {
         text.bytes().fold(self, |code, byte| code.out(SERIAL, byte))
     }
 
+    /// Reads a byte from a port, and writes it to another.
+    pub fn copy_port(self, from: u16, to: u16) -> Self {
+        // in al, dx; out dx, al
+        self.port(from).bytes(&[0xec]).port(to).bytes(&[0xee])
+    }
+
+    /// Writes a byte to memory.
+    pub fn store8(self, address: u32, value: u8) -> Self {
+        // mov byte [address], value
+        self.bytes(&[0xc6, 0x05])
+            .bytes(&address.to_le_bytes())
+            .bytes(&[value])
+    }
+
+    /// Writes two.
+    pub fn store16(self, address: u32, value: u16) -> Self {
+        // mov word [address], value
+        self.bytes(&[0x66, 0xc7, 0x05])
+            .bytes(&address.to_le_bytes())
+            .bytes(&value.to_le_bytes())
+    }
+
+    /// Writes four.
+    pub fn store32(self, address: u32, value: u32) -> Self {
+        // mov dword [address], value
+        self.bytes(&[0xc7, 0x05])
+            .bytes(&address.to_le_bytes())
+            .bytes(&value.to_le_bytes())
+    }
+
+    /// Prints the four bytes at an address.
+    pub fn print32(self, address: u32) -> Self {
+        // mov eax, [address]; out dx, al; shr eax, 8; three times more
+        self.port(SERIAL)
+            .bytes(&[0xa1])
+            .bytes(&address.to_le_bytes())
+            .bytes(&[0xee, 0xc1, 0xe8, 8].repeat(4))
+    }
+
+    /// Waits until the four bytes at an address have a value.
+    pub fn wait_for32(self, address: u32, value: u32) -> Self {
+        // 1: cmp dword [address], value; jne 1b
+        self.bytes(&[0x81, 0x3d])
+            .bytes(&address.to_le_bytes())
+            .bytes(&value.to_le_bytes())
+            .bytes(&[0x75, 0xf4])
+    }
+
+    /// Reads the four bytes at an address.
+    pub fn load32(self, address: u32) -> Self {
+        // mov eax, [address]
+        self.bytes(&[0xa1]).bytes(&address.to_le_bytes())
+    }
+
     /// Prints `yes` if the start info has its magic number, else nothing.
     pub fn check_start_info(self, yes: &str) -> Self {
         let print = Self::new().print(yes).0;
@@ -86,9 +167,9 @@ impl Code {
     /// Prints the low byte of a PCI function's device id: 0x40 more than its
     /// virtio type.
     pub fn print_device(self, slot: u32) -> Self {
-        let [a, b, c, d] = (ECAM + (slot << 15)).to_le_bytes();
-        // mov eax, [address]; shr eax, 16; out dx, al
-        self.bytes(&[0xa1, a, b, c, d, 0xc1, 0xe8, 0x10])
+        // ; shr eax, 16; out dx, al
+        self.load32(configuration(slot, 0))
+            .bytes(&[0xc1, 0xe8, 0x10])
             .port(SERIAL)
             .bytes(&[0xee])
     }
@@ -103,9 +184,8 @@ impl Code {
 
     /// Tells a virtio device that there is a driver for it (virtio 1.2 §2.1).
     pub fn acknowledge_device(self, slot: u32) -> Self {
-        let [a, b, c, d] = (REGISTERS + slot * 0x8000 + 0x14).to_le_bytes();
-        // mov byte [status], ACKNOWLEDGE | DRIVER
-        self.bytes(&[0xc6, 0x05, a, b, c, d, 3])
+        // ACKNOWLEDGE | DRIVER
+        self.store8(register(slot, 0x14), 3)
     }
 
     /// Keeps a byte in memory, and prints it again and again from there.
@@ -114,6 +194,14 @@ impl Code {
         self.port(SERIAL)
             .bytes(&[0xc6, 0x05, 0x00, 0x00, 0xf0, 0x01, byte])
             .bytes(&[0xa0, 0x00, 0x00, 0xf0, 0x01, 0xee, 0xeb, 0xf8])
+    }
+
+    /// Does nothing, so many times.
+    pub fn count_down(self, from: u32) -> Self {
+        // mov ecx, from; 1: dec ecx; jnz 1b
+        self.bytes(&[0xb9])
+            .bytes(&from.to_le_bytes())
+            .bytes(&[0x49, 0x75, 0xfd])
     }
 
     /// Sleeps for ever.

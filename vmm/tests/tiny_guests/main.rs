@@ -3,6 +3,8 @@
 //! a few instructions.
 
 mod configuration;
+mod engines;
+mod exits;
 mod golden;
 mod guest;
 mod hotplug;

@@ -15,8 +15,8 @@ use bulkhead_vmm::confine::{
     seccomp::{Worker, LEFT_OUT},
 };
 use bulkhead_vmm_api::{
-    BalloonConfig, BalloonTarget, BlkConfig, Call, FsCache, FsConfig, MemConfig, MemoryTarget,
-    NetConfig, PlugConfig, PmemConfig, UnplugTarget,
+    BalloonConfig, BalloonTarget, BlkConfig, BlkEngine, Call, FsCache, FsConfig, MemConfig,
+    MemoryTarget, NetConfig, PlugConfig, PmemConfig, UnplugTarget,
 };
 use vmm_sys_util::tempdir::TempDir;
 
@@ -87,13 +87,8 @@ const ELSEWHERE: &[(i64, Option<u64>, &str)] = &[
     // A guest's driver that has let go: e2e, `disks_come_and_go_while_a_guest_runs`.
     (
         libc::SYS_ioctl,
-        Some(0x4008_ae6a),
-        "a driver's interrupts (KVM_SET_GSI_ROUTING)",
-    ),
-    (
-        libc::SYS_ioctl,
-        Some(0x4020_ae76),
-        "a driver's interrupts (KVM_IRQFD)",
+        Some(0x4020_aea5),
+        "a driver's interrupts (KVM_SIGNAL_MSI)",
     ),
     (
         libc::SYS_ioctl,
@@ -101,6 +96,7 @@ const ELSEWHERE: &[(i64, Option<u64>, &str)] = &[
         "a driver's notifications (KVM_IOEVENTFD)",
     ),
     (libc::SYS_epoll_ctl, None, "a driver's queues"),
+    (libc::SYS_io_uring_enter, None, "a driver's requests"),
 ];
 
 const DONTNEED: u64 = libc::MADV_DONTNEED as u64;
@@ -111,6 +107,7 @@ const VCPUS_ELSEWHERE: &[i64] = &[
     libc::SYS_ioctl,
     libc::SYS_eventfd2,
     libc::SYS_timerfd_create,
+    libc::SYS_io_uring_enter,
     libc::SYS_read,
     libc::SYS_close,
     libc::SYS_mmap,
@@ -173,6 +170,7 @@ fn life(vmm: &mut Vmm) {
     });
     let blk = PlugConfig::Blk(BlkConfig {
         id: "b".into(),
+        engine: Some(BlkEngine::IoUring),
         ..BlkConfig::default()
     });
     let net = PlugConfig::Net(NetConfig {

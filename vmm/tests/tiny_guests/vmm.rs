@@ -137,9 +137,9 @@ impl Vmm {
         if !is_root() {
             command.args(["--jail", "off"]);
         }
+        command.stderr(Stdio::null());
         change(&mut command);
         command.args(["--control-fd", &number.to_string()]);
-        command.stderr(Stdio::null());
         keep(&mut command, &[(number, number)]);
         Self {
             child: command.spawn().unwrap(),

@@ -115,7 +115,11 @@ fn mcfg() -> Vec<u8> {
 }
 
 fn dsdt() -> Vec<u8> {
-    let window_end = (layout::BAR_WINDOW + layout::BAR_WINDOW_SIZE - 1) as u32;
+    let window = |start: u64, size: u64| {
+        let end = (start + size - 1) as u32;
+        let kind = aml::AddressSpaceCacheable::NotCacheable;
+        aml::AddressSpace::new_memory(kind, true, start as u32, end, None)
+    };
     let pci = aml::Device::new(
         "_SB_.PCI0".into(),
         vec![
@@ -131,13 +135,8 @@ fn dsdt() -> Vec<u8> {
                 "_CRS".into(),
                 &aml::ResourceTemplate::new(vec![
                     &aml::AddressSpace::new_bus_number(0_u16, 0_u16),
-                    &aml::AddressSpace::new_memory(
-                        aml::AddressSpaceCacheable::NotCacheable,
-                        true,
-                        layout::BAR_WINDOW as u32,
-                        window_end,
-                        None,
-                    ),
+                    &window(layout::BAR_WINDOW, layout::BAR_WINDOW_SIZE),
+                    &window(layout::CONFIG_WINDOW, layout::CONFIG_WINDOW_SIZE),
                 ]),
             ),
         ],

@@ -6,8 +6,9 @@
 //! 0x0002_0000  command line
 //! 0x000e_0000  ACPI tables, the RSDP first
 //! 0x0010_0000  kernel and all other memory, up to 3 GiB
-//! 0xc000_0000  device registers (BARs)
-//! 0xe800_0000  PCI configuration space (ECAM, one bus)
+//! 0xc000_0000  device registers (BARs), and the tables of their interrupts
+//! 0xe800_0000  PCI configuration space (ECAM, one bus), then what devices say of
+//!              themselves
 //! 0xfec0_0000  I/O APIC, VM generation id, local APICs, KVM's own pages
 //! 4 GiB        the rest of memory, then windows: persistent memory, and memory
 //!              that comes and goes
@@ -36,10 +37,16 @@ pub const MMIO_START: u64 = 0xc000_0000;
 pub const BAR_WINDOW: u64 = MMIO_START;
 /// Size of their window.
 pub const BAR_WINDOW_SIZE: u64 = 0x1000_0000;
+/// Interrupt tables, a page for each device, within that window.
+pub const TABLE_WINDOW: u64 = BAR_WINDOW + 0x10_0000;
 /// PCI configuration space: 32 devices of 8 functions of 4 KiB.
 pub const ECAM: u64 = 0xe800_0000;
 /// One bus.
 pub const ECAM_SIZE: u64 = 0x10_0000;
+/// Devices' own configuration, a page for each, directly behind.
+pub const CONFIG_WINDOW: u64 = ECAM + ECAM_SIZE;
+/// Size of it.
+pub const CONFIG_WINDOW_SIZE: u64 = 0x2_0000;
 /// I/O APIC.
 pub const IOAPIC: u32 = 0xfec0_0000;
 /// The VM generation id.
@@ -67,5 +74,3 @@ pub const KEYBOARD_COMMAND: u16 = 0x64;
 pub const PVPANIC_PORT: u16 = 0x505;
 /// ACPI sleep control, sleep status and reset registers.
 pub const POWER_PORT: u16 = 0x600;
-/// Number of the first MSI route, after the I/O APIC's 24 pins.
-pub const FIRST_MSI_GSI: u32 = 24;

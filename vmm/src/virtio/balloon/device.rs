@@ -88,6 +88,7 @@ impl Balloon {
     pub fn set_target(&mut self, mib: u32) {
         self.target = mib.saturating_mul(PAGES_PER_MIB);
         if let Some(queues) = &self.active {
+            queues.interrupt.show_config(&self.config());
             queues.interrupt.signal_config();
         }
     }

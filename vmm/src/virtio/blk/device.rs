@@ -7,7 +7,7 @@ use std::{
     time::Instant,
 };
 
-use bulkhead_vmm_api::BlkConfig;
+use bulkhead_vmm_api::{BlkConfig, BlkEngine};
 use virtio_bindings::{
     virtio_blk::{
         VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
@@ -19,7 +19,11 @@ use virtio_bindings::{
 };
 use vmm_sys_util::{epoll::EventSet, timerfd::TimerFd};
 
-use super::disk::{Disk, MAX_DISCARD, MAX_SEGMENTS, MAX_ZEROES, SECTOR};
+use super::{
+    disk::{Disk, MAX_DISCARD, MAX_SEGMENTS, MAX_ZEROES, SECTOR},
+    event::land,
+    ring::Ring,
+};
 use crate::virtio::{
     chain::Queues,
     device::{read_bytes, Activation, DeviceError, StateError, VirtioDevice},
@@ -38,6 +42,8 @@ pub struct Blk {
     features: u64,
     sizes: Vec<u16>,
     pub(super) disk: Disk,
+    /// What transfers are made by; none: this process.
+    pub(super) ring: Option<Ring>,
     pub(super) limiter: Option<Limiter>,
     /// The guest knows of another capacity.
     pub(super) resized: bool,
@@ -52,11 +58,36 @@ pub(super) struct Active {
 }
 
 impl Blk {
-    /// A disk on `file`.
+    /// A disk on `file`. Where the host has no io_uring for this process, it
+    /// does without, and says so.
     ///
     /// # Errors
     /// Its size cannot be told.
-    pub fn new(config: &BlkConfig, mut file: File) -> io::Result<Self> {
+    pub fn new(config: &BlkConfig, file: File) -> io::Result<Self> {
+        let ring = match config.engine.unwrap_or_default() {
+            BlkEngine::Sync => None,
+            BlkEngine::IoUring => Some(Ring::new(&file)),
+        };
+        Self::with(config, file, ring)
+    }
+
+    /// As [`Self::new`], with a ring or the reason why there is none, where one
+    /// is wanted.
+    pub(super) fn with(
+        config: &BlkConfig,
+        mut file: File,
+        ring: Option<io::Result<Ring>>,
+    ) -> io::Result<Self> {
+        let ring = ring.and_then(|ring| {
+            ring.inspect_err(|error| {
+                tracing::warn!(
+                    disk = config.id,
+                    %error,
+                    "this host does not let the VMM use io_uring: requests are served one after another"
+                );
+            })
+            .ok()
+        });
         let sectors = file.seek(SeekFrom::End(0))? / SECTOR;
         let queues = config.queues.unwrap_or(1).max(1);
         let mut serial = [0; VIRTIO_BLK_ID_BYTES as usize];
@@ -102,6 +133,7 @@ impl Blk {
                 read_only: config.read_only,
                 serial,
             },
+            ring,
             limiter: config.rate.map(|rate| Limiter::new(rate, Instant::now())),
             resized: false,
             active: None,
@@ -111,6 +143,23 @@ impl Blk {
     /// Token of the timer on the event loop; the queues' are below.
     pub(super) fn timer_token(&self) -> u32 {
         self.sizes.len() as u32
+    }
+
+    /// Token of the ring.
+    pub(super) fn ring_token(&self) -> u32 {
+        self.timer_token() + 1
+    }
+
+    /// Waits for what the kernel is at.
+    pub(super) fn finish(&mut self) -> io::Result<()> {
+        let Some(ring) = &mut self.ring else {
+            return Ok(());
+        };
+        let landed = ring.finish()?;
+        if let Some(active) = &mut self.active {
+            land(&mut active.queues, landed);
+        }
+        Ok(())
     }
 }
 
@@ -156,12 +205,26 @@ impl VirtioDevice for Blk {
             }
             None => None,
         };
+        if let Some(ring) = &self.ring {
+            let handler = queues.handler.clone();
+            queues
+                .event_loop
+                .register(ring, EventSet::IN, handler, self.ring_token())
+                .map_err(failed("watch the ring"))?;
+        }
         self.active = Some(Active { queues, timer });
         Ok(())
     }
 
     fn reset(&mut self) {
         if let Some(active) = self.active.take() {
+            if let Some(ring) = &mut self.ring {
+                active.queues.event_loop.unregister(ring);
+                // The driver has its memory back when this returns.
+                if let Err(error) = ring.finish() {
+                    panic!("a disk's requests cannot be waited for: {error}");
+                }
+            }
             if let Some(timer) = &active.timer {
                 active.queues.event_loop.unregister(timer);
             }

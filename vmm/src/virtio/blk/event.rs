@@ -1,48 +1,53 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Requests, one after another (virtio 1.2 §5.2.6).
+//! Requests: one after another, or as many at once as the ring takes.
 
 use std::{
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD,
-    VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
-    VIRTIO_BLK_T_WRITE_ZEROES,
-};
-use vm_memory::{Bytes, GuestAddressSpace, GuestMemoryMmap};
+use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 
 use super::{
-    disk::{transfer, Direction, Disk, Erase, MAX_SEGMENTS, RANGE},
+    device::Active,
+    disk::Disk,
+    request::{Done, Request},
+    ring::{Flight, Ring},
     Blk,
 };
 use crate::{
     event::EventHandler,
-    virtio::chain::{segments, Broken, Chain, Segment},
+    virtio::{
+        chain::{Broken, Chain, Queues},
+        counters::Counters,
+        rate::Limiter,
+    },
 };
 
-/// `struct virtio_blk_outhdr`.
-const HEADER: u32 = 16;
 /// Most requests per wake-up.
 const ROUND: usize = 32;
 
 impl EventHandler for Blk {
     fn handle(&mut self, token: u32, _events: EventSet) {
         let timer = self.timer_token();
+        let ring_token = self.ring_token();
+        let all = 0..timer as usize;
         let Some(active) = &mut self.active else {
             return;
         };
-        let queues = if token == timer {
+        let queues = if token == ring_token {
+            if let Some(ring) = &mut self.ring {
+                land(&mut active.queues, ring.reap());
+            }
+            // There is room for what had to wait.
+            all
+        } else if token == timer {
             if let Some(timer) = &mut active.timer {
                 // It is not ready any more. What it is ready for follows.
                 let _ = timer.clear();
             }
-            if active.queues.is_broken() {
-                return;
-            }
-            0..timer as usize
+            all
         } else {
             let index = token as usize;
             if !active.queues.notified(index) {
@@ -50,40 +55,26 @@ impl EventHandler for Blk {
             }
             index..index + 1
         };
-        let memory = active.queues.memory.memory();
-        let disk = &self.disk;
-        let counters = Arc::clone(&active.queues.counters);
-        let mut longest = Duration::ZERO;
-        for index in queues {
-            active.queues.drain_while(
-                index,
-                ROUND,
-                &mut self.limiter,
-                |limiter| {
-                    let wait = match limiter {
-                        Some(limiter) => limiter.wait(Instant::now()),
-                        None => Duration::ZERO,
-                    };
-                    longest = longest.max(wait);
-                    if !wait.is_zero() {
-                        counters.throttled();
-                    }
-                    wait.is_zero()
-                },
-                |limiter, chain| {
-                    let done = serve(&memory, disk, chain)?;
-                    counters.from_guest(done.written);
-                    counters.to_guest(done.read);
-                    if done.failed {
-                        counters.error();
-                    }
-                    if let Some(limiter) = limiter {
-                        limiter.take(done.read + done.written);
-                    }
-                    Ok(done.used)
-                },
-            );
+        if active.queues.is_broken() {
+            return;
         }
+        let mut work = Work {
+            memory: active.queues.memory.memory().into_inner(),
+            disk: &self.disk,
+            counters: Arc::clone(&active.queues.counters),
+            limiter: &mut self.limiter,
+            ring: &mut self.ring,
+            longest: Duration::ZERO,
+        };
+        for index in queues {
+            active
+                .queues
+                .drain_later(index, ROUND, &mut work, Work::may_go_on, |work, chain| {
+                    work.serve(index, chain)
+                });
+        }
+        let longest = work.longest;
+        set_off(active, &mut self.ring);
         if let (false, Some(timer)) = (longest.is_zero(), &mut active.timer) {
             if let Err(error) = timer.reset(longest, None) {
                 tracing::error!(%error, "a disk's timer cannot be set");
@@ -93,115 +84,128 @@ impl EventHandler for Blk {
     }
 }
 
-/// What a request came to.
-struct Done {
-    /// Bytes written to the guest, the status included.
-    used: u32,
-    /// Bytes from the disk, and to it.
-    read: u64,
-    written: u64,
-    failed: bool,
-}
-
-/// Serves one request.
-fn serve(memory: &GuestMemoryMmap, disk: &Disk, chain: Chain<'_>) -> Result<Done, Broken> {
-    let (readable, writable) = segments(chain);
-    // The status byte is the last writable one.
-    let (status, data_in) = writable.split_last().ok_or(Broken)?;
-    let (header, data_out) = readable.split_first().ok_or(Broken)?;
-    if header.length != HEADER || status.length != 1 {
-        return Err(Broken);
+/// Tells the kernel of what the ring has taken.
+fn set_off(active: &mut Active, ring: &mut Option<Ring>) {
+    let Some(ring) = ring else { return };
+    if !ring.has_unsubmitted() {
+        return;
     }
-    let kind: u32 = memory.read_obj(header.address).map_err(|_| Broken)?;
-    let sector: u64 = memory
-        .read_obj(
-            header
-                .address
-                .0
-                .checked_add(8)
-                .map(vm_memory::GuestAddress)
-                .ok_or(Broken)?,
-        )
-        .map_err(|_| Broken)?;
-    let sector = u64::from_le(sector);
-    let (mut read, mut stored) = (0, 0);
-    let (answer, written) = match u32::from_le(kind) {
-        VIRTIO_BLK_T_IN => match disk.offset(sector, data_in) {
-            Some(offset) => {
-                let (status, moved) = transfer(memory, disk, offset, data_in, Direction::In)?;
-                read = moved.into();
-                (status, moved)
-            }
-            None => (VIRTIO_BLK_S_IOERR, 0),
-        },
-        VIRTIO_BLK_T_OUT if disk.read_only => (VIRTIO_BLK_S_IOERR, 0),
-        VIRTIO_BLK_T_OUT => match disk.offset(sector, data_out) {
-            Some(offset) => {
-                // All of it or an error: the driver takes the status for the
-                // whole request.
-                let (status, written) = transfer(memory, disk, offset, data_out, Direction::Out)?;
-                stored = written.into();
-                (status, 0)
-            }
-            None => (VIRTIO_BLK_S_IOERR, 0),
-        },
-        VIRTIO_BLK_T_FLUSH => match disk.file.sync_data() {
-            Ok(()) => (VIRTIO_BLK_S_OK, 0),
-            Err(_) => (VIRTIO_BLK_S_IOERR, 0),
-        },
-        VIRTIO_BLK_T_GET_ID => match data_in.first() {
-            Some(buffer) => {
-                let length = disk.serial.len().min(buffer.length as usize);
-                memory
-                    .write_slice(&disk.serial[..length], buffer.address)
-                    .map_err(|_| Broken)?;
-                (VIRTIO_BLK_S_OK, length as u32)
-            }
-            None => (VIRTIO_BLK_S_IOERR, 0),
-        },
-        kind @ (VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES) => {
-            let what = match kind {
-                VIRTIO_BLK_T_DISCARD => Erase::Discard,
-                _ => Erase::WriteZeroes,
-            };
-            match gather(memory, data_out, MAX_SEGMENTS as usize * RANGE)? {
-                Some(ranges) => (disk.erase(what, &ranges), 0),
-                None => (VIRTIO_BLK_S_IOERR, 0),
+    let Err(error) = ring.submit() else { return };
+    match error.raw_os_error() {
+        // Too much at once: again, after what else there is to do.
+        Some(libc::EAGAIN | libc::EBUSY) => {
+            if let Some(kick) = active.queues.kick(0) {
+                let _ = kick.write(1);
             }
         }
-        _ => (VIRTIO_BLK_S_UNSUPP, 0),
-    };
-    memory
-        .write_obj(answer as u8, status.address)
-        .map_err(|_| Broken)?;
-    // At most what 256 descriptors hold was read; a status that overflows is
-    // nobody's concern but the guest's.
-    Ok(Done {
-        used: written.saturating_add(1),
-        read,
-        written: stored,
-        failed: answer != VIRTIO_BLK_S_OK,
-    })
+        _ => {
+            tracing::error!(%error, "a disk's requests cannot be submitted");
+            active.queues.break_device();
+        }
+    }
 }
 
-/// What the guest wrote, if it is at most so many bytes.
-fn gather(
-    memory: &GuestMemoryMmap,
-    segments: &[Segment],
-    most: usize,
-) -> Result<Option<Vec<u8>>, Broken> {
-    let length: u64 = segments.iter().map(|s| u64::from(s.length)).sum();
-    if length > most as u64 {
-        return Ok(None);
+/// Gives the guest's requests back that the kernel has done.
+pub(super) fn land(queues: &mut Queues, landed: Vec<(Flight, Done)>) {
+    if queues.is_broken() {
+        return;
     }
-    let mut bytes = vec![0; length as usize];
-    let mut rest = &mut bytes[..];
-    for segment in segments {
-        let (part, left) = rest.split_at_mut(segment.length as usize);
-        memory
-            .read_slice(part, segment.address)
-            .map_err(|_| Broken)?;
-        rest = left;
+    let mut signalled = Vec::new();
+    for (flight, done) in landed {
+        count(&queues.counters, &done);
+        let Flight {
+            queue,
+            request,
+            memory,
+            ..
+        } = &flight;
+        let used = request.answer(memory, &done);
+        let used = used.and_then(|length| queues.complete(*queue, request.head, length));
+        if used.is_err() {
+            queues.break_device();
+            return;
+        }
+        if !signalled.contains(queue) {
+            signalled.push(*queue);
+        }
     }
-    Ok(Some(bytes))
+    signalled.into_iter().for_each(|queue| queues.signal(queue));
+}
+
+fn count(counters: &Counters, done: &Done) {
+    counters.from_guest(done.stored);
+    counters.to_guest(done.read);
+    if done.failed() {
+        counters.error();
+    }
+}
+
+/// What working queues needs.
+struct Work<'d> {
+    memory: Arc<GuestMemoryMmap>,
+    disk: &'d Disk,
+    counters: Arc<Counters>,
+    limiter: &'d mut Option<Limiter>,
+    ring: &'d mut Option<Ring>,
+    /// How long what must wait does.
+    longest: Duration,
+}
+
+impl Work<'_> {
+    /// Whether limits and the ring let one more request through.
+    fn may_go_on(&mut self) -> bool {
+        if self.ring.as_ref().is_some_and(|ring| !ring.has_room()) {
+            return false;
+        }
+        let wait = match self.limiter {
+            Some(limiter) => limiter.wait(Instant::now()),
+            None => Duration::ZERO,
+        };
+        self.longest = self.longest.max(wait);
+        if !wait.is_zero() {
+            self.counters.throttled();
+        }
+        wait.is_zero()
+    }
+
+    /// Serves a request, or sets it off; how many bytes were written to the
+    /// guest, when that is known.
+    fn serve(&mut self, queue: usize, chain: Chain<'_>) -> Result<Option<u32>, Broken> {
+        let request = Request::parse(&self.memory, chain)?;
+        let request = match self.ring.as_mut() {
+            Some(_) => match self.prepare(queue, request)? {
+                Ok(flight) => {
+                    self.limit(flight.length());
+                    let Some(ring) = self.ring.as_mut() else {
+                        return Err(Broken);
+                    };
+                    match ring.take(flight) {
+                        Ok(()) => return Ok(None),
+                        Err(flight) => flight.request,
+                    }
+                }
+                Err(request) => request,
+            },
+            None => request,
+        };
+        let done = request.serve(&self.memory, self.disk)?;
+        count(&self.counters, &done);
+        self.limit(done.read + done.stored);
+        request.answer(&self.memory, &done).map(Some)
+    }
+
+    /// The request's flight; itself, where it is for this thread.
+    fn prepare(&self, queue: usize, request: Request) -> Result<Result<Flight, Request>, Broken> {
+        let memory = Arc::clone(&self.memory);
+        if request.is_flush() {
+            return Ok(Ok(Flight::flush(queue, request, memory)));
+        }
+        Flight::transfer(queue, request, memory, self.disk)
+    }
+
+    fn limit(&mut self, bytes: u64) {
+        if let Some(limiter) = self.limiter {
+            limiter.take(bytes);
+        }
+    }
 }

@@ -8,8 +8,10 @@ use crate::virtio::device::StateError;
 const CAPACITY: usize = 8;
 
 impl Blk {
-    /// The capacity that the guest knows.
+    /// The capacity that the guest knows. Nothing is on its way any more.
     pub(super) fn save_state(&mut self) -> Result<Vec<u8>, StateError> {
+        self.finish()
+            .map_err(|_| StateError::Busy("its requests cannot be waited for"))?;
         Ok(self.config[..CAPACITY].to_vec())
     }
 
@@ -24,6 +26,7 @@ impl Blk {
     /// The driver reads the capacity again.
     pub(super) fn announce_capacity(&mut self) {
         if let (Some(active), true) = (&self.active, self.resized) {
+            active.queues.interrupt.show_config(&self.config);
             active.queues.interrupt.signal_config();
         }
         self.resized = false;

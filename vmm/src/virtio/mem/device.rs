@@ -155,6 +155,7 @@ impl Mem {
     pub fn request(&mut self, bytes: u64) {
         self.requested = bytes.min(self.usable) / BLOCK * BLOCK;
         if let Some(queues) = &self.active {
+            queues.interrupt.show_config(&self.config());
             queues.interrupt.signal_config();
         }
     }
@@ -175,7 +176,7 @@ impl Mem {
         address(blocks.start)..address(blocks.end)
     }
 
-    fn config(&self) -> [u8; 56] {
+    pub(super) fn config(&self) -> [u8; 56] {
         let mut config = [0; 56];
         // block_size, node_id and padding, addr, region_size,
         // usable_region_size, plugged_size, requested_size.

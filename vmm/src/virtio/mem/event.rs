@@ -49,6 +49,7 @@ impl EventHandler for Mem {
         if queues.notified(token as usize) {
             let guest = queues.memory.memory();
             queues.drain(0, ROUND, |chain| self.serve(&guest, chain));
+            queues.interrupt.show_config(&self.config());
         }
         self.active = Some(queues);
     }

@@ -82,6 +82,9 @@ impl Net {
     /// The guest has announced itself.
     pub(super) fn announced(&mut self) {
         self.config[STATUS] &= !(VIRTIO_NET_S_ANNOUNCE as u8);
+        if let Some(queues) = &self.active {
+            queues.interrupt.show_config(&self.config);
+        }
     }
 }
 
@@ -189,6 +192,7 @@ impl VirtioDevice for Net {
         };
         if queues.has_feature(VIRTIO_NET_F_GUEST_ANNOUNCE) {
             self.config[STATUS] |= VIRTIO_NET_S_ANNOUNCE as u8;
+            queues.interrupt.show_config(&self.config);
             queues.interrupt.signal_config();
         }
     }

@@ -65,6 +65,10 @@ impl QueueSetup {
     }
 }
 
+/// Registers that set something up: all but the device's status, which is
+/// between them. What is behind them does not exist.
+pub(super) const SET_UP: [(u64, u64); 2] = [(0x00, 0x14), (0x16, 0x38)];
+
 /// The registers' state.
 #[derive(Debug)]
 pub(super) struct Registers {
@@ -164,7 +168,7 @@ impl VirtioPci {
             0x10 => u32::from(vector(registers.queues.len())),
             0x12 => registers.queues.len() as u32,
             0x14 => u32::from(self.status(&registers)),
-            0x15 => u32::from(lines.generation.load(Ordering::SeqCst)),
+            0x15 => u32::from(lines.generation()),
             0x16 => u32::from(registers.queue_select),
             0x18 => queue.map_or(0, |queue| u32::from(queue.size)),
             0x1a => match queue {

@@ -2,6 +2,7 @@
 //! The virtio-pci transport (virtio 1.2 §4.1), modern only.
 
 mod common;
+mod lines;
 mod state;
 #[cfg(test)]
 mod tests;
@@ -17,17 +18,18 @@ use std::{
 use bulkhead_vmm_api::DeviceMetrics;
 use vmm_sys_util::eventfd::EventFd;
 
-use self::common::Registers;
 pub use self::state::FunctionState;
+use self::{common::Registers, lines::Lines};
 use vm_memory::GuestAddressSpace;
 
-use super::counters::Counters;
-use super::device::{Activation, ActiveQueue, DeviceRef, GuestRam, Interrupt};
+use super::device::{Activation, ActiveQueue, DeviceRef, GuestRam, Interrupt, VirtioDevice};
 use crate::{
     event::{HandlerRef, LoopHandle},
     pci::{
         config::{ConfigSpace, Identity, VIRTIO_VENDOR},
-        msix::{self, InterruptRouter, Msix, NotifyRegistrar},
+        host::{Messages, NotifyRegistrar},
+        msix::{self, Msix},
+        pages::{Page, PAGE},
         PciFunction, BAR_SIZE,
     },
 };
@@ -35,9 +37,12 @@ use crate::{
 // Offsets in BAR 0.
 const COMMON: u64 = 0x0000;
 const ISR: u64 = 0x1000;
-const DEVICE: u64 = 0x2000;
+/// As the table: it is memory, in BAR 2.
+pub const DEVICE: u64 = 0x2000;
 const NOTIFY: u64 = 0x3000;
-const TABLE: u64 = 0x4000;
+/// Guests that a former version booted find their table here; all others have it
+/// as memory, in BAR 1.
+pub const TABLE: u64 = 0x4000;
 const PENDING: u64 = 0x5000;
 const REGION_SIZE: u64 = 0x1000;
 /// Bytes between the notification addresses of two queues.
@@ -49,6 +54,13 @@ const CFG_COMMON: u8 = 1;
 const CFG_NOTIFY: u8 = 2;
 const CFG_ISR: u8 = 3;
 const CFG_DEVICE: u8 = 4;
+
+/// Where the interrupts' table is: its BAR, and offset 0.
+const TABLE_BAR: u32 = 1;
+/// And what the device says of itself.
+const CONFIG_BAR: u8 = 2;
+/// Bytes of that; no device has more.
+const CONFIG_SIZE: usize = 256;
 
 /// Enhanced Allocation (PCI Express 5.0 §7.8.5).
 const ENHANCED_ALLOCATION: u8 = 0x14;
@@ -76,7 +88,7 @@ pub struct VirtioPci {
     kicks: Vec<OnceLock<EventFd>>,
     notify: Arc<dyn NotifyRegistrar>,
     lines: Arc<Lines>,
-    bar: u32,
+    at: Addresses,
     config: Mutex<ConfigSpace>,
     msix_control: usize,
     /// It has left the bus. Changes under the registers' lock.
@@ -92,43 +104,31 @@ pub struct InUse {
     pub status: u8,
 }
 
-/// The way from device to driver: used from the device's event loop, without
-/// any lock of the transport.
-struct Lines {
-    msix: Msix,
-    /// The driver's choice of vector, by queue; the last is configuration's.
-    vectors: Vec<AtomicU16>,
-    generation: AtomicU8,
-    broken: AtomicBool,
-    counters: Arc<Counters>,
+/// Where a function's registers are in guest memory.
+#[derive(Debug, Clone, Copy)]
+pub struct Addresses {
+    /// BAR 0, [`BAR_SIZE`] bytes.
+    pub registers: u32,
+    /// BAR 1, the page of its interrupts' table.
+    pub table: u32,
+    /// BAR 2, the page of the device's configuration.
+    pub config: u32,
 }
 
-impl Interrupt for Lines {
-    fn signal_queue(&self, index: usize) {
-        if let Some(vector) = self.vectors[..self.vectors.len() - 1].get(index) {
-            self.counters.interrupt();
-            self.msix.signal(vector.load(Ordering::Relaxed));
-        }
-    }
-
-    fn signal_config(&self) {
-        self.generation.fetch_add(1, Ordering::SeqCst);
-        if let Some(vector) = self.vectors.last() {
-            self.msix.signal(vector.load(Ordering::Relaxed));
-        }
-    }
-
-    fn device_broken(&self) {
-        if !self.broken.swap(true, Ordering::SeqCst) {
-            self.signal_config();
-        }
+impl Addresses {
+    fn notify(&self, queue: usize) -> u64 {
+        u64::from(self.registers) + NOTIFY + queue as u64 * NOTIFY_STRIDE
     }
 }
 
 /// What a transport needs of the VM.
 pub struct Wiring {
-    /// Interrupt routes.
-    pub router: Arc<dyn InterruptRouter>,
+    /// Interrupts.
+    pub messages: Arc<dyn Messages>,
+    /// The memory of their table.
+    pub table: Page,
+    /// What the guest reads as the device's configuration.
+    pub config: Page,
     /// Notifications.
     pub notify: Arc<dyn NotifyRegistrar>,
     /// Guest memory.
@@ -138,12 +138,12 @@ pub struct Wiring {
 }
 
 impl VirtioPci {
-    /// Puts `device` behind registers at `bar`. `handler` is the same device
+    /// Puts `device` behind the registers there. `handler` is the same device
     /// as the event loop holds it.
     pub fn new(
         device: DeviceRef,
         handler: HandlerRef,
-        bar: u32,
+        at: Addresses,
         class: u32,
         wiring: Wiring,
     ) -> io::Result<Self> {
@@ -155,7 +155,7 @@ impl VirtioPci {
                 device.features(),
             )
         };
-        let msix = Msix::new(wiring.router, sizes.len() as u16 + 1)?;
+        let msix = Msix::new(wiring.messages, wiring.table, sizes.len() as u16 + 1)?;
         let kicks = sizes.iter().map(|_| OnceLock::new()).collect();
 
         let mut config = ConfigSpace::new(Identity {
@@ -165,27 +165,30 @@ impl VirtioPci {
             revision: 1,
             subsystem: 0x40,
         });
-        config.set_bar(bar, BAR_SIZE as u32);
-        for (kind, offset) in [(CFG_COMMON, COMMON), (CFG_ISR, ISR), (CFG_DEVICE, DEVICE)] {
-            config.add_capability(VENDOR_CAPABILITY, &vendor_capability(kind, offset, None));
+        for (kind, bar, offset) in [
+            (CFG_COMMON, 0, COMMON),
+            (CFG_ISR, 0, ISR),
+            (CFG_DEVICE, CONFIG_BAR, 0),
+        ] {
+            let body = vendor_capability(kind, bar, offset, None);
+            config.add_capability(VENDOR_CAPABILITY, &body);
         }
         config.add_capability(
             VENDOR_CAPABILITY,
-            &vendor_capability(CFG_NOTIFY, NOTIFY, Some(NOTIFY_STRIDE as u32)),
+            &vendor_capability(CFG_NOTIFY, 0, NOTIFY, Some(NOTIFY_STRIDE as u32)),
         );
-        let at = config.add_capability(
+        let capability = config.add_capability(
             msix::CAPABILITY,
-            &msix.capability(TABLE as u32, PENDING as u32),
+            &msix.capability(TABLE_BAR, PENDING as u32),
         );
-        config.allow_writes(at + 2, &msix::CONTROL_WRITABLE.to_le_bytes());
-        // A guest that finds the function while it runs would look for a place
-        // for its BAR, were it not told that it has one.
-        config.add_capability(ENHANCED_ALLOCATION, &fixed_bar(bar));
+        let msix_control = capability + 2;
+        config.allow_writes(msix_control, &msix::CONTROL_WRITABLE.to_le_bytes());
+        config.add_capability(ENHANCED_ALLOCATION, &fixed_bars(&at));
 
         let vectors = (0..=sizes.len())
             .map(|_| AtomicU16::new(NO_VECTOR))
             .collect();
-        Ok(Self {
+        let this = Self {
             device,
             handler,
             memory: wiring.memory,
@@ -195,16 +198,32 @@ impl VirtioPci {
             lines: Arc::new(Lines {
                 msix,
                 vectors,
+                config: Mutex::new(wiring.config),
                 generation: AtomicU8::new(0),
                 broken: AtomicBool::new(false),
                 counters: Arc::default(),
             }),
             config: Mutex::new(config),
-            bar,
-            msix_control: at + 2,
+            at,
+            msix_control,
             gone: AtomicBool::new(false),
             registers: Mutex::new(Registers::new(features, &sizes)),
-        })
+        };
+        this.show_config(&*this.device());
+        Ok(this)
+    }
+
+    /// Shows the guest what the device says of itself.
+    fn show_config(&self, device: &dyn VirtioDevice) {
+        let mut config = [0; CONFIG_SIZE];
+        device.read_config(0, &mut config);
+        self.lines.show_config(&config);
+    }
+
+    fn device(&self) -> std::sync::MutexGuard<'_, dyn VirtioDevice + 'static> {
+        self.device
+            .lock()
+            .expect("a device that panicked ended the process")
     }
 
     /// Takes the function out of the machine, whatever the guest does with it
@@ -225,7 +244,7 @@ impl VirtioPci {
         drop(registers);
         for (index, kick) in self.kicks.iter().enumerate() {
             let Some(kick) = kick.get() else { continue };
-            let address = notify_address(self.bar, index);
+            let address = self.at.notify(index);
             if let Err(error) = self.notify.unregister_notify(kick, address) {
                 tracing::error!(%error, "notification not taken back");
             }
@@ -241,13 +260,19 @@ impl VirtioPci {
             return Ok(kick);
         }
         let kick = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
-        let address = notify_address(self.bar, index);
+        let address = self.at.notify(index);
         self.notify.register_notify(&kick, address)?;
         Ok(self.kicks[index].get_or_init(|| kick))
     }
 
     fn is_gone(&self) -> bool {
         self.gone.load(Ordering::SeqCst)
+    }
+
+    /// Delivers interrupts that wait for nothing any more, now that the guest's
+    /// writes to their table are told.
+    pub fn settle_interrupts(&self) {
+        self.lines.msix.settle();
     }
 
     /// What the device has done.
@@ -257,19 +282,12 @@ impl VirtioPci {
 
     /// Virtio device id (virtio 1.2 §5).
     pub fn device_id(&self) -> u16 {
-        let device = self.device.lock();
-        device
-            .expect("a device that panicked ended the process")
-            .device_id()
+        self.device().device_id()
     }
 
     /// The device's name.
     pub fn name(&self) -> String {
-        let device = self.device.lock();
-        device
-            .expect("a device that panicked ended the process")
-            .name()
-            .to_owned()
+        self.device().name().to_owned()
     }
 
     /// The device's interrupts, for what changes outside of a queue.
@@ -292,9 +310,23 @@ impl VirtioPci {
     fn write_status(&self, registers: &mut Registers, value: u8) {
         if value == 0 {
             self.reset(registers);
-            return;
+        } else {
+            self.add_status(registers, value);
         }
+        // It may have changed while nobody was to be told.
+        self.show_config(&*self.device());
+    }
+
+    fn add_status(&self, registers: &mut Registers, value: u8) {
         let added = value & !registers.status;
+        if added & (status::ACKNOWLEDGE | status::DRIVER) != 0 {
+            // A driver sets up what it writes before it goes on by another
+            // status, reads something or notifies.
+            for (first, end) in common::SET_UP {
+                let address = u64::from(self.at.registers) + COMMON + first;
+                self.notify.gather_writes(address, (end - first) as u32);
+            }
+        }
         // Bits are only ever added, in the order of virtio 1.2 §3.1.1.
         if registers.status & !value != 0 {
             return;
@@ -345,10 +377,7 @@ impl VirtioPci {
             handler: self.handler.clone(),
             counters: Arc::clone(&self.lines.counters),
         };
-        let mut device = self
-            .device
-            .lock()
-            .expect("a device that panicked ended the process");
+        let mut device = self.device();
         if let Err(error) = device.activate(activation) {
             tracing::error!(device = device.name(), %error, "device not activated");
             self.lines.device_broken();
@@ -356,10 +385,7 @@ impl VirtioPci {
     }
 
     fn reset(&self, registers: &mut Registers) {
-        self.device
-            .lock()
-            .expect("a device that panicked ended the process")
-            .reset();
+        self.device().reset();
         for kick in self.kicks.iter().filter_map(OnceLock::get) {
             // Empties it; it may be empty.
             let _ = kick.read();
@@ -405,11 +431,7 @@ impl PciFunction for VirtioPci {
         data.fill(0);
         match offset & !(REGION_SIZE - 1) {
             COMMON => self.read_common(offset - COMMON, data),
-            DEVICE => self
-                .device
-                .lock()
-                .expect("a device that panicked ended the process")
-                .read_config(offset - DEVICE, data),
+            DEVICE => self.device().read_config(offset - DEVICE, data),
             TABLE => self.lines.msix.read_table(offset - TABLE, data),
             PENDING => self.lines.msix.read_pending(offset - PENDING, data),
             // ISR: nothing, there are no lines to interrupt by.
@@ -420,11 +442,11 @@ impl PciFunction for VirtioPci {
     fn write_bar(&self, offset: u64, data: &[u8]) {
         match offset & !(REGION_SIZE - 1) {
             COMMON => self.write_common(offset - COMMON, data),
-            DEVICE => self
-                .device
-                .lock()
-                .expect("a device that panicked ended the process")
-                .write_config(offset - DEVICE, data),
+            DEVICE => {
+                let mut device = self.device();
+                device.write_config(offset - DEVICE, data);
+                self.show_config(&*device);
+            }
             // Normally an ioeventfd takes it.
             NOTIFY => {
                 let index = ((offset - NOTIFY) / NOTIFY_STRIDE) as usize;
@@ -438,27 +460,31 @@ impl PciFunction for VirtioPci {
     }
 }
 
-fn notify_address(bar: u32, queue: usize) -> u64 {
-    u64::from(bar) + NOTIFY + queue as u64 * NOTIFY_STRIDE
-}
-
-/// The body of an Enhanced Allocation capability with one entry: BAR 0 is
-/// memory at a fixed address.
-fn fixed_bar(bar: u32) -> Vec<u8> {
+/// The body of an Enhanced Allocation capability: BARs that are memory at fixed
+/// addresses. Nobody need look for a place for them.
+fn fixed_bars(at: &Addresses) -> Vec<u8> {
     /// Enabled; what else could be there is not; two more double words.
     const ENTRY: u32 = 1 << 31 | 0xff << 16 | 2;
-    // One entry; padding to a double word.
-    let mut body = vec![1, 0];
-    for word in [ENTRY, bar, (BAR_SIZE - 4) as u32] {
-        body.extend_from_slice(&word.to_le_bytes());
+    let page = PAGE as u32;
+    let bars = [
+        (at.registers, BAR_SIZE as u32),
+        (at.table, page),
+        (at.config, page),
+    ];
+    // How many; padding to a double word.
+    let mut body = vec![bars.len() as u8, 0];
+    for (number, (address, size)) in (0_u32..).zip(bars) {
+        for word in [ENTRY | number << 4, address, size - 4] {
+            body.extend_from_slice(&word.to_le_bytes());
+        }
     }
     body
 }
 
-/// `struct virtio_pci_cap` after id and next pointer; BAR 0.
-fn vendor_capability(kind: u8, offset: u64, notify_multiplier: Option<u32>) -> Vec<u8> {
+/// `struct virtio_pci_cap` after id and next pointer.
+fn vendor_capability(kind: u8, bar: u8, offset: u64, notify_multiplier: Option<u32>) -> Vec<u8> {
     let length = if notify_multiplier.is_some() { 20 } else { 16 };
-    let mut body = vec![length, kind, 0, 0, 0, 0];
+    let mut body = vec![length, kind, bar, 0, 0, 0];
     body.extend_from_slice(&(offset as u32).to_le_bytes());
     body.extend_from_slice(&(REGION_SIZE as u32).to_le_bytes());
     if let Some(multiplier) = notify_multiplier {

@@ -55,10 +55,7 @@ impl VirtioPci {
     /// Reads all of it, while vCPUs and loops rest.
     pub fn save(&self) -> Result<FunctionState, StateError> {
         let registers = self.registers();
-        let mut device = self
-            .device
-            .lock()
-            .expect("a device that panicked ended the process");
+        let mut device = self.device();
         let own = device.save()?;
         let positions: Vec<_> = device
             .queues()
@@ -100,10 +97,7 @@ impl VirtioPci {
     pub fn restore(&self, state: &FunctionState) -> Result<(), StateError> {
         let mut registers = self.registers();
         let features = {
-            let mut device = self
-                .device
-                .lock()
-                .expect("a device that panicked ended the process");
+            let mut device = self.device();
             if state.id != device.device_id() {
                 return Err(StateError::Unfit(format!(
                     "the snapshot has virtio device {} here, not {}",
@@ -154,9 +148,10 @@ impl VirtioPci {
         let vector = self.checked_vector(state.config_vector);
         self.lines.vectors[state.queues.len()].store(vector, Ordering::Relaxed);
         let lines = &self.lines;
-        lines.generation.store(state.generation, Ordering::SeqCst);
         lines.broken.store(state.broken, Ordering::SeqCst);
         self.config().restore(&state.config_space);
+        self.show_config(&*self.device());
+        lines.generation.store(state.generation, Ordering::SeqCst);
         if !lines.msix.restore(&state.msix) {
             return Err(StateError::Unfit(format!(
                 "{} interrupt vectors in the snapshot",
@@ -170,10 +165,7 @@ impl VirtioPci {
         if lines.broken.load(Ordering::SeqCst) {
             return Err(StateError::Activate(DeviceError::BadQueue(0)));
         }
-        self.device
-            .lock()
-            .expect("a device that panicked ended the process")
-            .announce();
+        self.device().announce();
         // One that was on its way may have been lost; one too many does no
         // harm.
         for queue in &state.queues {
