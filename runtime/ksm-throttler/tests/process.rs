@@ -127,7 +127,13 @@ impl Host {
     }
 
     fn metric(&self, name: &str) -> f64 {
-        let text = self.metrics();
+        let mut text = self.metrics();
+        // Unlike one of the kernel's, a file of this test is empty for a moment
+        // while the daemon writes to it.
+        until("metrics", || {
+            text = self.metrics();
+            text.starts_with("HTTP/1.1 200")
+        });
         let line = text
             .lines()
             .find_map(|line| line.strip_prefix(&format!("bulkhead_ksm_{name} ")));

@@ -3,8 +3,9 @@
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
+use std::time::Instant;
 
-use anyhow::{Context as _, Result};
+use anyhow::{ensure, Context as _, Result};
 use bulkhead_agent_protocol::agent;
 use bulkhead_tests::vmm::Vmm;
 use bulkhead_vmm_api::{NetConfig, PlugConfig};
@@ -35,8 +36,11 @@ fn interface() -> Result<(NetConfig, OwnedFd, UnixDatagram)> {
 fn announcement(wire: &UnixDatagram) -> Result<()> {
     const HEADERS: usize = 12 + 14;
     let mut packet = [0; 2048];
+    let begin = Instant::now();
     loop {
         let length = wire.recv(&mut packet).context("no announcement")?;
+        // Others may come for ever.
+        ensure!(begin.elapsed() < LIMIT, "only other frames");
         let frame = &packet[..length];
         if length < HEADERS + 28 || frame[12 + 12..HEADERS] != [8, 6] {
             continue;
@@ -69,6 +73,9 @@ fn a_clone_announces_itself(context: &Context) -> Result<()> {
         ..Default::default()
     };
     guest.runtime.block_on(guest.agent.add_network(network))?;
+    // Before its link is up, which its first frames tell, a guest can announce
+    // nothing.
+    wire.recv(&mut [0; 2048]).context("no frame")?;
     drop(wire);
     let dir = guest.host.dir.clone();
     guest
@@ -92,6 +99,9 @@ fn a_clone_announces_itself(context: &Context) -> Result<()> {
             });
         },
     )?;
-    announcement(&wire).with_context(|| host.console())?;
+    if let Err(error) = announcement(&wire) {
+        let status = vmm.status()?;
+        return Err(error.context(format!("{status:?}\n{}", host.console())));
+    }
     vmm.wait_clone().with_context(|| host.console())
 }
