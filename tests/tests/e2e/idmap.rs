@@ -325,7 +325,9 @@ fn pods_users(context: &Context, cri: &Cri) -> Result<()> {
     let options = json!({ "namespace_options": { "userns_options": users } });
     let config = json!({ "linux": { "security_context": options } });
     // With what stays: the bridge, and directories of all pods.
-    Pod::run_on(context, cri, cri.handler(), "users", json!({}))?.remove()?;
+    let first = Pod::run_on(context, cri, cri.handler(), "users", json!({}))?;
+    first.start("first", "true", json!({}))?;
+    first.remove()?;
     let before = listing(context, cri);
     let pod = Pod::run_on(context, cri, cri.handler(), "users", config.clone())?;
     let serve = "mkdir /srv; echo from the pod >/srv/page; echo serving; \
