@@ -7,11 +7,16 @@ use super::*;
 
 fn run(command: &str) {
     let mut words = command.split(' ');
-    let status = Command::new(words.next().unwrap())
+    let output = Command::new(words.next().unwrap())
         .args(words)
-        .status()
+        .output()
         .unwrap();
-    assert!(status.success(), "{command}");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        output.status.success(),
+        "{command}: {} {said}",
+        output.status
+    );
 }
 
 fn output(command: &str) -> String {
