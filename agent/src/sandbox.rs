@@ -67,7 +67,7 @@ fn change_guest(request: &agent::SetupSandboxRequest) -> Result<()> {
         nix::unistd::sethostname(&request.hostname).step(|| "set host name")?;
     }
     if !request.shared_tag.is_empty() {
-        mount_shared(&request.shared_tag)?;
+        mount_shared(&request.shared_tag, request.shared_dax)?;
     }
     if !request.resolv_conf.is_empty() {
         fs::write(RESOLV_CONF, &request.resolv_conf).step(|| format!("write {RESOLV_CONF}"))?;
@@ -97,7 +97,7 @@ pub fn add_network(network: &agent::Network, in_guest: bool) -> Result<()> {
     set_network(network)
 }
 
-fn mount_shared(tag: &str) -> Result<()> {
+fn mount_shared(tag: &str, dax: bool) -> Result<()> {
     let target = Path::new(SHARED_MOUNT);
     fs::create_dir_all(target).step(|| format!("create {SHARED_MOUNT}"))?;
     // Containers' root file systems are below and take over the mount's flags:
@@ -107,7 +107,7 @@ fn mount_shared(tag: &str) -> Result<()> {
         target,
         Some("virtiofs"),
         MsFlags::empty(),
-        None::<&str>,
+        dax.then_some("dax=always"),
     )
     .step(|| format!("mount virtiofs {tag:?} on {SHARED_MOUNT}"))
 }

@@ -180,7 +180,8 @@ fn layer<'a>(busybox: &[u8], applets: impl Iterator<Item = &'a str>) -> Result<V
     Ok(tar.into_inner()?)
 }
 
-fn sha256(bytes: &[u8]) -> String {
+/// In hexadecimal digits.
+pub fn sha256(bytes: &[u8]) -> String {
     let digest = Sha256::digest(bytes);
     digest.iter().map(|b| format!("{b:02x}")).collect()
 }

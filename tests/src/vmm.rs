@@ -370,6 +370,7 @@ impl Devices {
                     tag: SHARED_TAG.into(),
                     directory: 2,
                     cache: FsCache::Auto,
+                    dax_mib: 0,
                 }],
                 vsock: Some(VsockConfig {
                     cid: 3,

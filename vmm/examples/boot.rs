@@ -72,6 +72,7 @@ fn main() -> Result<()> {
                     tag: "shared".into(),
                     directory: index,
                     cache: FsCache::Auto,
+                    dax_mib: 0,
                 });
             }
             "--vsock" => {

@@ -16,6 +16,9 @@ use crate::{arch::x86_64::layout, virtio::mem::SLOT};
 
 /// Most vCPUs.
 pub const MAX_VCPUS: u8 = 64;
+/// Largest DAX window in MiB. Each 2 MiB of it can be a mapping, of which a
+/// process has some 65,000.
+pub const MAX_DAX_MIB: u32 = 16 << 10;
 /// Least and most memory in MiB.
 pub const MEMORY_MIB: std::ops::RangeInclusive<u32> = 32..=1 << 20;
 /// Most queues of a disk.
@@ -258,6 +261,15 @@ impl Devices {
             let kind = directory.metadata();
             if !kind.is_ok_and(|kind| kind.is_dir()) {
                 return Err(unusable(field, "not a directory"));
+            }
+            if device.dax_mib > MAX_DAX_MIB || device.dax_mib % 2 != 0 {
+                return Err(invalid(
+                    format!("{field}.dax_mib"),
+                    format!(
+                        "{} is not a multiple of 2 up to {MAX_DAX_MIB}",
+                        device.dax_mib
+                    ),
+                ));
             }
             fs.push((device, directory.into()));
         }

@@ -39,6 +39,10 @@ pub struct Hypervisor {
     /// Whether the guest tells which memory it does not use, so that the host
     /// has it back (virtio-balloon).
     pub free_page_reporting: bool,
+    /// Guest addresses by which containers have the files of shared directories
+    /// from the host's page cache instead of copies of their own (the DAX window
+    /// of virtio-fs), MiB.
+    pub dax_mib: u32,
     /// The pods among which the host may merge identical pages of memory (KSM);
     /// none: no pod's memory is merged unless its annotation says so.
     pub merge_group: Option<Name>,
@@ -211,6 +215,7 @@ impl Default for Hypervisor {
             overhead_mib: 64,
             huge_pages: false,
             free_page_reporting: true,
+            dax_mib: 0,
             merge_group: None,
             allowed_merge_groups: Vec::new(),
             kernel_params: String::new(),

@@ -365,6 +365,7 @@ fn describe(machine: &Machine) -> (VmConfig, Vec<&OwnedFd>) {
                 tag: bulkhead_agent_protocol::SHARED_TAG.into(),
                 directory: pass(&machine.shared),
                 cache: FsCache::Auto,
+                dax_mib: machine.dax_mib,
             }],
             vsock: Some(VsockConfig {
                 cid: GUEST_CID,

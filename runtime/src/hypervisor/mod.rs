@@ -28,6 +28,8 @@ pub struct Machine {
     pub huge_pages: bool,
     /// Whether the guest has a balloon that gives free memory back.
     pub free_page_reporting: bool,
+    /// MiB of the shared directory's DAX window; 0: none.
+    pub dax_mib: u32,
     /// What is to stay open while guest memory is mergeable; none: it is not.
     pub merge_group: Option<OwnedFd>,
     /// The guest kernel's command line.

@@ -244,6 +244,7 @@ async fn boot(
         extra_memory_mib: plan.size.extra_memory_mib,
         huge_pages: config.hypervisor.huge_pages,
         free_page_reporting: config.hypervisor.free_page_reporting,
+        dax_mib: config.hypervisor.dax_mib.next_multiple_of(2),
         merge_group: merging.take_held(),
         cmdline: cmdline::build_for(
             Later {
@@ -284,6 +285,7 @@ async fn boot(
         realtime_ns: clock::realtime_ns(),
         entropy,
         shared_tag: SHARED_TAG.into(),
+        shared_dax: config.hypervisor.dax_mib > 0,
         network: Some(network.guest).into(),
         sysctls: plan.pod_sysctls,
         shm_size: plan.shm_size.unwrap_or_default(),

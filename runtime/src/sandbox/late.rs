@@ -67,8 +67,8 @@ pub async fn take(inner: &Arc<Inner>) -> Result<(), Error> {
     let why = |error: &Error| format!("the pod's network cannot be had: {}", chain(error));
     let outcome = given.as_ref().copied().map_err(why);
     // Nobody else has the turn.
-    let _ = late.taken.set(outcome);
-    given
+    let outcome = late.taken.get_or_init(|| outcome);
+    outcome.clone().map_err(Error::Internal)
 }
 
 async fn give(inner: &Arc<Inner>, network: Network) -> Result<(), Error> {

@@ -6,7 +6,7 @@
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{bail, Context, Result};
 use bulkhead_tests::bench::{self, Figure};
 use bulkhead_tests::boxed::{Event, Options};
 use bulkhead_tests::inside::{self, again, pass_on, start_box_with};
@@ -14,6 +14,12 @@ use bulkhead_tests::install::Products;
 
 /// How long all of it may take in a box.
 const LIMIT: Duration = Duration::from_secs(40 * 60);
+const USAGE: &str = "\
+bulkhead-bench: prints the figures of Bulkhead and its peers, and writes them to
+target/bench.json. They are measured in virtual time, in a KVM host in a box.
+
+BULKHEAD_BENCH=NAMEPART takes only groups of figures with that in their name.";
+
 /// Begins a line that holds a figure, from the program in the box.
 const FIGURE: &str = "FIGURE ";
 
@@ -29,6 +35,13 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<i32> {
+    if let Some(argument) = std::env::args().nth(1) {
+        if argument == "--help" {
+            println!("{USAGE}");
+            return Ok(0);
+        }
+        bail!("{argument:?}: there is only --help");
+    }
     if inside::release_outside().is_some() {
         return measure();
     }

@@ -503,6 +503,7 @@ fn all_kinds_of_devices_come_and_go(context: &Context) -> Result<()> {
             tag: "more".into(),
             directory: 0,
             cache: FsCache::Never,
+            dax_mib: 0,
         };
         let fs_slot = guest
             .vmm

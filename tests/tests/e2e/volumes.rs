@@ -2,11 +2,15 @@
 //! Volumes that change while containers run.
 
 use std::fs;
+use std::io::{Seek, SeekFrom, Write};
 use std::os::unix::fs::{symlink, MetadataExt, PermissionsExt};
 use std::path::Path;
 
-use anyhow::{Context as _, Result};
+use anyhow::{bail, Context as _, Result};
 
+use bulkhead_tests::image::sha256;
+
+use crate::cli::with_config;
 use crate::context::{same, Context, LIMIT};
 use crate::runner::{tests, Test};
 
@@ -14,6 +18,7 @@ pub const TESTS: &[Test] = tests![
     a_config_map_that_changes_wakes_its_watchers,
     a_config_map_that_cannot_be_watched_is_shared,
     changes_of_the_host_wake_watchers_in_any_volume,
+    shared_files_are_the_hosts_pages,
 ];
 
 /// Prints the events in a directory (inotify(7)): mask and name. perl of this
@@ -194,4 +199,77 @@ fn changes_of_the_host_wake_watchers_in_any_volume(context: &Context) -> Result<
         fs::remove_dir_all(directory)?;
     }
     Ok(())
+}
+
+/// Reads a large file, then more files than the window has room for at once,
+/// makes some, and waits for the host. Tells what the guest's page cache grew by
+/// with the large one, in KiB.
+const READ_ALL: &str = r#"
+    cached() { awk '/^Cached/ { print $2 }' /proc/meminfo; }
+    awk '$2 == "/data" { print $3, $4 }' /proc/mounts
+    before=$(cached)
+    sha256sum </data/large
+    echo grown $(($(cached) - before))
+    for i in $(seq 60); do cat /data/many/$i; done | sha256sum
+    cp /bin/busybox /data/busybox && /data/busybox echo ran
+    printf guest | dd of=/data/large bs=1 seek=5000000 conv=notrunc 2>/dev/null
+    exec 3</data/large
+    dd bs=1 skip=5000000 count=5 <&3 2>/dev/null; echo
+    echo waiting
+    until [ -e /data/go ]; do sleep 0.2; done
+    dd bs=1 skip=995 count=4 <&3 2>/dev/null; echo
+"#;
+
+fn shared_files_are_the_hosts_pages(context: &Context) -> Result<()> {
+    context.only_bulkhead()?;
+    let (options, grown, _) = read_all(context)?;
+    if options.contains("dax") || grown < 20 << 10 {
+        bail!("without a window: {options}, {grown} KiB");
+    }
+    let window = "[hypervisor]\ndax_mib = 64\n";
+    let config = context.config.toml().replacen("[hypervisor]\n", window, 1);
+    let (options, grown, host) = with_config(context, &config, || read_all(context))?;
+    if !options.contains("dax=always") || grown > 4 << 10 {
+        bail!("with a window: {options}, {grown} KiB");
+    }
+    // At once, which a copy in the guest need not be.
+    same(host.as_str(), "host")
+}
+
+/// The mount's options, what the guest's page cache grew by, and what is seen where
+/// the host has written `host` into an open file.
+fn read_all(context: &Context) -> Result<(String, i64, String)> {
+    let data = context.dir.join("data");
+    fs::create_dir_all(data.join("many"))?;
+    let large: Vec<u8> = (0..6_u32 << 20)
+        .flat_map(|n| n.wrapping_mul(2_654_435_761).to_le_bytes())
+        .collect();
+    fs::write(data.join("large"), &large)?;
+    let mut many = Vec::new();
+    for number in 1..=60_u8 {
+        let bytes = vec![number; 9_000];
+        fs::write(data.join("many").join(number.to_string()), &bytes)?;
+        many.extend_from_slice(&bytes);
+    }
+    let mount = format!("type=bind,src={},dst=/data,options=bind", data.display());
+    let mut reader = context.attached(&["--mount", &mount], &["sh", "-c", READ_ALL])?;
+    reader.wait_for("waiting")?;
+    let mut file = fs::File::options().write(true).open(data.join("large"))?;
+    file.seek(SeekFrom::Start(5_001_000))?;
+    file.write_all(b"host")?;
+    fs::write(data.join("go"), "")?;
+    same(reader.wait(LIMIT)?, 0).with_context(|| reader.err())?;
+    let out = reader.out();
+    let lines: Vec<&str> = out.lines().collect();
+    let [options, sum, grown, sums, ran, guest, _, host] = lines[..] else {
+        bail!("{out}");
+    };
+    same((ran, guest), ("ran", "guest"))?;
+    same(sum, &format!("{}  -", sha256(&large)))?;
+    same(sums, &format!("{}  -", sha256(&many)))?;
+    let now = fs::read(data.join("large"))?;
+    same(&now[5_000_000..5_000_005], &b"guest"[..])?;
+    let grown = grown.strip_prefix("grown ").context("no number")?.parse()?;
+    fs::remove_dir_all(data)?;
+    Ok((options.to_owned(), grown, host.to_owned()))
 }

@@ -154,6 +154,12 @@ pub struct FsConfig {
     /// Attribute and page cache policy.
     #[serde(default)]
     pub cache: FsCache,
+    /// MiB of guest-physical memory where the guest can have the host's page
+    /// cache of files instead of a copy of its own (the DAX window, virtio 1.2
+    /// §5.11.6.2), a multiple of 2; none: 0. Linux takes it if the directory is
+    /// mounted with `dax=always`.
+    #[serde(default)]
+    pub dax_mib: u32,
 }
 
 /// virtio-fs cache policy.

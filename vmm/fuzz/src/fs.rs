@@ -11,13 +11,15 @@ use std::{
     sync::Once,
 };
 
-use bulkhead_vmm::virtio::fs::Fs;
+use bulkhead_vmm::virtio::fs::{Fs, Window};
 use bulkhead_vmm_api::{FsCache, FsConfig};
 use libfuzzer_sys::fuzz_target;
 use vmm_sys_util::tempdir::TempDir;
 
 /// FUSE_INIT.
 const INIT: u8 = 26;
+/// Bytes of the DAX window.
+const WINDOW: u64 = 8 << 20;
 /// Bytes that a file, and so what is written to the host's disk, can have.
 const FILE_SIZE: u64 = 1 << 20;
 
@@ -66,9 +68,12 @@ fuzz_target!(|data: &[u8]| {
         tag: "shared".into(),
         directory: 0,
         cache: FsCache::Auto,
+        dax_mib: 0,
     };
     let opened = File::open(directory.as_path()).expect("a directory");
-    let mut device = Fs::new(&config, opened.into()).expect("a device");
+    let device = Fs::new(&config, opened.into()).expect("a device");
+    let window = Window::reserve(WINDOW).expect("a window");
+    let mut device = device.with_window(Some(Window::new(1 << 32, window)));
     let mut guest = guest::Guest::new(&mut device);
 
     let mut body = Vec::new();

@@ -89,7 +89,6 @@ impl Machine {
             &resources.cmdline,
             resources.initrd.as_mut(),
         )?;
-        boot::write_tables(&memory, &acpi::tables(resources.vcpus))?;
         let interrupt = serial_interrupt(&vm)?;
         let serial = SerialPort::new(resources.serial.take(), interrupt, Some(vm.clone()));
         let mut vcpus = Vec::new();
@@ -107,7 +106,7 @@ impl Machine {
         let parts = Parts {
             host,
             vm,
-            memory,
+            memory: memory.clone(),
             memory_size: resources.memory_size,
             vcpus,
             serial,
@@ -116,7 +115,10 @@ impl Machine {
         };
         let items = plug::items(resources.devices).into_iter();
         let items = items.map(|item| (item, Place::default())).collect();
-        parts.assemble(items, callbacks, stamps)
+        let machine = parts.assemble(items, callbacks, stamps)?;
+        let tables = acpi::tables(resources.vcpus, &machine.board.dax_windows());
+        boot::write_tables(&memory, &tables)?;
+        Ok(machine)
     }
 
     /// Builds a machine from a snapshot; it is paused.

@@ -6,6 +6,7 @@ use std::{
     collections::BTreeMap,
     fs::File,
     io,
+    ops::Range,
     os::fd::OwnedFd,
     sync::{Arc, Mutex},
 };
@@ -36,7 +37,7 @@ use crate::{
         balloon::Balloon,
         blk::Blk,
         device::{GuestRam, VirtioDevice},
-        fs::Fs,
+        fs::{self, Fs},
         mem::{Layout, Mem, SLOT},
         net::Net,
         pmem::Pmem,
@@ -72,7 +73,8 @@ pub(super) enum Item {
 pub(super) struct Place {
     /// Its number on the bus; none: the lowest free one.
     slot: Option<u8>,
-    /// The guest-physical address of a pmem device's window, and its size.
+    /// The guest-physical address of the window of a pmem or fs device, and its
+    /// size.
     window: Option<(u64, u64)>,
     /// What there was of memory that comes and goes.
     memory: Option<(Layout, Saved)>,
@@ -126,9 +128,11 @@ pub(super) fn arrange(
                 ),
             }));
         };
-        let window = (kind == Some(DeviceKind::Pmem))
-            .then(|| Pmem::window_in(function.device()))
-            .flatten();
+        let window = match kind {
+            Some(DeviceKind::Pmem) => Pmem::window_in(function.device()),
+            Some(DeviceKind::Fs) => Fs::window_in(function.device()),
+            _ => None,
+        };
         let memory = match (kind, Mem::layout_in(function.device())) {
             (Some(DeviceKind::Mem), Some(layout)) => {
                 let file = memory.try_clone().map_err(|source| SnapshotError::File {
@@ -270,11 +274,11 @@ fn rest(event_loop: EventLoop, paused: bool) -> Result<EventLoop, BuildError> {
     Ok(event_loop)
 }
 
-/// A file in the guest's memory.
+/// Files in the guest's memory.
 struct Window {
     slot: MemorySlot,
     address: u64,
-    mapping: MmapRegion,
+    mapping: Arc<MmapRegion>,
 }
 
 /// A device on the bus.
@@ -400,6 +404,16 @@ impl Board {
         self.growth.as_mut()
     }
 
+    /// Where shared directories' windows are in the guest's memory.
+    pub fn dax_windows(&self) -> Vec<Range<u64>> {
+        let windows = self.plugged.values().filter_map(|plugged| {
+            let window = plugged.window.as_ref()?;
+            let size = window.mapping.size() as u64;
+            (plugged.kind == DeviceKind::Fs).then_some(window.address..window.address + size)
+        });
+        windows.collect()
+    }
+
     /// All of the guest's memory, as it is now.
     pub fn memory(&self) -> Arc<GuestMemoryMmap> {
         self.ram.memory().into_inner()
@@ -448,7 +462,13 @@ impl Board {
                     true => Fs::unprepared(&config, directory),
                     false => Fs::new(&config, directory),
                 };
-                self.function(device.map_err(named)?, class::STORAGE, own, slot)
+                let device = device.map_err(named)?;
+                window = self.dax_window(&config, place.window, loops.complete, &named)?;
+                let device =
+                    device.with_window(window.as_ref().map(|window| {
+                        fs::Window::new(window.address, Arc::clone(&window.mapping))
+                    }));
+                self.function(device, class::STORAGE, own, slot)
             }
             Item::Vsock(config, listener) => {
                 let device = Vsock::new(&config, listener, self.on_connect.clone());
@@ -589,6 +609,40 @@ impl Board {
             libc::MAP_SHARED | libc::MAP_NORESERVE,
         )
         .map_err(|error| named(io::Error::other(error)))?;
+        self.show(Arc::new(mapping), read_only, place, named)
+    }
+
+    /// Makes the DAX window of a shared directory, if it has one.
+    fn dax_window(
+        &mut self,
+        config: &FsConfig,
+        place: Option<(u64, u64)>,
+        late: bool,
+        named: &dyn Fn(io::Error) -> BuildError,
+    ) -> Result<Option<Window>, BuildError> {
+        if config.dax_mib == 0 {
+            return Ok(None);
+        }
+        if late {
+            // The guest's tables tell where windows are.
+            return Err(named(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "dax_mib: only what is there from the start can have a window",
+            )));
+        }
+        let mapping = fs::Window::reserve(u64::from(config.dax_mib) << 20).map_err(named)?;
+        self.show(mapping, false, place, named).map(Some)
+    }
+
+    /// Gives the guest a mapping of this process.
+    fn show(
+        &mut self,
+        mapping: Arc<MmapRegion>,
+        read_only: bool,
+        place: Option<(u64, u64)>,
+        named: &dyn Fn(io::Error) -> BuildError,
+    ) -> Result<Window, BuildError> {
+        let size = mapping.size() as u64;
         let address = match place {
             Some((address, had)) if had == size => {
                 self.windows.reserve_at(address, size).then_some(address)

@@ -374,6 +374,15 @@ const FILES: &[Rule] = &[
         &[&[Is(1, libc::F_SETFL as u64)]],
         "read and write, when the guest changed an open file's flags",
     ),
+    // Never executable, and shared with the file.
+    tested(
+        libc::SYS_mmap,
+        &[&[
+            Bits(2, PROT_EXEC, 0),
+            Bits(3, ANONYMOUS, libc::MAP_SHARED as u64),
+        ]],
+        "setupmapping: the DAX window",
+    ),
     any(libc::SYS_umask, "a session after the first"),
     // Only the effective id, for as long as it takes to make a file.
     tested(

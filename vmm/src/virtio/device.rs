@@ -60,6 +60,17 @@ pub struct Activation {
     pub counters: Arc<Counters>,
 }
 
+/// A region of guest-physical memory that belongs to a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SharedMemory {
+    /// Its number among the device's.
+    pub id: u8,
+    /// Where it is.
+    pub address: u64,
+    /// In bytes.
+    pub size: u64,
+}
+
 /// Why a device could not start or go on.
 #[derive(Debug, thiserror::Error)]
 pub enum DeviceError {
@@ -114,6 +125,12 @@ pub trait VirtioDevice: EventHandler {
 
     /// Writes it; most devices have nothing writable.
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    /// Guest memory that is the device's (virtio 1.2 §2.10), for as long as there
+    /// is one.
+    fn shared_memory(&self) -> Option<SharedMemory> {
+        None
+    }
 
     /// DRIVER_OK: takes the queues and starts to work. Runs on a vCPU thread,
     /// so it only wires descriptors up.

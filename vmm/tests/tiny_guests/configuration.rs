@@ -22,7 +22,7 @@ fn kernel() -> File {
 fn a_bad_configuration_is_refused_by_its_fields_name() {
     use FailureKind::{BadResource, InvalidRequest};
     type Change = fn(&mut Setup);
-    let changes: [(&str, FailureKind, Change); 18] = [
+    let changes: [(&str, FailureKind, Change); 19] = [
         ("vcpus: 0", InvalidRequest, |s| s.config.vcpus = 0),
         ("vcpus: 65", InvalidRequest, |s| s.config.vcpus = 65),
         ("memory_mib: 0", InvalidRequest, |s| s.config.memory_mib = 0),
@@ -69,6 +69,16 @@ fn a_bad_configuration_is_refused_by_its_fields_name() {
                 tag: String::new(),
                 directory,
                 cache: FsCache::Auto,
+                dax_mib: 0,
+            });
+        }),
+        ("fs \"shared\".dax_mib: 3", InvalidRequest, |s| {
+            let directory = s.pass(File::open("/").unwrap());
+            s.config.devices.fs.push(FsConfig {
+                tag: "shared".into(),
+                directory,
+                cache: FsCache::Auto,
+                dax_mib: 3,
             });
         }),
         ("fs \"shared\": ", InvalidRequest, |s| {
@@ -76,6 +86,7 @@ fn a_bad_configuration_is_refused_by_its_fields_name() {
                 tag: "shared".into(),
                 directory: 0,
                 cache: FsCache::Auto,
+                dax_mib: 0,
             });
         }),
         ("vsock.cid: 2", InvalidRequest, |s| {
@@ -169,6 +180,7 @@ fn devices_that_cannot_be_made_are_named() {
         tag: "shared".into(),
         directory,
         cache: FsCache::Auto,
+        dax_mib: 0,
     });
     let mut vmm = Vmm::spawn();
     assert_failure(

@@ -155,6 +155,7 @@ fn what_cannot_be_plugged_is_refused() {
         tag: "more".into(),
         directory: 0,
         cache: FsCache::Auto,
+        dax_mib: 0,
     };
     let directory = File::open("/").unwrap();
     assert_failure(
@@ -193,12 +194,22 @@ fn a_shared_directory_and_an_interface_are_plugged() {
         tag: tag.into(),
         directory,
         cache: FsCache::Auto,
+        dax_mib: 0,
     };
     let directory = vmm_sys_util::tempdir::TempDir::new().unwrap();
     let open = || File::open(directory.as_path()).unwrap();
     let index = setup.pass(open());
-    setup.config.devices.fs.push(fs("first", index));
+    setup.config.devices.fs.push(FsConfig {
+        dax_mib: 4,
+        ..fs("first", index)
+    });
     let mut vmm = Vmm::run(&setup);
+    let late = PlugConfig::Fs(FsConfig {
+        dax_mib: 2,
+        ..fs("second", 0)
+    });
+    let refused = vmm.plug(late, vec![open().into()]).unwrap_err();
+    assert!(refused.message.contains("dax_mib"), "{refused:?}");
     let config = PlugConfig::Fs(fs("second", 0));
     assert_eq!(vmm.plug(config, vec![open().into()]).unwrap(), 2);
     let net = NetConfig {

@@ -40,6 +40,7 @@ fn start(mut vmm: Vmm, directory: &TempDir, files: bool) -> (Vmm, PathBuf) {
             tag: "shared".into(),
             directory: shared,
             cache: FsCache::Auto,
+            dax_mib: 0,
         });
     }
     setup.config.devices.vsock = Some(VsockConfig {

@@ -147,6 +147,7 @@ fn devices_are_on_the_bus_in_their_order() {
         tag: "shared".into(),
         directory: shared,
         cache: FsCache::Auto,
+        dax_mib: 0,
     });
     let listener = setup.pass(listener);
     setup.config.devices.vsock = Some(VsockConfig {

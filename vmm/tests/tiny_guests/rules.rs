@@ -147,6 +147,7 @@ fn life(vmm: &mut Vmm) {
         tag: tag.into(),
         directory,
         cache: FsCache::Auto,
+        dax_mib: 0,
     };
     let mut setup = Setup::new(Code::new().print_for_ever(b'r').kernel());
     let _serial = setup.serial();

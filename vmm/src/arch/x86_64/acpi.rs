@@ -3,6 +3,8 @@
 //! bus with ECAM, the serial port, pvpanic, the VM generation id, and registers
 //! to power off and reset. No SCI, no fixed hardware, no interrupt links: devices have MSI-X.
 
+use std::ops::Range;
+
 use acpi_tables::{
     aml,
     fadt::{FADTBuilder, Flags, PmProfile},
@@ -28,12 +30,13 @@ const NO_LEGACY: u16 = (1 << 2) | (1 << 5);
 /// What the generation id's device is notified of.
 const GENERATION_CHANGED: u8 = 0x80;
 
-/// All tables, to be written at [`layout::ACPI_TABLES`].
-pub fn tables(vcpus: u8) -> Vec<u8> {
+/// All tables, to be written at [`layout::ACPI_TABLES`]. `windows` are the regions
+/// above 4 GiB that PCI devices have.
+pub fn tables(vcpus: u8, windows: &[Range<u64>]) -> Vec<u8> {
     let mut image = Image {
         bytes: vec![0; Rsdp::len().next_multiple_of(ALIGN)],
     };
-    let dsdt = image.append(&dsdt());
+    let dsdt = image.append(&dsdt(windows));
     let fadt = image.append(&fadt(dsdt));
     let madt = image.append(&madt(vcpus));
     let mcfg = image.append(&mcfg());
@@ -114,12 +117,27 @@ fn mcfg() -> Vec<u8> {
     bytes(&mcfg)
 }
 
-fn dsdt() -> Vec<u8> {
+fn dsdt(windows: &[Range<u64>]) -> Vec<u8> {
     let window = |start: u64, size: u64| {
         let end = (start + size - 1) as u32;
         let kind = aml::AddressSpaceCacheable::NotCacheable;
         aml::AddressSpace::new_memory(kind, true, start as u32, end, None)
     };
+    let bus = aml::AddressSpace::new_bus_number(0_u16, 0_u16);
+    let registers = [
+        window(layout::BAR_WINDOW, layout::BAR_WINDOW_SIZE),
+        window(layout::CONFIG_WINDOW, layout::CONFIG_WINDOW_SIZE),
+    ];
+    let high: Vec<_> = windows
+        .iter()
+        .map(|window| {
+            let kind = aml::AddressSpaceCacheable::Cacheable;
+            aml::AddressSpace::new_memory(kind, true, window.start, window.end - 1, None)
+        })
+        .collect();
+    let mut resources: Vec<&dyn Aml> = vec![&bus];
+    resources.extend(registers.iter().map(|window| window as &dyn Aml));
+    resources.extend(high.iter().map(|window| window as &dyn Aml));
     let pci = aml::Device::new(
         "_SB_.PCI0".into(),
         vec![
@@ -131,14 +149,7 @@ fn dsdt() -> Vec<u8> {
             &aml::Name::new("_UID".into(), &0_u8),
             // All devices are coherent.
             &aml::Name::new("_CCA".into(), &1_u8),
-            &aml::Name::new(
-                "_CRS".into(),
-                &aml::ResourceTemplate::new(vec![
-                    &aml::AddressSpace::new_bus_number(0_u16, 0_u16),
-                    &window(layout::BAR_WINDOW, layout::BAR_WINDOW_SIZE),
-                    &window(layout::CONFIG_WINDOW, layout::CONFIG_WINDOW_SIZE),
-                ]),
-            ),
+            &aml::Name::new("_CRS".into(), &aml::ResourceTemplate::new(resources)),
         ],
     )
     .to_vec();
@@ -266,7 +277,7 @@ mod tests {
 
     #[test]
     fn every_table_is_reached_and_sums_to_zero() {
-        let image = tables(3);
+        let image = tables(3, &[]);
         assert_eq!(&image[..8], b"RSD PTR ");
         assert_eq!(sum(&image[..20]), 0);
         assert_eq!(sum(&image[..36]), 0);
@@ -290,5 +301,24 @@ mod tests {
         }
         assert_eq!(found, [b"FACP", b"APIC", b"MCFG"]);
         assert!(image.len() as u64 <= layout::HIGH_MEMORY - layout::ACPI_TABLES);
+    }
+
+    #[test]
+    fn windows_are_resources_of_the_bus() {
+        let windows = [5 << 30..6 << 30, 1 << 40..(1 << 40) + (2 << 20)];
+        // Of the descriptor (ACPI 6.5 §6.4.3.5.1): least and last address, then an
+        // offset and the length.
+        let descriptor = |window: &Range<u64>| {
+            let numbers = [window.start, window.end - 1, 0, window.end - window.start];
+            numbers.map(u64::to_le_bytes).concat()
+        };
+        let has = |image: &[u8], window| {
+            let wanted: Vec<u8> = descriptor(window);
+            image.windows(wanted.len()).any(|bytes| bytes == wanted)
+        };
+        for window in &windows {
+            assert!(has(&tables(1, &windows), window));
+            assert!(!has(&tables(1, &[]), window));
+        }
     }
 }

@@ -22,10 +22,10 @@ use virtio_bindings::{
     virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC},
 };
 
-use super::files::Files;
+use super::{files::Files, Window};
 use crate::virtio::{
     chain::Queues,
-    device::{read_bytes, Activation, DeviceError, StateError, VirtioDevice},
+    device::{read_bytes, Activation, DeviceError, SharedMemory, StateError, VirtioDevice},
 };
 
 /// Bytes of a tag (virtio 1.2 §5.11.4).
@@ -52,6 +52,8 @@ pub struct Fs {
     _directory: OwnedFd,
     /// Made in advance, for the first session.
     first: Option<(Backend, Arc<AtomicBool>)>,
+    /// Where the guest may have files themselves.
+    pub(super) window: Option<Window>,
     pub(super) active: Option<Active>,
 }
 
@@ -123,8 +125,24 @@ impl Fs {
             options,
             _directory: directory,
             first: None,
+            window: None,
             active: None,
         })
+    }
+
+    /// The same device, with a DAX window.
+    pub fn with_window(mut self, window: Option<Window>) -> Self {
+        self.window = window;
+        self
+    }
+
+    /// The guest has no file in the window any more.
+    pub(super) fn clear_window(&mut self) {
+        let cleared = self.window.as_mut().map_or(Ok(()), Window::clear);
+        if let Err(error) = cleared {
+            // The next one clears it, or the machine's end.
+            tracing::error!(%error, "DAX window not cleared");
+        }
     }
 
     /// Takes care that there is a backend, when the driver has activated the
@@ -190,6 +208,11 @@ impl VirtioDevice for Fs {
 
     fn reset(&mut self) {
         self.active = None;
+        self.clear_window();
+    }
+
+    fn shared_memory(&self) -> Option<SharedMemory> {
+        self.window.as_ref().map(Window::region)
     }
 
     fn queues(&self) -> Option<&Queues> {

@@ -5,12 +5,12 @@ use std::sync::Arc;
 
 use fuse_backend_rs::{
     abi::fuse_abi::{InHeader, OutHeader},
-    transport::{Reader, VirtioFsWriter, Writer},
+    transport::{FsCacheReqHandler, Reader, VirtioFsWriter, Writer},
 };
 use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 
-use super::{device::Backend, Fs};
+use super::{device::Backend, Fs, Window};
 use crate::{
     event::EventHandler,
     virtio::{
@@ -38,9 +38,10 @@ impl EventHandler for Fs {
             let Some(backend) = &active.backend else {
                 return;
             };
+            let window = &mut self.window;
             let counters = Arc::clone(&active.queues.counters);
             active.queues.drain(index, ROUND, |chain| {
-                let served = serve(&memory, backend, &counters, chain);
+                let served = serve(&memory, backend, window.as_mut(), &counters, chain);
                 if let Ok(length) = served {
                     counters.to_guest(length.into());
                 }
@@ -54,13 +55,15 @@ impl EventHandler for Fs {
 fn serve(
     memory: &GuestMemoryMmap,
     backend: &Backend,
+    window: Option<&mut Window>,
     counters: &Counters,
     chain: Chain<'_>,
 ) -> Result<u32, Broken> {
     let reader = Reader::from_descriptor_chain(memory, chain.clone()).map_err(|_| Broken)?;
     let writer = VirtioFsWriter::new(memory, chain.clone()).map_err(|_| Broken)?;
     counters.from_guest(reader.available_bytes() as u64);
-    match backend.handle_message(reader, Writer::VirtioFs(writer), None, None) {
+    let window = window.map(|window| window as &mut dyn FsCacheReqHandler);
+    match backend.handle_message(reader, Writer::VirtioFs(writer), window, None) {
         // A reply is shorter than what the queue's descriptors hold.
         Ok(length) => u32::try_from(length).map_err(|_| Broken),
         Err(error) => {

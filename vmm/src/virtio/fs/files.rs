@@ -13,12 +13,16 @@ use std::{
 };
 
 use fuse_backend_rs::{
-    abi::fuse_abi::{stat64, statvfs64, CreateIn},
+    abi::{
+        fuse_abi::{stat64, statvfs64, CreateIn},
+        virtio_fs::RemovemappingOne,
+    },
     api::filesystem::{
         Context, DirEntry, Entry, FileSystem, FsOptions, GetxattrReply, ListxattrReply,
         OpenOptions, SetattrValid, ZeroCopyReader, ZeroCopyWriter,
     },
     passthrough::PassthroughFs,
+    transport::FsCacheReqHandler,
 };
 
 /// FUSE_ATTR_SUBMOUNT of Linux's fuse.h: the directory is the root of another
@@ -415,6 +419,39 @@ impl FileSystem for Files {
 
     fn access(&self, ctx: &Context, inode: u64, mask: u32) -> io::Result<()> {
         self.inner.access(ctx, inode, mask)
+    }
+
+    fn setupmapping(
+        &self,
+        ctx: &Context,
+        inode: u64,
+        handle: u64,
+        file_offset: u64,
+        length: u64,
+        flags: u64,
+        offset: u64,
+        window: &mut dyn FsCacheReqHandler,
+    ) -> io::Result<()> {
+        self.inner.setupmapping(
+            ctx,
+            inode,
+            handle,
+            file_offset,
+            length,
+            flags,
+            offset,
+            window,
+        )
+    }
+
+    fn removemapping(
+        &self,
+        ctx: &Context,
+        inode: u64,
+        requests: Vec<RemovemappingOne>,
+        window: &mut dyn FsCacheReqHandler,
+    ) -> io::Result<()> {
+        self.inner.removemapping(ctx, inode, requests, window)
     }
 
     fn lseek(

@@ -14,5 +14,7 @@ mod files;
 mod state;
 #[cfg(test)]
 mod tests;
+mod window;
 
 pub use device::Fs;
+pub use window::Window;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 mod requests;
+mod window;
 
 use std::{
     fs::{self, File},
@@ -14,7 +15,7 @@ use std::{
 use bulkhead_vmm_api::{FsCache, FsConfig};
 use vmm_sys_util::tempdir::TempDir;
 
-use super::{device::QUEUES, files::ATTR_SUBMOUNT, Fs};
+use super::{device::QUEUES, files::ATTR_SUBMOUNT, Fs, Window};
 use crate::confine::{
     self,
     seccomp::{Worker, LEFT_OUT},
@@ -66,6 +67,7 @@ fn config(tag: &str) -> FsConfig {
         tag: tag.into(),
         directory: 0,
         cache: FsCache::Auto,
+        dax_mib: 0,
     }
 }
 
@@ -76,9 +78,14 @@ fn open(path: &Path) -> OwnedFd {
 impl Guest {
     /// A guest that has mounted a directory with one file.
     fn new() -> Self {
+        Self::with_window(None)
+    }
+
+    fn with_window(window: Option<Window>) -> Self {
         let directory = TempDir::new().unwrap();
         fs::write(directory.as_path().join("file"), b"0123456789").unwrap();
         let device = Fs::new(&config("shared"), open(directory.as_path())).unwrap();
+        let device = device.with_window(window);
         let mut guest = Self {
             driver: Driver::new(device),
             directory,

@@ -22,7 +22,9 @@ pub use self::state::FunctionState;
 use self::{common::Registers, lines::Lines};
 use vm_memory::GuestAddressSpace;
 
-use super::device::{Activation, ActiveQueue, DeviceRef, GuestRam, Interrupt, VirtioDevice};
+use super::device::{
+    Activation, ActiveQueue, DeviceRef, GuestRam, Interrupt, SharedMemory, VirtioDevice,
+};
 use crate::{
     event::{HandlerRef, LoopHandle},
     pci::{
@@ -54,12 +56,15 @@ const CFG_COMMON: u8 = 1;
 const CFG_NOTIFY: u8 = 2;
 const CFG_ISR: u8 = 3;
 const CFG_DEVICE: u8 = 4;
+const CFG_SHARED_MEMORY: u8 = 8;
 
 /// Where the interrupts' table is: its BAR, and offset 0.
 const TABLE_BAR: u32 = 1;
 /// And what the device says of itself.
 const CONFIG_BAR: u8 = 2;
-/// Bytes of that; no device has more.
+/// And the memory that it shares with the guest, if any.
+const MEMORY_BAR: u8 = 4;
+/// Bytes of a device's configuration; none has more.
 const CONFIG_SIZE: usize = 256;
 
 /// Enhanced Allocation (PCI Express 5.0 §7.8.5).
@@ -147,12 +152,13 @@ impl VirtioPci {
         class: u32,
         wiring: Wiring,
     ) -> io::Result<Self> {
-        let (id, sizes, features) = {
+        let (id, sizes, features, shared) = {
             let device = device.lock().expect("a new device's lock is whole");
             (
                 device.device_id(),
                 device.queue_sizes().to_vec(),
                 device.features(),
+                device.shared_memory(),
             )
         };
         let msix = Msix::new(wiring.messages, wiring.table, sizes.len() as u16 + 1)?;
@@ -183,7 +189,10 @@ impl VirtioPci {
         );
         let msix_control = capability + 2;
         config.allow_writes(msix_control, &msix::CONTROL_WRITABLE.to_le_bytes());
-        config.add_capability(ENHANCED_ALLOCATION, &fixed_bars(&at));
+        if let Some(shared) = shared {
+            config.add_capability(VENDOR_CAPABILITY, &shared_memory(shared));
+        }
+        config.add_capability(ENHANCED_ALLOCATION, &fixed_bars(&at, shared));
 
         let vectors = (0..=sizes.len())
             .map(|_| AtomicU16::new(NO_VECTOR))
@@ -462,7 +471,7 @@ impl PciFunction for VirtioPci {
 
 /// The body of an Enhanced Allocation capability: BARs that are memory at fixed
 /// addresses. Nobody need look for a place for them.
-fn fixed_bars(at: &Addresses) -> Vec<u8> {
+fn fixed_bars(at: &Addresses, shared: Option<SharedMemory>) -> Vec<u8> {
     /// Enabled; what else could be there is not; two more double words.
     const ENTRY: u32 = 1 << 31 | 0xff << 16 | 2;
     let page = PAGE as u32;
@@ -472,11 +481,37 @@ fn fixed_bars(at: &Addresses) -> Vec<u8> {
         (at.config, page),
     ];
     // How many; padding to a double word.
-    let mut body = vec![bars.len() as u8, 0];
+    let mut body = vec![(bars.len() + usize::from(shared.is_some())) as u8, 0];
     for (number, (address, size)) in (0_u32..).zip(bars) {
         for word in [ENTRY | number << 4, address, size - 4] {
             body.extend_from_slice(&word.to_le_bytes());
         }
+    }
+    if let Some(shared) = shared {
+        /// Of an address, and of the offset of the last double word: another word
+        /// is above it.
+        const WIDE: u32 = 2;
+        let entry = (ENTRY + 2) | (u32::from(MEMORY_BAR) << 4);
+        let last = shared.size - 4;
+        for word in [
+            entry,
+            shared.address as u32 | WIDE,
+            last as u32 | WIDE,
+            (shared.address >> 32) as u32,
+            (last >> 32) as u32,
+        ] {
+            body.extend_from_slice(&word.to_le_bytes());
+        }
+    }
+    body
+}
+
+/// `struct virtio_pci_cap64` after id and next pointer (virtio 1.2 §4.1.4.7): all
+/// of a BAR.
+fn shared_memory(shared: SharedMemory) -> Vec<u8> {
+    let mut body = vec![24, CFG_SHARED_MEMORY, MEMORY_BAR, shared.id, 0, 0];
+    for word in [0, shared.size as u32, 0, (shared.size >> 32) as u32] {
+        body.extend_from_slice(&word.to_le_bytes());
     }
     body
 }

@@ -52,7 +52,7 @@ impl Guest {
             .unwrap_or_else(|error| panic!("{opcode}: error {error}"))
     }
 
-    fn inode(&mut self, name: &str) -> u64 {
+    pub(super) fn inode(&mut self, name: &str) -> u64 {
         long(&self.lookup(ROOT, name.as_bytes()).unwrap(), 0)
     }
 
