@@ -146,12 +146,18 @@ fn memory_never_becomes_executable() {
     let all = &Worker::ALL;
     assert_allows(all, libc::SYS_mmap, map(read, anonymous));
     assert_kills(all, libc::SYS_mmap, map(read | exec, anonymous));
-    // Of no file, and shared with nobody; but for who plugs persistent memory.
+    // Of no file, and shared with nobody; but for who plugs persistent memory, and
+    // who puts files into a window.
     assert_kills(all, libc::SYS_mmap, map(read, libc::MAP_PRIVATE as u64));
     let file = libc::MAP_SHARED as u64;
     let others = [Worker::Vcpu, Worker::Devices, Worker::Files];
     assert_allows(&[Worker::Control], libc::SYS_mmap, map(read, file));
     assert_kills(&others, libc::SYS_mmap, map(read, file));
+    let window = (libc::MAP_SHARED | libc::MAP_FIXED) as u64;
+    let others = [Worker::Vcpu, Worker::Devices];
+    assert_allows(&[Worker::Files], libc::SYS_mmap, map(read, window));
+    assert_kills(&others, libc::SYS_mmap, map(read, window));
+    assert_kills(all, libc::SYS_mmap, map(read | exec, window));
     assert_kills(all, libc::SYS_mmap, map(read | exec, file));
     let shared = (libc::MAP_SHARED | libc::MAP_ANONYMOUS) as u64;
     assert_kills(all, libc::SYS_mmap, map(read, shared));

@@ -81,6 +81,7 @@ pub fn allowed(worker: Worker) -> impl Iterator<Item = Allowed> {
 
 const PROT_EXEC: u64 = libc::PROT_EXEC as u64;
 const ANONYMOUS: u64 = (libc::MAP_ANONYMOUS | libc::MAP_SHARED) as u64;
+const FIXED: u64 = libc::MAP_FIXED as u64;
 
 /// Locks, memory of one's own, logging, and ending.
 const EVERYBODY: &[Rule] = &[
@@ -374,12 +375,12 @@ const FILES: &[Rule] = &[
         &[&[Is(1, libc::F_SETFL as u64)]],
         "read and write, when the guest changed an open file's flags",
     ),
-    // Never executable, and shared with the file.
+    // Never executable, shared with the file, and where it is said to be.
     tested(
         libc::SYS_mmap,
         &[&[
             Bits(2, PROT_EXEC, 0),
-            Bits(3, ANONYMOUS, libc::MAP_SHARED as u64),
+            Bits(3, ANONYMOUS | FIXED, libc::MAP_SHARED as u64 | FIXED),
         ]],
         "setupmapping: the DAX window",
     ),
