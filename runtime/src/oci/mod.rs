@@ -14,6 +14,7 @@ mod seccomp;
 mod size;
 
 use std::{
+    collections::HashMap,
     io,
     path::{Path, PathBuf},
 };
@@ -171,6 +172,29 @@ pub fn wants_new_network(spec: &Spec) -> bool {
     })
 }
 
+/// What a pod with a user namespace of its own may do in its network by that
+/// namespace's capabilities, and which is the guest's here: ports below 1024, and
+/// echo requests.
+const USERS_NETWORK: [(&str, &str); 2] = [
+    ("net.ipv4.ip_unprivileged_port_start", "0"),
+    ("net.ipv4.ping_group_range", "0 2147483647"),
+];
+
+/// Adds to a pod's sysctls what its user namespace takes, where it has one. What the
+/// pod says itself stays.
+pub fn allow_users_network(spec: &Spec, sysctls: &mut HashMap<String, String>) {
+    let namespaces = spec.linux().as_ref().and_then(|l| l.namespaces().as_ref());
+    let mut namespaces = namespaces.into_iter().flatten();
+    if !namespaces.any(|namespace| namespace.typ() == LinuxNamespaceType::User) {
+        return;
+    }
+    for (name, value) in USERS_NETWORK {
+        if !sysctls.keys().any(|key| key.replace('/', ".") == name) {
+            sysctls.insert(name.into(), value.into());
+        }
+    }
+}
+
 /// The spec's name of an enumeration's value.
 fn name<T: Serialize>(value: &T) -> String {
     match serde_json::to_value(value) {
@@ -183,6 +207,27 @@ fn name<T: Serialize>(value: &T) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_pod_with_users_has_low_ports() {
+        let ids = r#""uidMappings":[{"containerID":0,"hostID":1,"size":9}]"#;
+        let spec = |namespace: &str| -> Spec {
+            serde_json::from_str(&format!(
+                r#"{{"ociVersion":"1.2.0","linux":{{"namespaces":[{{"type":"{namespace}"}}],{ids}}}}}"#
+            ))
+            .unwrap()
+        };
+        let mut sysctls = HashMap::new();
+        allow_users_network(&spec("pid"), &mut sysctls);
+        assert!(sysctls.is_empty());
+        // What the pod says holds, however it spells it.
+        let own = "net/ipv4/ip_unprivileged_port_start";
+        sysctls.insert(own.into(), "80".into());
+        allow_users_network(&spec("user"), &mut sysctls);
+        assert_eq!(sysctls.len(), 2);
+        assert_eq!(sysctls[own], "80");
+        assert_eq!(sysctls["net.ipv4.ping_group_range"], "0 2147483647");
+    }
 
     /// Cases misc_props, process_capabilities_fail, process_rlimits_fail,
     /// memory_policy and net_devices of the conformance suites.

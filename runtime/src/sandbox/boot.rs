@@ -79,7 +79,7 @@ pub async fn start(
     check_name("sandbox", &request.id)?;
     // Before anything is taken.
     let mut request = request;
-    let (spec, pod_sysctls, files) = match request.pod.take() {
+    let (spec, mut pod_sysctls, files) = match request.pod.take() {
         Some(pod) => {
             let linux = pod.spec.linux().as_ref();
             let sysctls = linux.and_then(|linux| linux.sysctl().clone());
@@ -91,6 +91,7 @@ pub async fn start(
             (spec, sysctls, None)
         }
     };
+    oci::allow_users_network(&spec, &mut pod_sysctls);
     let shm_size = match files {
         Some(_) => Some(SHARED_MEMORY),
         None => oci::shm_size(&spec),

@@ -331,7 +331,7 @@ fn pods_users(context: &Context, cri: &Cri) -> Result<()> {
     let before = listing(context, cri);
     let pod = Pod::run_on(context, cri, cri.handler(), "users", config.clone())?;
     let serve = "mkdir /srv; echo from the pod >/srv/page; echo serving; \
-        exec httpd -f -p 8080 -h /srv";
+        exec httpd -f -p 80 -h /srv";
     let one = pod.start("one", serve, config.clone())?;
     pod.logged(&one, "serving")?;
     let two = pod.start("two", "exec sleep 7777", config)?;
@@ -344,7 +344,7 @@ fn pods_users(context: &Context, cri: &Cri) -> Result<()> {
     // The network, which containerd 1.7 makes only when the pod runs.
     let address = pod.address()?;
     mentions(&pod.sh(&two, "ip -4 addr show eth0")?, &[&address])?;
-    let url = format!("http://{address}:8080/page");
+    let url = format!("http://{address}/page");
     let mut get = Command::new("busybox");
     let page = proc::run(get.args(["wget", "-q", "-O", "-", &url]), PATIENCE)?;
     same(page.ok().context("from the host")?.out(), "from the pod")?;
