@@ -133,7 +133,7 @@ fn serve(socket: OwnedFd, stamps: std::sync::Arc<Stamps>) -> ! {
         .init();
     control::end_on_panic();
     allocate_plainly();
-    allow_files();
+    bulkhead_vmm::virtio::fs::allow_descriptors();
     let reason = match Server::new(Channel::from_fd(socket), stamps) {
         Ok(server) => server.run(),
         Err(error) => {
@@ -172,23 +172,6 @@ fn allocate_plainly() {
     #[cfg(target_env = "gnu")]
     unsafe {
         libc::mallopt(libc::M_ARENA_MAX, 1);
-    }
-}
-
-/// Lets the guest have many files: each one that it knows takes a descriptor.
-fn allow_files() {
-    // SAFETY: both calls only change a number of this process, and the
-    // structure outlives them.
-    unsafe {
-        let mut limit = libc::rlimit {
-            rlim_cur: 0,
-            rlim_max: 0,
-        };
-        let known = libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) == 0;
-        if known && limit.rlim_cur < limit.rlim_max {
-            limit.rlim_cur = limit.rlim_max;
-            libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit);
-        }
     }
 }
 

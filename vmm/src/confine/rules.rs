@@ -343,7 +343,6 @@ const FILES: &[Rule] = &[
     ),
     // By descriptor and name; there is nothing else below this process's root.
     any(libc::SYS_openat, "lookup, open, create"),
-    any(libc::SYS_newfstatat, "attributes"),
     any(libc::SYS_statx, "attributes"),
     any(libc::SYS_fstatfs, "statfs"),
     any(libc::SYS_readlinkat, "readlink"),
@@ -355,7 +354,6 @@ const FILES: &[Rule] = &[
     any(libc::SYS_linkat, "link"),
     any(libc::SYS_unlinkat, "unlink, rmdir"),
     any(libc::SYS_renameat2, "rename"),
-    any(libc::SYS_fchmod, "setattr"),
     any(libc::SYS_fchmodat, "setattr"),
     any(libc::SYS_fchownat, "setattr"),
     any(libc::SYS_ftruncate, "setattr"),

@@ -3,26 +3,28 @@
 
 use std::{
     io,
-    os::fd::{AsRawFd, OwnedFd},
+    os::fd::OwnedFd,
     sync::{
         atomic::{AtomicBool, Ordering},
-        Arc,
+        Arc, OnceLock,
     },
     time::Duration,
 };
 
 use bulkhead_vmm_api::{FsCache, FsConfig};
-use fuse_backend_rs::{
-    api::server::Server,
-    passthrough::{CachePolicy, Config, PassthroughFs},
-};
+use fuse_backend_rs::api::server::Server;
+use rustix::process::{getrlimit, setrlimit, Resource, Rlimit};
 use virtio_bindings::{
     virtio_config::VIRTIO_F_VERSION_1,
     virtio_ids::VIRTIO_ID_FS,
     virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC},
 };
 
-use super::{files::Files, Window};
+use super::{
+    files::Files,
+    passthrough::{Caching, Passthrough},
+    Window,
+};
 use crate::virtio::{
     chain::Queues,
     device::{read_bytes, Activation, DeviceError, SharedMemory, StateError, VirtioDevice},
@@ -47,9 +49,8 @@ pub(super) type Backend = Server<Files>;
 pub struct Fs {
     tag: String,
     config: [u8; TAG + 4],
-    options: Config,
-    /// What `options.root_dir` names.
-    _directory: OwnedFd,
+    caching: Caching,
+    directory: Arc<OwnedFd>,
     /// Made in advance, for the first session.
     first: Option<(Backend, Arc<AtomicBool>)>,
     /// Where the guest may have files themselves.
@@ -83,7 +84,7 @@ impl Fs {
         let mut this = Self::unprepared(config, directory)?;
         // Now, for it shows what would fail at the guest's start.
         let mounted = Arc::<AtomicBool>::default();
-        this.first = Some((backend(&this.options, &mounted)?, mounted));
+        this.first = Some((backend(&this.directory, this.caching, &mounted)?, mounted));
         Ok(this)
     }
 
@@ -103,27 +104,20 @@ impl Fs {
         let mut space = [0; TAG + 4];
         space[..tag.len()].copy_from_slice(tag);
         space[TAG..].copy_from_slice(&1_u32.to_le_bytes());
-        let (cache_policy, valid) = match config.cache {
-            FsCache::Never => (CachePolicy::Never, Duration::ZERO),
-            FsCache::Auto => (CachePolicy::Auto, VALID),
-            FsCache::Always => (CachePolicy::Always, VALID_EXCLUSIVE),
-        };
-        let options = Config {
-            // The dot makes the kernel follow the descriptor's link.
-            root_dir: format!("/proc/self/fd/{}/.", directory.as_raw_fd()),
-            cache_policy,
-            attr_timeout: valid,
-            entry_timeout: valid,
-            xattr: true,
-            // Else the guest asks for file capabilities before each write.
-            killpriv_v2: true,
-            ..Config::default()
+        let caching = Caching {
+            valid: match config.cache {
+                FsCache::Never => Duration::ZERO,
+                FsCache::Auto => VALID,
+                FsCache::Always => VALID_EXCLUSIVE,
+            },
+            data: config.cache != FsCache::Never,
+            always: config.cache == FsCache::Always,
         };
         Ok(Self {
             tag: config.tag.clone(),
             config: space,
-            options,
-            _directory: directory,
+            caching,
+            directory: Arc::new(directory),
             first: None,
             window: None,
             active: None,
@@ -153,7 +147,8 @@ impl Fs {
     pub(super) fn prepare(&mut self) -> io::Result<()> {
         match &mut self.active {
             Some(active) if active.backend.is_none() => {
-                active.backend = Some(backend(&self.options, &active.mounted)?);
+                let backend = backend(&self.directory, self.caching, &active.mounted)?;
+                active.backend = Some(backend);
                 Ok(())
             }
             _ => Ok(()),
@@ -162,11 +157,40 @@ impl Fs {
 }
 
 /// A backend that knows nothing yet.
-fn backend(options: &Config, mounted: &Arc<AtomicBool>) -> io::Result<Backend> {
-    let files = PassthroughFs::new(options.clone())?;
-    files.import()?;
-    let shared = options.cache_policy != CachePolicy::Always;
-    Ok(Server::new(Files::new(files, shared, Arc::clone(mounted))))
+fn backend(
+    directory: &Arc<OwnedFd>,
+    caching: Caching,
+    mounted: &Arc<AtomicBool>,
+) -> io::Result<Backend> {
+    let room = ROOM.get().copied().unwrap_or(LEAST_ROOM);
+    let files = Passthrough::new(Arc::clone(directory), caching, room)?;
+    let files = Files::new(files, !caching.always, Arc::clone(mounted));
+    Ok(Server::new(files))
+}
+
+/// Descriptors that files of a shared directory may take.
+static ROOM: OnceLock<usize> = OnceLock::new();
+/// Where nobody has asked for more.
+const LEAST_ROOM: usize = 512;
+/// What is left of this process's for all else: connections, disks, taps and
+/// events.
+const RESERVE: u64 = 2048;
+
+/// Lets guests have as many files as this process may have descriptors, less some
+/// for itself: each file that a guest knows takes one.
+pub fn allow_descriptors() {
+    let limit = getrlimit(Resource::Nofile);
+    let most = limit.maximum.unwrap_or(u64::MAX);
+    let raised = Rlimit {
+        current: limit.maximum,
+        maximum: limit.maximum,
+    };
+    let now = match setrlimit(Resource::Nofile, raised) {
+        Ok(()) => most,
+        Err(_) => limit.current.unwrap_or(most),
+    };
+    let room = now.saturating_sub(RESERVE.min(now / 2));
+    let _ = ROOM.set(usize::try_from(room).unwrap_or(usize::MAX));
 }
 
 impl VirtioDevice for Fs {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What the library's file system is to this device: its answers, less what a
-//! guest need not have, plus what it does not negotiate by itself.
+//! The shared directory as the protocol's library asks for it: less what a guest
+//! need not have, and with what is negotiated.
 
 use std::{
     ffi::CStr,
@@ -21,19 +21,14 @@ use fuse_backend_rs::{
         Context, DirEntry, Entry, FileSystem, FsOptions, GetxattrReply, ListxattrReply,
         OpenOptions, SetattrValid, ZeroCopyReader, ZeroCopyWriter,
     },
-    passthrough::PassthroughFs,
     transport::FsCacheReqHandler,
 };
 
-/// FUSE_ATTR_SUBMOUNT of Linux's fuse.h: the directory is the root of another
-/// file system.
-pub(super) const ATTR_SUBMOUNT: u32 = 1;
+use super::passthrough::Passthrough;
 
 /// Longest extended attribute, and list of their names, in bytes (Linux's
 /// XATTR_SIZE_MAX and XATTR_LIST_MAX).
 const XATTR_MAX: u32 = 64 * 1024;
-/// Longest part of a directory in one answer, in bytes.
-const DIRECTORY_MAX: u32 = 1 << 20;
 
 /// What the guest may set when it opens a file. O_DIRECT is not among it: the
 /// host's page cache has the file anyway, and not every file system of the
@@ -57,7 +52,7 @@ const ANNOUNCED: (i64, i64) = (13_569_465_600, 141_592_653);
 
 /// A shared directory, served to one connection.
 pub(super) struct Files {
-    inner: PassthroughFs<()>,
+    inner: Passthrough,
     /// Somebody else than the guest may change files.
     shared: bool,
     /// The guest has begun a session.
@@ -67,36 +62,12 @@ pub(super) struct Files {
 impl Files {
     /// `shared`: somebody else than the guest may change files. `mounted` is
     /// set while the guest has a session.
-    pub fn new(inner: PassthroughFs<()>, shared: bool, mounted: Arc<AtomicBool>) -> Self {
+    pub fn new(inner: Passthrough, shared: bool, mounted: Arc<AtomicBool>) -> Self {
         Self {
             inner,
             shared,
             mounted,
         }
-    }
-
-    /// The file system that a directory lies in.
-    fn device(&self, ctx: &Context, inode: u64) -> io::Result<u64> {
-        Ok(self.inner.getattr(ctx, inode, None)?.0.st_dev)
-    }
-
-    /// Tells the guest when `entry` is the root of another file system than
-    /// its parent's: equal inode numbers of different file systems would be
-    /// the same file to programs otherwise.
-    fn mark(&self, device: u64, mut entry: Entry) -> Entry {
-        if entry.attr.st_mode & libc::S_IFMT == libc::S_IFDIR && entry.attr.st_dev != device {
-            entry.attr_flags |= ATTR_SUBMOUNT;
-        }
-        entry
-    }
-}
-
-/// A name the guest may look up. Its kernel resolves `.` and `..` itself; a
-/// guest that asks for them wants out.
-fn name_allowed(name: &CStr) -> io::Result<()> {
-    match name.to_bytes() {
-        b"." | b".." => Err(io::Error::from_raw_os_error(libc::EINVAL)),
-        _ => Ok(()),
     }
 }
 
@@ -105,13 +76,15 @@ impl FileSystem for Files {
     type Handle = u64;
 
     fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
-        let mut wanted = self.inner.init(capable)?
+        let mut wanted = capable & FsOptions::HANDLE_KILLPRIV_V2
             | FsOptions::ASYNC_READ
             | FsOptions::ATOMIC_O_TRUNC
             | FsOptions::BIG_WRITES
             | FsOptions::CACHE_SYMLINKS
+            | FsOptions::DO_READDIRPLUS
             | FsOptions::MAX_PAGES
             | FsOptions::PARALLEL_DIROPS
+            | FsOptions::READDIRPLUS_AUTO
             | FsOptions::SUBMOUNTS;
         if self.shared {
             wanted |= FsOptions::AUTO_INVAL_DATA;
@@ -121,36 +94,38 @@ impl FileSystem for Files {
     }
 
     fn destroy(&self) {
-        self.inner.destroy();
+        if let Err(error) = self.inner.clear() {
+            tracing::error!(%error, "shared directory cannot be looked into again");
+        }
         self.mounted.store(false, Ordering::SeqCst);
     }
 
-    fn lookup(&self, ctx: &Context, parent: u64, name: &CStr) -> io::Result<Entry> {
-        name_allowed(name)?;
-        let device = self.device(ctx, parent)?;
-        Ok(self.mark(device, self.inner.lookup(ctx, parent, name)?))
+    fn lookup(&self, _: &Context, parent: u64, name: &CStr) -> io::Result<Entry> {
+        self.inner.lookup(parent, name)
     }
 
-    fn forget(&self, ctx: &Context, inode: u64, count: u64) {
-        self.inner.forget(ctx, inode, count);
+    fn forget(&self, _: &Context, inode: u64, count: u64) {
+        self.inner.forget(inode, count);
     }
 
-    fn batch_forget(&self, ctx: &Context, requests: Vec<(u64, u64)>) {
-        self.inner.batch_forget(ctx, requests);
+    fn batch_forget(&self, _: &Context, requests: Vec<(u64, u64)>) {
+        for (inode, count) in requests {
+            self.inner.forget(inode, count);
+        }
     }
 
     fn getattr(
         &self,
-        ctx: &Context,
+        _: &Context,
         inode: u64,
-        handle: Option<u64>,
+        _handle: Option<u64>,
     ) -> io::Result<(stat64, Duration)> {
-        self.inner.getattr(ctx, inode, handle)
+        self.inner.getattr(inode)
     }
 
     fn setattr(
         &self,
-        ctx: &Context,
+        _: &Context,
         inode: u64,
         attr: stat64,
         handle: Option<u64>,
@@ -161,13 +136,13 @@ impl FileSystem for Files {
             && (times | SetattrValid::CTIME).contains(valid)
             && (attr.st_mtime, attr.st_mtime_nsec) == ANNOUNCED
         {
-            return self.inner.getattr(ctx, inode, handle);
+            return self.inner.getattr(inode);
         }
-        self.inner.setattr(ctx, inode, attr, handle, valid)
+        self.inner.setattr(inode, &attr, handle, valid)
     }
 
-    fn readlink(&self, ctx: &Context, inode: u64) -> io::Result<Vec<u8>> {
-        self.inner.readlink(ctx, inode)
+    fn readlink(&self, _: &Context, inode: u64) -> io::Result<Vec<u8>> {
+        self.inner.readlink(inode)
     }
 
     fn symlink(&self, ctx: &Context, target: &CStr, parent: u64, name: &CStr) -> io::Result<Entry> {
@@ -197,17 +172,17 @@ impl FileSystem for Files {
         self.inner.mkdir(ctx, parent, name, mode, umask)
     }
 
-    fn unlink(&self, ctx: &Context, parent: u64, name: &CStr) -> io::Result<()> {
-        self.inner.unlink(ctx, parent, name)
+    fn unlink(&self, _: &Context, parent: u64, name: &CStr) -> io::Result<()> {
+        self.inner.unlink(parent, name)
     }
 
-    fn rmdir(&self, ctx: &Context, parent: u64, name: &CStr) -> io::Result<()> {
-        self.inner.rmdir(ctx, parent, name)
+    fn rmdir(&self, _: &Context, parent: u64, name: &CStr) -> io::Result<()> {
+        self.inner.rmdir(parent, name)
     }
 
     fn rename(
         &self,
-        ctx: &Context,
+        _: &Context,
         old_parent: u64,
         old_name: &CStr,
         new_parent: u64,
@@ -215,21 +190,22 @@ impl FileSystem for Files {
         flags: u32,
     ) -> io::Result<()> {
         self.inner
-            .rename(ctx, old_parent, old_name, new_parent, new_name, flags)
+            .rename(old_parent, old_name, new_parent, new_name, flags)
     }
 
-    fn link(&self, ctx: &Context, inode: u64, parent: u64, name: &CStr) -> io::Result<Entry> {
-        self.inner.link(ctx, inode, parent, name)
+    fn link(&self, _: &Context, inode: u64, parent: u64, name: &CStr) -> io::Result<Entry> {
+        self.inner.link(inode, parent, name)
     }
 
     fn open(
         &self,
-        ctx: &Context,
+        _: &Context,
         inode: u64,
         flags: u32,
         fuse_flags: u32,
     ) -> io::Result<(Option<u64>, OpenOptions, Option<u32>)> {
-        self.inner.open(ctx, inode, flags & OPEN_FLAGS, fuse_flags)
+        let (handle, options) = self.inner.open(inode, flags & OPEN_FLAGS, fuse_flags)?;
+        Ok((Some(handle), options, None))
     }
 
     fn create(
@@ -240,228 +216,188 @@ impl FileSystem for Files {
         mut args: CreateIn,
     ) -> io::Result<(Entry, Option<u64>, OpenOptions, Option<u32>)> {
         args.flags &= OPEN_FLAGS;
-        self.inner.create(ctx, parent, name, args)
+        let (entry, handle, options) = self.inner.create(ctx, parent, name, args)?;
+        Ok((entry, Some(handle), options, None))
     }
 
     fn read(
         &self,
-        ctx: &Context,
+        _: &Context,
         inode: u64,
         handle: u64,
         to: &mut dyn ZeroCopyWriter,
         size: u32,
         offset: u64,
-        lock_owner: Option<u64>,
+        _lock_owner: Option<u64>,
         flags: u32,
     ) -> io::Result<usize> {
-        let flags = flags & OPEN_FLAGS;
-        self.inner
-            .read(ctx, inode, handle, to, size, offset, lock_owner, flags)
+        self.inner.read(inode, handle, to, size, offset, flags)
     }
 
     fn write(
         &self,
-        ctx: &Context,
+        _: &Context,
         inode: u64,
         handle: u64,
         from: &mut dyn ZeroCopyReader,
         size: u32,
         offset: u64,
-        lock_owner: Option<u64>,
-        delayed: bool,
+        _lock_owner: Option<u64>,
+        _delayed: bool,
         flags: u32,
         fuse_flags: u32,
     ) -> io::Result<usize> {
-        let flags = flags & OPEN_FLAGS;
-        self.inner.write(
-            ctx, inode, handle, from, size, offset, lock_owner, delayed, flags, fuse_flags,
-        )
+        self.inner
+            .write(inode, handle, from, size, offset, flags, fuse_flags)
     }
 
-    fn flush(&self, ctx: &Context, inode: u64, handle: u64, owner: u64) -> io::Result<()> {
-        self.inner.flush(ctx, inode, handle, owner)
+    fn flush(&self, _: &Context, inode: u64, handle: u64, _owner: u64) -> io::Result<()> {
+        self.inner.flush(inode, handle)
     }
 
-    fn fsync(&self, ctx: &Context, inode: u64, data_only: bool, handle: u64) -> io::Result<()> {
-        self.inner.fsync(ctx, inode, data_only, handle)
+    fn fsync(&self, _: &Context, inode: u64, data_only: bool, handle: u64) -> io::Result<()> {
+        self.inner.fsync(inode, data_only, handle)
     }
 
     fn fallocate(
         &self,
-        ctx: &Context,
+        _: &Context,
         inode: u64,
         handle: u64,
         mode: u32,
         offset: u64,
         length: u64,
     ) -> io::Result<()> {
-        self.inner
-            .fallocate(ctx, inode, handle, mode, offset, length)
+        self.inner.fallocate(inode, handle, mode, offset, length)
     }
 
     fn release(
         &self,
-        ctx: &Context,
+        _: &Context,
         inode: u64,
-        flags: u32,
+        _flags: u32,
         handle: u64,
-        flush: bool,
-        unlock: bool,
-        lock_owner: Option<u64>,
+        _flush: bool,
+        _unlock: bool,
+        _lock_owner: Option<u64>,
     ) -> io::Result<()> {
-        self.inner
-            .release(ctx, inode, flags, handle, flush, unlock, lock_owner)
+        self.inner.release(inode, handle)
     }
 
-    fn statfs(&self, ctx: &Context, inode: u64) -> io::Result<statvfs64> {
-        self.inner.statfs(ctx, inode)
+    fn statfs(&self, _: &Context, inode: u64) -> io::Result<statvfs64> {
+        self.inner.statfs(inode)
     }
 
     fn setxattr(
         &self,
-        ctx: &Context,
+        _: &Context,
         inode: u64,
         name: &CStr,
         value: &[u8],
         flags: u32,
     ) -> io::Result<()> {
-        self.inner.setxattr(ctx, inode, name, value, flags)
+        self.inner.setxattr(inode, name, value, flags)
     }
 
     fn getxattr(
         &self,
-        ctx: &Context,
+        _: &Context,
         inode: u64,
         name: &CStr,
         size: u32,
     ) -> io::Result<GetxattrReply> {
-        self.inner.getxattr(ctx, inode, name, size.min(XATTR_MAX))
+        self.inner.getxattr(inode, name, size.min(XATTR_MAX))
     }
 
-    fn listxattr(&self, ctx: &Context, inode: u64, size: u32) -> io::Result<ListxattrReply> {
-        self.inner.listxattr(ctx, inode, size.min(XATTR_MAX))
+    fn listxattr(&self, _: &Context, inode: u64, size: u32) -> io::Result<ListxattrReply> {
+        self.inner.listxattr(inode, size.min(XATTR_MAX))
     }
 
-    fn removexattr(&self, ctx: &Context, inode: u64, name: &CStr) -> io::Result<()> {
-        self.inner.removexattr(ctx, inode, name)
+    fn removexattr(&self, _: &Context, inode: u64, name: &CStr) -> io::Result<()> {
+        self.inner.removexattr(inode, name)
     }
 
     fn opendir(
         &self,
-        ctx: &Context,
+        _: &Context,
         inode: u64,
         flags: u32,
     ) -> io::Result<(Option<u64>, OpenOptions)> {
-        self.inner.opendir(ctx, inode, flags & OPEN_FLAGS)
+        let flags = flags & OPEN_FLAGS | libc::O_DIRECTORY as u32;
+        let (handle, options) = self.inner.open(inode, flags, 0)?;
+        Ok((Some(handle), options))
     }
 
     fn readdir(
         &self,
-        ctx: &Context,
+        _: &Context,
         inode: u64,
         handle: u64,
-        size: u32,
+        _size: u32,
         offset: u64,
         add: &mut dyn FnMut(DirEntry<'_>) -> io::Result<usize>,
     ) -> io::Result<()> {
-        // By way of the other kind of listing, which gives inode numbers that
-        // agree with stat's; what it looks up, nobody holds.
-        self.inner.readdirplus(
-            ctx,
-            inode,
-            handle,
-            size.min(DIRECTORY_MAX),
-            offset,
-            &mut |name, entry| {
-                let added = add(name);
-                if !matches!(added, Ok(0)) {
-                    self.inner.forget(ctx, entry.inode, 1);
-                }
-                added
-            },
-        )
+        self.inner.readdir(inode, handle, offset, add)
     }
 
     fn readdirplus(
         &self,
-        ctx: &Context,
+        _: &Context,
         inode: u64,
         handle: u64,
-        size: u32,
+        _size: u32,
         offset: u64,
         add: &mut dyn FnMut(DirEntry<'_>, Entry) -> io::Result<usize>,
     ) -> io::Result<()> {
-        let device = self.device(ctx, inode)?;
-        self.inner.readdirplus(
-            ctx,
-            inode,
-            handle,
-            size.min(DIRECTORY_MAX),
-            offset,
-            &mut |name, entry| {
-                let number = entry.inode;
-                let added = add(name, self.mark(device, entry));
-                if added.is_err() {
-                    self.inner.forget(ctx, number, 1);
-                }
-                added
-            },
-        )
+        self.inner.readdirplus(inode, handle, offset, add)
     }
 
-    fn fsyncdir(&self, ctx: &Context, inode: u64, data_only: bool, handle: u64) -> io::Result<()> {
-        self.inner.fsyncdir(ctx, inode, data_only, handle)
+    fn fsyncdir(&self, _: &Context, inode: u64, data_only: bool, handle: u64) -> io::Result<()> {
+        self.inner.fsync(inode, data_only, handle)
     }
 
-    fn releasedir(&self, ctx: &Context, inode: u64, flags: u32, handle: u64) -> io::Result<()> {
-        self.inner.releasedir(ctx, inode, flags, handle)
+    fn releasedir(&self, _: &Context, inode: u64, _flags: u32, handle: u64) -> io::Result<()> {
+        self.inner.release(inode, handle)
     }
 
-    fn access(&self, ctx: &Context, inode: u64, mask: u32) -> io::Result<()> {
-        self.inner.access(ctx, inode, mask)
+    /// The guest's kernel checks permissions.
+    fn access(&self, _: &Context, inode: u64, _mask: u32) -> io::Result<()> {
+        self.inner.getattr(inode).map(drop)
     }
 
     fn setupmapping(
         &self,
-        ctx: &Context,
+        _: &Context,
         inode: u64,
-        handle: u64,
+        _handle: u64,
         file_offset: u64,
         length: u64,
         flags: u64,
         offset: u64,
         window: &mut dyn FsCacheReqHandler,
     ) -> io::Result<()> {
-        self.inner.setupmapping(
-            ctx,
-            inode,
-            handle,
-            file_offset,
-            length,
-            flags,
-            offset,
-            window,
-        )
+        self.inner
+            .setupmapping(inode, file_offset, length, flags, offset, window)
     }
 
     fn removemapping(
         &self,
-        ctx: &Context,
-        inode: u64,
+        _: &Context,
+        _inode: u64,
         requests: Vec<RemovemappingOne>,
         window: &mut dyn FsCacheReqHandler,
     ) -> io::Result<()> {
-        self.inner.removemapping(ctx, inode, requests, window)
+        window.unmap(requests)
     }
 
     fn lseek(
         &self,
-        ctx: &Context,
+        _: &Context,
         inode: u64,
         handle: u64,
         offset: u64,
         whence: u32,
     ) -> io::Result<u64> {
-        self.inner.lseek(ctx, inode, handle, offset, whence)
+        self.inner.lseek(inode, handle, offset, whence)
     }
 }

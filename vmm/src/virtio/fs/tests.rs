@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
+mod known;
 mod requests;
 mod window;
 
@@ -15,7 +16,7 @@ use std::{
 use bulkhead_vmm_api::{FsCache, FsConfig};
 use vmm_sys_util::tempdir::TempDir;
 
-use super::{device::QUEUES, files::ATTR_SUBMOUNT, Fs, Window};
+use super::{device::QUEUES, passthrough::ATTR_SUBMOUNT, Fs, Window};
 use crate::confine::{
     self,
     seccomp::{Worker, LEFT_OUT},
@@ -41,6 +42,7 @@ const ENTRY_FLAGS: usize = 124;
 const LOOKUP: u32 = 1;
 const FORGET: u32 = 2;
 const GETATTR: u32 = 3;
+const SETATTR: u32 = 4;
 const MKDIR: u32 = 9;
 const OPEN: u32 = 14;
 const READ: u32 = 15;

@@ -5,7 +5,6 @@ use std::os::unix::fs::FileTypeExt;
 
 use super::*;
 
-const SETATTR: u32 = 4;
 const READLINK: u32 = 5;
 const SYMLINK: u32 = 6;
 const MKNOD: u32 = 8;
