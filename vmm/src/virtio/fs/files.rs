@@ -76,9 +76,10 @@ impl FileSystem for Files {
     type Handle = u64;
 
     fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
+        // Not ATOMIC_O_TRUNC: a guest's kernel looks whether a file is a program
+        // that runs only after it was opened, and by then it would be empty.
         let mut wanted = capable & FsOptions::HANDLE_KILLPRIV_V2
             | FsOptions::ASYNC_READ
-            | FsOptions::ATOMIC_O_TRUNC
             | FsOptions::BIG_WRITES
             | FsOptions::CACHE_SYMLINKS
             | FsOptions::DO_READDIRPLUS

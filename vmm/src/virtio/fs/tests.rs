@@ -221,6 +221,7 @@ fn a_mount_negotiates_what_the_device_can_do() {
     for (bit, wanted) in [
         (0, true),   // asynchronous reads
         (1, false),  // POSIX locks
+        (3, false),  // opening truncates: it would truncate a program that runs
         (4, false),  // lookup of "." and ".."
         (5, true),   // writes of more than a page
         (12, true),  // data is invalid when its file changed
