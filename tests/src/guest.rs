@@ -4,25 +4,28 @@
 
 use std::fs;
 use std::future::Future;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{bail, Context, Result};
 use bulkhead_agent_protocol::agent::{
-    ContainerRequest, CreateContainerReply, CreateContainerRequest, ExecProcessReply,
-    ExecProcessRequest, SetupSandboxRequest, StartContainerRequest, Stdio, WaitProcessRequest,
+    ContainerRequest, CreateContainerReply, CreateContainerRequest, DialPortRequest,
+    ExecProcessReply, ExecProcessRequest, Mirror, ProcessRequest, SetupSandboxRequest,
+    StartContainerRequest, Stdio, WaitProcessRequest,
 };
 use bulkhead_agent_protocol::{oci, SHARED_MOUNT, SHARED_TAG};
-use bulkhead_runtime::agent::{Agent, Streams};
+use bulkhead_runtime::agent::{Agent, Expected, Streams};
 use bulkhead_runtime::config;
 use bulkhead_runtime::oci::{container, parse};
+use bulkhead_vmm_api::DeviceConfigs;
 use tokio::io::AsyncReadExt;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::runtime::Runtime;
 use tokio::time::timeout;
 
 use crate::install::Products;
-use crate::vmm::{agent_socket, stream_socket, Vmm};
+use crate::vmm::{agent_socket, port_socket, stream_socket, Vmm};
 
 /// A booted guest with its shared directory mounted.
 pub struct Guest {
@@ -30,7 +33,7 @@ pub struct Guest {
     // Ends before what it is connected to.
     agent: Agent,
     streams: Streams,
-    _vmm: Vmm,
+    vmm: Vmm,
     dir: PathBuf,
     limit: Duration,
 }
@@ -44,6 +47,12 @@ pub struct Outcome {
     pub stdout: Vec<u8>,
     /// Its standard error.
     pub stderr: String,
+}
+
+/// A container that runs.
+pub struct Running {
+    id: String,
+    outputs: [Expected; 2],
 }
 
 impl Outcome {
@@ -66,6 +75,49 @@ impl Guest {
     /// # Errors
     /// When it does not come up.
     pub fn boot(products: &Products, dir: &Path, memory_mib: u32, limit: Duration) -> Result<Self> {
+        Self::up(products, dir, limit, SHARED_TAG, |vmm| {
+            vmm.boot_sized(products, dir, memory_mib)?;
+            vmm.wait_ready()
+        })
+    }
+
+    /// As [`Self::boot`], with 256 MiB and without its shared directory: it can
+    /// be saved.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn boot_to_save(products: &Products, dir: &Path, limit: Duration) -> Result<Self> {
+        Self::up(products, dir, limit, "", |vmm| {
+            vmm.boot(products, dir)?;
+            vmm.wait_ready()
+        })
+    }
+
+    /// One that goes on where another one was saved, with `dir` of its own and
+    /// what `more` adds for the devices that were plugged there.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn clone_with(
+        products: &Products,
+        dir: &Path,
+        (state, memory): (&Path, &Path),
+        limit: Duration,
+        more: impl FnOnce(&mut DeviceConfigs, &mut Vec<OwnedFd>),
+    ) -> Result<Self> {
+        Self::up(products, dir, limit, "", |vmm| {
+            vmm.clone_with(state, memory, products, dir, more)?;
+            vmm.wait_clone()
+        })
+    }
+
+    fn up(
+        products: &Products,
+        dir: &Path,
+        limit: Duration,
+        tag: &str,
+        start: impl FnOnce(&mut Vmm) -> Result<()>,
+    ) -> Result<Self> {
         fs::create_dir_all(dir).with_context(|| format!("make {}", dir.display()))?;
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
@@ -78,8 +130,7 @@ impl Guest {
             )
         };
         let mut vmm = Vmm::start(products, limit)?;
-        vmm.boot_sized(products, dir, memory_mib)?;
-        vmm.wait_ready()?;
+        start(&mut vmm)?;
         let patient = config::Agent {
             rpc_timeout_ms: u64::try_from(limit.as_millis())?,
             ..config::Agent::default()
@@ -92,12 +143,13 @@ impl Guest {
             runtime,
             agent,
             streams,
-            _vmm: vmm,
+            vmm,
             dir: dir.to_owned(),
             limit,
         };
         let request = SetupSandboxRequest {
-            shared_tag: SHARED_TAG.into(),
+            entropy: vec![7; 32],
+            shared_tag: tag.into(),
             ..Default::default()
         };
         guest.wait_for(guest.agent.setup_sandbox(request))?;
@@ -112,6 +164,42 @@ impl Guest {
     /// The shared directory on the host.
     pub fn shared(&self) -> PathBuf {
         self.dir.join("shared")
+    }
+
+    /// Its VMM.
+    pub fn vmm(&mut self) -> &mut Vmm {
+        &mut self.vmm
+    }
+
+    /// The VMM's process.
+    pub fn vmm_pid(&self) -> u32 {
+        self.vmm.pid()
+    }
+
+    /// Its directory on the host.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The Unix socket that the guest's connections to a port of the host go to.
+    pub fn port(&self, port: u32) -> PathBuf {
+        port_socket(&self.dir, port).into()
+    }
+
+    /// A stream to a TCP port of the guest's loopback interface.
+    ///
+    /// # Errors
+    /// When nothing listens there.
+    pub async fn dial(&self, port: u16) -> Result<UnixStream> {
+        let stream = self.streams.expect();
+        let request = DialPortRequest {
+            port: port.into(),
+            stream: stream.id(),
+            ..Default::default()
+        };
+        self.agent.dial_port(request).await?;
+        let stream = stream.arrival(self.limit).await.context("a stream")?;
+        Ok(UnixStream::from_std(stream.into())?)
     }
 
     /// What the guest's kernel and agent have written.
@@ -174,18 +262,35 @@ impl Guest {
     /// # Errors
     /// When it does not.
     pub fn run(&self, id: &str, spec: oci::Spec) -> Result<(CreateContainerReply, Outcome)> {
-        self.block_on(async {
-            let outputs = [self.streams.expect(), self.streams.expect()];
-            let stdio = stdio(&outputs);
-            let created = self.agent.create_container(creation(id, spec, Some(stdio)));
-            let reply = created.await?;
-            let request = StartContainerRequest {
-                container_id: id.into(),
-                ..Default::default()
-            };
-            self.agent.start_container(request).await?;
-            Ok((reply, self.outcome(id, "", outputs).await?))
-        })
+        let (reply, running) = self.begin(id, spec, Vec::new())?;
+        Ok((reply, self.end(running)?))
+    }
+
+    /// Starts a container, whose specification may speak of `mirrors`.
+    ///
+    /// # Errors
+    /// The agent's.
+    pub fn begin(
+        &self,
+        id: &str,
+        spec: oci::Spec,
+        mirrors: Vec<Mirror>,
+    ) -> Result<(CreateContainerReply, Running)> {
+        let outputs = [self.streams.expect(), self.streams.expect()];
+        let mut request = creation(id, spec, Some(stdio(&outputs)));
+        request.mirrors = mirrors;
+        let reply = self.wait_for(self.agent.create_container(request))?;
+        self.start(id)?;
+        let id = id.into();
+        Ok((reply, Running { id, outputs }))
+    }
+
+    /// Waits for the end of what [`Self::begin`] has begun.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn end(&self, running: Running) -> Result<Outcome> {
+        self.block_on(self.outcome(&running.id, "", running.outputs))
     }
 
     /// Runs a further process in a container to its end.
@@ -199,6 +304,19 @@ impl Guest {
         process: oci::Process,
     ) -> Result<(ExecProcessReply, Outcome)> {
         self.block_on(self.exec_async(id, exec_id, process))
+    }
+
+    /// Has the agent forget such a process, which has ended.
+    ///
+    /// # Errors
+    /// The agent's.
+    pub fn forget(&self, id: &str, exec_id: &str) -> Result<()> {
+        let request = ProcessRequest {
+            container_id: id.into(),
+            exec_id: exec_id.into(),
+            ..Default::default()
+        };
+        self.wait_for(self.agent.delete_process(request)).map(drop)
     }
 
     /// As [`Self::exec`], beside others.
@@ -223,12 +341,7 @@ impl Guest {
         Ok((reply, self.outcome(id, exec_id, outputs).await?))
     }
 
-    async fn outcome(
-        &self,
-        id: &str,
-        exec_id: &str,
-        outputs: [bulkhead_runtime::agent::Expected; 2],
-    ) -> Result<Outcome> {
+    async fn outcome(&self, id: &str, exec_id: &str, outputs: [Expected; 2]) -> Result<Outcome> {
         let mut read = Vec::new();
         for output in outputs {
             let stream = output.arrival(self.limit).await.context("a stream")?;
@@ -264,7 +377,7 @@ fn creation(id: &str, spec: oci::Spec, stdio: Option<Stdio>) -> CreateContainerR
     }
 }
 
-fn stdio(outputs: &[bulkhead_runtime::agent::Expected; 2]) -> Stdio {
+fn stdio(outputs: &[Expected; 2]) -> Stdio {
     Stdio {
         stdout_stream: outputs[0].id(),
         stderr_stream: outputs[1].id(),

@@ -401,12 +401,18 @@ fn vsock_path(dir: &Path) -> String {
     dir.join("vsock").to_string_lossy().into_owned()
 }
 
+/// Where connections to a port of the host go that the machine with that
+/// directory makes.
+pub fn port_socket(dir: &Path, port: u32) -> String {
+    format!("{}_{port}", vsock_path(dir))
+}
+
 /// Where that machine's agent opens streams.
 pub fn stream_socket(dir: &Path) -> String {
-    format!("{}_{STREAM_PORT}", vsock_path(dir))
+    port_socket(dir, STREAM_PORT)
 }
 
 /// Where the agent of the machine with that directory calls.
 pub fn agent_socket(dir: &Path) -> String {
-    format!("{}_{AGENT_PORT}", vsock_path(dir))
+    port_socket(dir, AGENT_PORT)
 }

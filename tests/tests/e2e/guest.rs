@@ -13,8 +13,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Context as _, Result};
 use bulkhead_agent_protocol::agent::{
-    ContainerRequest, Empty, ProcessRequest, SignalProcessRequest, WaitProcessReply,
-    WaitProcessRequest,
+    ContainerRequest, Empty, SignalProcessRequest, WaitProcessReply, WaitProcessRequest,
 };
 use bulkhead_agent_protocol::oci;
 use bulkhead_tests::guest::{specification, Guest};
@@ -124,14 +123,7 @@ fn processes(guest: &Guest, id: &str) -> Result<u64> {
 fn says(guest: &Guest, id: &str, exec_id: &str, word: &str) -> Result<()> {
     let done = guest.exec(id, exec_id, process(&["echo", word])?)?.1.ok()?;
     same(String::from_utf8_lossy(&done).trim_end(), word)?;
-    let request = ProcessRequest {
-        container_id: id.into(),
-        exec_id: exec_id.into(),
-        ..Default::default()
-    };
-    guest
-        .wait_for(guest.agent().delete_process(request))
-        .map(drop)
+    guest.forget(id, exec_id)
 }
 
 /// Of a guest of 128 MiB, whose kernel has some thirty.

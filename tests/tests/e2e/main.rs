@@ -45,6 +45,7 @@ mod spans;
 mod stdio;
 mod vmm;
 mod volumes;
+mod vsock;
 
 use std::process::exit;
 use std::time::Duration;
@@ -83,6 +84,7 @@ fn all() -> Vec<Test> {
         hotplug::TESTS,
         announce::TESTS,
         guest::TESTS,
+        vsock::TESTS,
         conformance::TESTS,
         listener::TESTS,
         resize::TESTS,
