@@ -35,6 +35,7 @@ mod oci;
 mod pod;
 mod pods;
 mod ports;
+mod posix;
 mod programs;
 mod recovery;
 mod resize;
@@ -77,6 +78,7 @@ fn all() -> Vec<Test> {
         vmm::TESTS,
         volumes::TESTS,
         programs::TESTS,
+        posix::TESTS,
         cri::TESTS,
         soak::TESTS,
         pods::TESTS,

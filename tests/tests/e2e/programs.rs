@@ -33,8 +33,8 @@ pub const TESTS: &[Test] = tests![
 /// How long one program may take: an emulated machine starts a JVM in minutes.
 const PATIENCE: Duration = Duration::from_secs(30 * 60);
 
-/// What a script is given.
-enum Given {
+/// What a program is given.
+pub enum Given {
     Plain,
     Privileged,
     /// A machine of its own, nearly.
@@ -89,7 +89,8 @@ fn works(context: &Context, name: &str, given: &Given, status: i32) -> Result<()
     same(done.code, status).with_context(|| done.err())
 }
 
-fn specification(context: &Context, root: &Path, given: &Given) -> Result<Value> {
+/// Of a container with this root, that runs `/program`.
+pub fn specification(context: &Context, root: &Path, given: &Given) -> Result<Value> {
     let mut spec = good_spec(context, root)?;
     spec["process"]["args"] = json!(["/program"]);
     let path = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
