@@ -47,7 +47,7 @@ fn outcome(filter: &BpfProgram, call: i64, arguments: [u64; 6]) -> Option<i32> {
 }
 
 fn filter(worker: Worker) -> BpfProgram {
-    program(worker, SeccompAction::KillProcess).unwrap()
+    program(worker, SeccompAction::KillProcess)
 }
 
 #[track_caller]

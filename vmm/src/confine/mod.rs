@@ -16,6 +16,7 @@
 //!
 //! A program that embeds the library sets no [`Policy`], and nothing happens.
 
+mod filter;
 pub mod jail;
 pub mod rules;
 pub mod seccomp;

@@ -42,15 +42,20 @@ const fn tested(call: i64, tests: &'static [&'static Test], why: &'static str) -
     Rule { call, tests, why }
 }
 
-/// All rules for a kind of thread.
-pub fn rules(worker: Worker) -> impl Iterator<Item = &'static Rule> {
-    let own: &[Rule] = match worker {
+/// All rules for a kind of thread: everybody's, and its own.
+pub const fn tables(worker: Worker) -> [&'static [Rule]; 2] {
+    let own = match worker {
         Worker::Control => CONTROL,
         Worker::Vcpu => VCPU,
         Worker::Devices => DEVICES,
         Worker::Files => FILES,
     };
-    EVERYBODY.iter().chain(own)
+    [EVERYBODY, own]
+}
+
+/// The same, one after the other.
+pub fn rules(worker: Worker) -> impl Iterator<Item = &'static Rule> {
+    tables(worker).into_iter().flatten()
 }
 
 /// One thing that is allowed: what would be missed if it were not.

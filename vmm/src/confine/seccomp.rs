@@ -6,14 +6,11 @@
 //! A forbidden call kills the whole process (SIGSYS), which is what the client
 //! sees; the kernel's log names thread and call (`audit: type=1326`).
 
-use std::{collections::BTreeMap, sync::OnceLock};
+use std::sync::OnceLock;
 
-use seccompiler::{
-    sock_filter, BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp,
-    SeccompCondition, SeccompFilter, SeccompRule, TargetArch,
-};
+use seccompiler::{BpfProgram, SeccompAction};
 
-use super::rules::{allowed, Condition, Test};
+use super::{filter::Program, rules::tables};
 
 /// What a thread does, and hence may do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,18 +55,9 @@ impl std::str::FromStr for Mode {
     }
 }
 
-/// A filter could not be made or installed.
+/// A filter could not be installed.
 #[derive(Debug, thiserror::Error)]
 pub enum SeccompError {
-    /// The tables are at fault.
-    #[error("the {worker:?} threads' filter cannot be compiled")]
-    Compile {
-        /// Whose.
-        worker: Worker,
-        /// Why.
-        #[source]
-        source: BackendError,
-    },
     /// The kernel refused.
     #[error("the {worker:?} threads' filter cannot be installed (a kernel without seccomp? --seccomp off does without)")]
     Install {
@@ -92,7 +80,7 @@ pub fn restrict(worker: Worker, mode: Mode) -> Result<(), SeccompError> {
         Mode::Kill => SeccompAction::KillProcess,
         Mode::Log => SeccompAction::Log,
     };
-    let program = program(worker, action)?;
+    let program = program(worker, action);
     // The jail has taken new privileges already; the library does so each time.
     if super::sys::set_filter(&program).is_ok() {
         return Ok(());
@@ -102,11 +90,12 @@ pub fn restrict(worker: Worker, mode: Mode) -> Result<(), SeccompError> {
 
 /// The filter of a kind of thread, for this process alone: it knows its id.
 /// What it does not allow ends in `otherwise`.
-///
-/// # Errors
-/// The tables are at fault.
-pub fn program(worker: Worker, otherwise: SeccompAction) -> Result<BpfProgram, SeccompError> {
-    compile(worker, &otherwise).map_err(|source| SeccompError::Compile { worker, source })
+pub fn program(worker: Worker, otherwise: SeccompAction) -> BpfProgram {
+    let process = *PROCESS.get_or_init(std::process::id);
+    match left_out(worker) {
+        None => unfinished(worker).finish(otherwise.into(), process),
+        Some(number) => Program::new(tables(worker), number).finish(otherwise.into(), process),
+    }
 }
 
 /// For the test of the rules, which leaves out one of them after another: a
@@ -126,87 +115,26 @@ fn left_out(worker: Worker) -> Option<usize> {
     }
 }
 
-/// Most calls that are looked for one after the other.
-const GROUP: usize = 6;
+/// The filters of all kinds of threads.
+static PROGRAMS: [Program; 4] = [
+    Program::new(tables(Worker::Control), NOTHING),
+    Program::new(tables(Worker::Vcpu), NOTHING),
+    Program::new(tables(Worker::Devices), NOTHING),
+    Program::new(tables(Worker::Files), NOTHING),
+];
+/// More than the number of any rule.
+const NOTHING: usize = usize::MAX;
 
-/// The library's filters try each call in turn. The kernel runs a new filter
-/// for every call there is, to find those that it always allows; and a vCPU's
-/// filter runs at each of its entries to the guest. So the calls are split by
-/// their number into groups with a filter each, and a few instructions in
-/// front of each group skip it for higher numbers.
-fn compile(worker: Worker, otherwise: &SeccompAction) -> Result<BpfProgram, BackendError> {
-    let mut calls: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
-    let mut unconditional = Vec::new();
-    let left_out = left_out(worker);
-    for (number, allowed) in allowed(worker).enumerate() {
-        if Some(number) == left_out {
-            continue;
-        }
-        let alternatives = calls.entry(allowed.call).or_default();
-        match allowed.test {
-            None => unconditional.push(allowed.call),
-            Some(test) => alternatives.push(SeccompRule::new(conditions(test)?)?),
-        }
-    }
-    for call in unconditional {
-        calls.insert(call, Vec::new());
-    }
-    let mut program = BpfProgram::new();
-    while let Some(last) = calls.keys().nth(GROUP - 1).or(calls.keys().last()).copied() {
-        let rest = calls.split_off(&(last + 1));
-        let group = filter(std::mem::replace(&mut calls, rest), otherwise)?;
-        program.extend(skip_above(last, &group));
-        program.extend(group);
-    }
-    // What is above all of them.
-    program.extend(filter(BTreeMap::new(), otherwise)?);
-    Ok(program)
-}
-
-fn filter(
-    calls: BTreeMap<i64, Vec<SeccompRule>>,
-    otherwise: &SeccompAction,
-) -> Result<BpfProgram, BackendError> {
-    let (otherwise, allow) = (otherwise.clone(), SeccompAction::Allow);
-    SeccompFilter::new(calls, otherwise, allow, TargetArch::x86_64)?.try_into()
-}
-
-/// Instructions that jump over `group` when the call's number is above `last`.
-fn skip_above(last: i64, group: &[sock_filter]) -> [sock_filter; 3] {
-    let instruction = |code: u32, jump: u8, value: u32| sock_filter {
-        // Codes are less than 2^8.
-        code: code as u16,
-        jt: jump,
-        jf: 1 - jump,
-        k: value,
+/// The filter of a kind of thread, for any process.
+pub(super) fn unfinished(worker: Worker) -> &'static Program {
+    let index = match worker {
+        Worker::Control => 0,
+        Worker::Vcpu => 1,
+        Worker::Devices => 2,
+        Worker::Files => 3,
     };
-    // Numbers and lengths are below 2^16. The number is the first word of what
-    // a filter sees (seccomp(2)).
-    let mut load = instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0);
-    let mut jump = instruction(libc::BPF_JMP | libc::BPF_JA, 0, group.len() as u32);
-    (load.jf, jump.jf) = (0, 0);
-    let test = libc::BPF_JMP | libc::BPF_JGT | libc::BPF_K;
-    [load, instruction(test, 0, last as u32), jump]
+    &PROGRAMS[index]
 }
 
 /// This process's id, asked for once.
 static PROCESS: OnceLock<u32> = OnceLock::new();
-
-fn conditions(test: &Test) -> Result<Vec<SeccompCondition>, BackendError> {
-    test.iter()
-        .map(|condition| {
-            let (argument, operator, value) = match *condition {
-                Condition::Is(argument, value) => (argument, SeccompCmpOp::Eq, value),
-                Condition::Bits(argument, mask, value) => {
-                    (argument, SeccompCmpOp::MaskedEq(mask), value)
-                }
-                Condition::OwnProcess(argument) => {
-                    let process = *PROCESS.get_or_init(std::process::id);
-                    (argument, SeccompCmpOp::Eq, u64::from(process))
-                }
-            };
-            // All that is tested is an int to the kernel, or fits one.
-            SeccompCondition::new(argument, SeccompCmpArgLen::Dword, operator, value)
-        })
-        .collect()
-}
