@@ -96,7 +96,8 @@ impl Channel {
 
     /// Receives one message, with descriptors, which are close-on-exec.
     pub fn receive<T: DeserializeOwned>(&self) -> Result<(T, Vec<OwnedFd>), ChannelError> {
-        let mut buffer = vec![0; MAX_MESSAGE];
+        // As long as it is: the largest would be 16 pages to be cleared, for each.
+        let mut buffer = vec![0; self.next_length()?.min(MAX_MESSAGE)];
         let mut space = cmsg_space!([RawFd; MAX_FDS]);
         let (length, truncated, fds) = loop {
             let mut slices = [IoSliceMut::new(&mut buffer)];
@@ -130,6 +131,19 @@ impl Channel {
         }
         let message = serde_json::from_slice(&buffer[..length]).map_err(ChannelError::Malformed)?;
         Ok((message, fds))
+    }
+
+    /// Bytes of the next message, which stays where it is.
+    fn next_length(&self) -> Result<usize, ChannelError> {
+        let look = MsgFlags::MSG_PEEK | MsgFlags::MSG_TRUNC;
+        loop {
+            match recvmsg::<()>(self.socket.as_raw_fd(), &mut [], None, look) {
+                Ok(message) => return Ok(message.bytes),
+                Err(Errno::EINTR) => {}
+                Err(Errno::ECONNRESET) => return Err(ChannelError::Closed),
+                Err(error) => return Err(ChannelError::Socket(error.into())),
+            }
+        }
     }
 }
 
@@ -210,5 +224,30 @@ mod tests {
         let (ours, _theirs) = Channel::pair().unwrap();
         let long = "x".repeat(MAX_MESSAGE);
         assert!(matches!(ours.send(&long, &[]), Err(ChannelError::TooLarge)));
+    }
+
+    #[test]
+    fn what_another_sends_that_is_too_long_is_gone_with_its_descriptors() {
+        let (ours, theirs) = Channel::pair().unwrap();
+        let (mut reader, writer) = std::io::pipe().unwrap();
+        let long = vec![b' '; MAX_MESSAGE + 1];
+        let raw = [writer.as_raw_fd()];
+        sendmsg::<()>(
+            ours.as_raw_fd(),
+            &[IoSlice::new(&long)],
+            &[ControlMessage::ScmRights(&raw)],
+            MsgFlags::empty(),
+            None,
+        )
+        .unwrap();
+        drop(writer);
+        ours.send(&"next", &[]).unwrap();
+        assert!(matches!(
+            theirs.receive::<String>(),
+            Err(ChannelError::TooLarge)
+        ));
+        // Nobody holds the other end.
+        assert_eq!(reader.read(&mut [0]).unwrap(), 0);
+        assert_eq!(theirs.receive::<String>().unwrap().0, "next");
     }
 }
