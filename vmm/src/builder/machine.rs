@@ -26,7 +26,7 @@ use crate::{
     kvm::{
         state::{msrs_to_save, xsave_size, VcpuState, VmState},
         vcpu::{ExitCounters, Shared, VcpuThread},
-        vm::Vm,
+        vm::{supported_cpuid, Vm},
     },
     memory,
     serial::SerialPort,
@@ -91,10 +91,11 @@ impl Machine {
         )?;
         let interrupt = serial_interrupt(&vm)?;
         let serial = SerialPort::new(resources.serial.take(), interrupt, Some(vm.clone()));
+        let supported = supported_cpuid(&host.kvm)?;
         let mut vcpus = Vec::new();
         for index in 0..resources.vcpus {
             let vcpu = vm.create_vcpu(index)?;
-            let cpuid = cpuid::for_vcpu(vm.supported_cpuid(), index, resources.vcpus);
+            let cpuid = cpuid::for_vcpu(&supported, index, resources.vcpus);
             vcpu.set_cpuid2(&cpuid)
                 .map_err(crate::kvm::failed("CPUID"))?;
             regs::set_boot_msrs(&vcpu).map_err(crate::kvm::failed("MSRs"))?;

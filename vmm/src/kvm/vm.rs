@@ -35,7 +35,6 @@ pub type OnTrap = Arc<dyn Fn() + Send + Sync>;
 /// A KVM virtual machine.
 pub struct Vm {
     fd: VmFd,
-    supported_cpuid: CpuId,
     next_slot: AtomicU32,
     /// Slots that were given back.
     free_slots: Mutex<Vec<u32>>,
@@ -63,10 +62,6 @@ impl Vm {
                 other => break other.map_err(failed("no VM can be made"))?,
             }
         };
-        let mut supported_cpuid = kvm
-            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-            .map_err(failed("supported CPUID"))?;
-        cpuid::mend_for_emulator(&mut supported_cpuid, cpuid::host_signature());
         // Needed on Intel processors, before the first vCPU.
         fd.set_tss_address(layout::KVM_TSS as usize)
             .map_err(failed("TSS address"))?;
@@ -78,7 +73,6 @@ impl Vm {
             .map_err(failed("interrupt controllers"))?;
         let vm = Self {
             fd,
-            supported_cpuid,
             next_slot: AtomicU32::new(0),
             free_slots: Mutex::new(Vec::new()),
             tables: Mutex::new(None),
@@ -104,11 +98,6 @@ impl Vm {
     /// The descriptor.
     pub fn fd(&self) -> &VmFd {
         &self.fd
-    }
-
-    /// What CPUID may say here.
-    pub fn supported_cpuid(&self) -> &CpuId {
-        &self.supported_cpuid
     }
 
     /// Lets `event` raise line `gsi` of the I/O APIC.
@@ -239,6 +228,15 @@ impl Vm {
             tracing::warn!(%error, "writes are not gathered");
         }
     }
+}
+
+/// What CPUID may say here.
+pub fn supported_cpuid(kvm: &Kvm) -> Result<CpuId, KvmError> {
+    let mut supported = kvm
+        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        .map_err(failed("supported CPUID"))?;
+    cpuid::mend_for_emulator(&mut supported, cpuid::host_signature());
+    Ok(supported)
 }
 
 /// A part of guest-physical memory, to be given back.
