@@ -457,8 +457,9 @@ impl Board {
             }
             Item::Fs(config, directory) => {
                 let own = loops.files()?;
-                // Files are opened on their own thread once this one may not.
-                let device = match loops.complete {
+                // Files are opened on their own thread once this one may not. A
+                // clone looks into the directory when its guest does.
+                let device = match loops.complete || loops.paused {
                     true => Fs::unprepared(&config, directory),
                     false => Fs::new(&config, directory),
                 };

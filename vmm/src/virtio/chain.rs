@@ -121,6 +121,17 @@ impl Queues {
             .map(|queue| &mut queue.queue)
     }
 
+    /// Whether the driver has nothing in a queue that has not been taken. Not
+    /// when its memory cannot be read, which who takes something will find.
+    pub fn is_empty(&self, index: usize) -> bool {
+        let memory = self.memory.memory();
+        let queue = self.queues.iter().find(|queue| queue.index == index);
+        queue.is_some_and(|queue| {
+            let last = queue.queue.avail_idx(&*memory, Ordering::Acquire);
+            last.is_ok_and(|last| last.0 == queue.queue.next_avail())
+        })
+    }
+
     /// Stops the device for good: the driver broke a rule.
     pub fn break_device(&mut self) {
         if !self.broken {

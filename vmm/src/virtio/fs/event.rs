@@ -24,6 +24,15 @@ const ROUND: usize = 64;
 
 impl EventHandler for Fs {
     fn handle(&mut self, token: u32, _events: EventSet) {
+        let index = token as usize;
+        let Some(active) = &mut self.active else {
+            return;
+        };
+        // The first notification is the VMM's own.
+        if active.backend.is_none() && active.queues.is_empty(index) {
+            active.queues.notified(index);
+            return;
+        }
         let prepared = self.prepare();
         let Some(active) = &mut self.active else {
             return;
@@ -32,7 +41,6 @@ impl EventHandler for Fs {
             tracing::error!(%error, "shared directory cannot be opened again");
             active.queues.break_device();
         }
-        let index = token as usize;
         if active.queues.notified(index) {
             let memory = active.queues.memory.memory();
             let Some(backend) = &active.backend else {
