@@ -3,6 +3,7 @@
 
 mod common;
 mod lines;
+mod notifications;
 mod state;
 #[cfg(test)]
 mod tests;
@@ -91,6 +92,8 @@ pub struct VirtioPci {
     event_loop: LoopHandle,
     /// The queues' notifications, from a driver's first use of them on.
     kicks: Vec<OnceLock<EventFd>>,
+    /// Which of them KVM raises itself. Changes under the registers' lock.
+    raised: Vec<AtomicBool>,
     notify: Arc<dyn NotifyRegistrar>,
     lines: Arc<Lines>,
     at: Addresses,
@@ -203,6 +206,7 @@ impl VirtioPci {
             memory: wiring.memory,
             event_loop: wiring.event_loop,
             kicks,
+            raised: sizes.iter().map(|_| AtomicBool::new(false)).collect(),
             notify: wiring.notify,
             lines: Arc::new(Lines {
                 msix,
@@ -251,27 +255,9 @@ impl VirtioPci {
         self.gone.store(true, Ordering::SeqCst);
         self.reset(&mut registers);
         drop(registers);
-        for (index, kick) in self.kicks.iter().enumerate() {
-            let Some(kick) = kick.get() else { continue };
-            let address = self.at.notify(index);
-            if let Err(error) = self.notify.unregister_notify(kick, address) {
-                tracing::error!(%error, "notification not taken back");
-            }
-        }
+        self.withdraw();
         self.lines.msix.shut();
         Ok(())
-    }
-
-    /// The event of a queue's notifications; KVM raises it from the first time
-    /// on. The caller holds the registers' lock, so there is only one.
-    fn kick(&self, index: usize) -> io::Result<&EventFd> {
-        if let Some(kick) = self.kicks[index].get() {
-            return Ok(kick);
-        }
-        let kick = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
-        let address = self.at.notify(index);
-        self.notify.register_notify(&kick, address)?;
-        Ok(self.kicks[index].get_or_init(|| kick))
     }
 
     fn is_gone(&self) -> bool {
@@ -351,11 +337,14 @@ impl VirtioPci {
             && registers.status & ready == ready
             && registers.status & status::FAILED == 0
         {
-            self.activate(registers);
+            self.activate(registers, false);
         }
     }
 
-    fn activate(&self, registers: &Registers) {
+    /// With `later`, KVM raises a queue's notifications from its first on: a
+    /// clone has many queues of which its guest uses few, and telling KVM of one
+    /// takes as long as six exits.
+    fn activate(&self, registers: &Registers, later: bool) {
         let memory = self.memory.memory();
         let mut queues = Vec::new();
         for (index, setup) in registers.queues.iter().enumerate() {
@@ -367,7 +356,13 @@ impl VirtioPci {
                 self.lines.device_broken();
                 return;
             };
-            let kick = match self.kick(index).and_then(EventFd::try_clone) {
+            let kick = self.kick(index).and_then(|kick| {
+                if !later {
+                    self.raise(index, kick)?;
+                }
+                kick.try_clone()
+            });
+            let kick = match kick {
                 Ok(kick) => kick,
                 Err(error) => {
                     tracing::error!(%error, "no notifications of a queue");
@@ -457,12 +452,7 @@ impl PciFunction for VirtioPci {
                 self.show_config(&*device);
             }
             // Normally an ioeventfd takes it.
-            NOTIFY => {
-                let index = ((offset - NOTIFY) / NOTIFY_STRIDE) as usize;
-                if let Some(kick) = self.kicks.get(index).and_then(OnceLock::get) {
-                    let _ = kick.write(1);
-                }
-            }
+            NOTIFY => self.notified(((offset - NOTIFY) / NOTIFY_STRIDE) as usize),
             TABLE => self.lines.msix.write_table(offset - TABLE, data),
             _ => {}
         }

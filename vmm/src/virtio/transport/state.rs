@@ -161,7 +161,7 @@ impl VirtioPci {
         if state.status & status::DRIVER_OK == 0 || state.broken {
             return Ok(());
         }
-        self.activate(&registers);
+        self.activate(&registers, true);
         if lines.broken.load(Ordering::SeqCst) {
             return Err(StateError::Activate(DeviceError::BadQueue(0)));
         }
