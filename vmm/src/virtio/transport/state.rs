@@ -5,6 +5,7 @@
 use std::sync::atomic::Ordering;
 
 use serde::{Deserialize, Serialize};
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 use super::{status, VirtioPci};
 use crate::{
@@ -168,11 +169,24 @@ impl VirtioPci {
         self.device().announce();
         // One that was on its way may have been lost; one too many does no
         // harm.
+        let event_idx = registers.event_idx();
         for queue in &state.queues {
-            if queue.enabled {
+            if queue.enabled && !(event_idx && self.has_seen_all(queue)) {
                 lines.msix.signal(queue.vector);
             }
         }
         Ok(())
+    }
+
+    /// Whether the driver says that it has seen all of a queue that was used: it
+    /// wants to hear of the next (virtio 1.2 §2.7.7.1).
+    fn has_seen_all(&self, queue: &QueueState) -> bool {
+        // After two words and the ring itself.
+        let at = queue.driver.checked_add(4 + 2 * u64::from(queue.size));
+        let wanted = at.and_then(|at| {
+            let memory = self.memory.memory();
+            memory.read_obj::<u16>(GuestAddress(at)).ok()
+        });
+        wanted.is_some_and(|wanted| u16::from_le(wanted) == queue.next_used)
     }
 }
