@@ -181,7 +181,12 @@ pub fn write(state: &MachineState, mut file: &File) -> Result<(), SnapshotError>
 pub fn read(mut file: &File) -> Result<MachineState, SnapshotError> {
     let mut bytes = Vec::new();
     file.rewind()
-        .and_then(|()| file.take(MAX_FILE + 1).read_to_end(&mut bytes))
+        .and_then(|()| file.metadata())
+        .and_then(|found| {
+            // In one go, and a look for more.
+            bytes.reserve_exact(found.len().min(MAX_FILE) as usize + 1);
+            file.take(MAX_FILE + 1).read_to_end(&mut bytes)
+        })
         .map_err(|source| SnapshotError::File {
             what: "read the state file",
             source,
