@@ -11,7 +11,7 @@ use libfuzzer_sys::fuzz_target;
 
 /// Sections with a kind, a version and a length each, where the header and its
 /// checksum are no obstacle.
-fn sections(mut data: &[u8]) -> Vec<Section> {
+fn sections(mut data: &[u8]) -> Vec<Section<'_>> {
     let mut sections = Vec::new();
     while let [kind, version, low, high, rest @ ..] = data {
         let length = usize::from(u16::from_le_bytes([*low, *high])).min(rest.len());
@@ -19,7 +19,7 @@ fn sections(mut data: &[u8]) -> Vec<Section> {
         sections.push(Section {
             kind: u32::from(kind % 7),
             version: u32::from(version % 16 != 0),
-            content: content.to_vec(),
+            content: content.into(),
         });
         data = next;
     }
@@ -35,7 +35,8 @@ fuzz_target!(|data: &[u8]| {
     let _ = MachineState::from_file(&file);
     if let Ok(file) = StateFile::decode(data) {
         // What is read is written the same way.
-        let again = StateFile::decode(&file.encode());
+        let written = file.encode();
+        let again = StateFile::decode(&written);
         assert!(again.is_ok_and(|again| again == file));
         let _ = MachineState::from_file(&file);
     }

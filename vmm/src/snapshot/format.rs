@@ -21,6 +21,8 @@
 //! The content of a section is postcard's encoding of a type of [`super::state`].
 //! A type that changes gets a new version; older ones stay readable.
 
+use std::borrow::Cow;
+
 use crc::{Crc, CRC_64_XZ};
 
 /// First bytes of a state file.
@@ -109,27 +111,27 @@ pub enum FormatError {
 
 /// A section.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Section {
+pub struct Section<'a> {
     /// What it is about.
     pub kind: u32,
     /// Of its content.
     pub version: u32,
     /// Its content.
-    pub content: Vec<u8>,
+    pub content: Cow<'a, [u8]>,
 }
 
 /// A state file, taken apart.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct StateFile {
+pub struct StateFile<'a> {
     /// Bytes of guest memory.
     pub memory_size: u64,
     /// Version of the VMM that wrote it.
     pub build: String,
     /// In the order of the file.
-    pub sections: Vec<Section>,
+    pub sections: Vec<Section<'a>>,
 }
 
-impl StateFile {
+impl<'a> StateFile<'a> {
     /// The bytes of the file.
     pub fn encode(&self) -> Vec<u8> {
         let mut body = Vec::new();
@@ -137,7 +139,7 @@ impl StateFile {
             body.extend(section.kind.to_le_bytes());
             body.extend(section.version.to_le_bytes());
             body.extend((section.content.len() as u64).to_le_bytes());
-            body.extend(&section.content);
+            body.extend(&*section.content);
         }
         let mut build = [0; BUILD];
         for (to, from) in build.iter_mut().zip(self.build.bytes()) {
@@ -160,7 +162,7 @@ impl StateFile {
     ///
     /// # Errors
     /// They are not a whole, undamaged file of this format and architecture.
-    pub fn decode(file: &[u8]) -> Result<Self, FormatError> {
+    pub fn decode(file: &'a [u8]) -> Result<Self, FormatError> {
         if file.len() as u64 > MAX_FILE {
             return Err(FormatError::TooLarge);
         }
@@ -193,7 +195,7 @@ impl StateFile {
     }
 }
 
-fn sections(mut body: &[u8], count: u32) -> Result<Vec<Section>, FormatError> {
+fn sections(mut body: &[u8], count: u32) -> Result<Vec<Section<'_>>, FormatError> {
     if count > MAX_SECTIONS {
         return Err(FormatError::Sections);
     }
@@ -209,7 +211,7 @@ fn sections(mut body: &[u8], count: u32) -> Result<Vec<Section>, FormatError> {
         all.push(Section {
             kind: u32_at(head, 0),
             version: u32_at(head, 4),
-            content: content.to_vec(),
+            content: content.into(),
         });
         body = rest;
     }
@@ -241,11 +243,11 @@ mod tests {
 
     use super::*;
 
-    fn file() -> StateFile {
-        let section = |kind, content: &[u8]| Section {
+    fn file() -> StateFile<'static> {
+        let section = |kind, content: &'static [u8]| Section {
             kind,
             version: 1,
-            content: content.to_vec(),
+            content: content.into(),
         };
         StateFile {
             memory_size: 1 << 30,

@@ -59,7 +59,7 @@ pub const WINDOWS: [u64; 2] = [layout::TABLE_WINDOW, layout::CONFIG_WINDOW];
 
 impl MachineState {
     /// The state file.
-    pub fn to_file(&self) -> StateFile {
+    pub fn to_file(&self) -> StateFile<'static> {
         let mut sections = vec![
             section(kind::MACHINE, &self.vm),
             section(kind::SERIAL, &self.serial),
@@ -85,7 +85,7 @@ impl MachineState {
     ///
     /// # Errors
     /// A section is missing, unknown, or cannot be read.
-    pub fn from_file(file: &StateFile) -> Result<Self, FormatError> {
+    pub fn from_file(file: &StateFile<'_>) -> Result<Self, FormatError> {
         let known = kind::MACHINE..=kind::WINDOWS;
         let unknown = file
             .sections
@@ -194,16 +194,17 @@ pub fn read(mut file: &File) -> Result<MachineState, SnapshotError> {
     Ok(MachineState::from_file(&StateFile::decode(&bytes)?)?)
 }
 
-fn section<T: Serialize>(kind: u32, content: &T) -> Section {
+fn section<T: Serialize>(kind: u32, content: &T) -> Section<'static> {
     Section {
         kind,
         version: VERSION,
         content: postcard::to_stdvec(content)
-            .expect("a vector grows, and the types have nothing that cannot be written"),
+            .expect("a vector grows, and the types have nothing that cannot be written")
+            .into(),
     }
 }
 
-fn all<T: DeserializeOwned>(file: &StateFile, kind: u32) -> Result<Vec<T>, FormatError> {
+fn all<T: DeserializeOwned>(file: &StateFile<'_>, kind: u32) -> Result<Vec<T>, FormatError> {
     let sections = file.sections.iter().filter(|section| section.kind == kind);
     sections
         .map(
@@ -215,7 +216,7 @@ fn all<T: DeserializeOwned>(file: &StateFile, kind: u32) -> Result<Vec<T>, Forma
         .collect()
 }
 
-fn one<T: DeserializeOwned>(file: &StateFile, kind: u32) -> Result<T, FormatError> {
+fn one<T: DeserializeOwned>(file: &StateFile<'_>, kind: u32) -> Result<T, FormatError> {
     let mut found = all(file, kind)?;
     match (found.pop(), found.len()) {
         (Some(content), 0) => Ok(content),
