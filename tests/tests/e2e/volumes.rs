@@ -265,8 +265,8 @@ fn read_all(context: &Context) -> Result<(String, i64, String)> {
         bail!("{out}");
     };
     same((ran, guest), ("ran", "guest"))?;
-    same(sum, &format!("{}  -", sha256(&large)))?;
-    same(sums, &format!("{}  -", sha256(&many)))?;
+    same(sum, format!("{}  -", sha256(&large)))?;
+    same(sums, format!("{}  -", sha256(&many)))?;
     let now = fs::read(data.join("large"))?;
     same(&now[5_000_000..5_000_005], &b"guest"[..])?;
     let grown = grown.strip_prefix("grown ").context("no number")?.parse()?;
