@@ -152,7 +152,7 @@ impl Disk {
     pub fn offset(&self, sector: u64, segments: &[Segment]) -> Option<u64> {
         let length: u64 = segments.iter().map(|s| u64::from(s.length)).sum();
         let end = sector.checked_add(length / SECTOR)?;
-        (length % SECTOR == 0 && end <= self.sectors).then_some(sector * SECTOR)
+        (length % SECTOR == 0 && end <= self.sectors).then(|| sector * SECTOR)
     }
 }
 

@@ -131,6 +131,8 @@ fn what_is_out_of_range_or_unknown_is_refused() {
         for (kind, sector, length, flags) in [
             (0, 15, 1024, READ_WRITE),
             (0, u64::MAX, 512, READ_WRITE),
+            // In bytes it is more than a number holds.
+            (0, u64::MAX / 256, 512, READ_WRITE),
             (0, 0, 100, READ_WRITE),
             (1, 0, 512, READ_ONLY),
         ] {
@@ -138,7 +140,7 @@ fn what_is_out_of_range_or_unknown_is_refused() {
         }
         assert_eq!(disk.request(77, 0, (data, 512, READ_WRITE)).0, 2);
         let metrics = disk.driver.metrics();
-        assert_eq!((metrics.requests, metrics.errors), (5, 5));
+        assert_eq!((metrics.requests, metrics.errors), (6, 6));
         assert_eq!((metrics.bytes_to_guest, metrics.bytes_from_guest), (0, 0));
         let mut first = [9; 512];
         disk.file.read_exact_at(&mut first, 0).unwrap();
