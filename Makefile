@@ -30,7 +30,7 @@ PACKAGES := ca-certificates build-essential bc bison flex libelf-dev libssl-dev 
 RUST_PACKAGES := rustc-web cargo-web
 RUST_OLDEST := 1.86.0
 
-.PHONY: help deps build binaries guest kernel run test test-agent test-agent-load test-guest-load test-programs test-posix test-containerd test-docker critest soak box bench fuzz install uninstall
+.PHONY: help deps build binaries guest kernel run test test-agent test-agent-load test-guest-load test-programs test-posix test-io test-containerd test-docker critest soak box bench fuzz install uninstall
 
 help: ## What can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -106,6 +106,10 @@ test-programs: build ## Real programs of Debian packages, unchanged, in containe
 test-posix: build ## POSIX behaviour of a shared directory, by pjdfstest of crates.io, beside the host's
 	@suite=$$(tests/posix/build) && \
 		BULKHEAD_POSIX="$$suite" cargo test -p bulkhead-tests --test e2e -- posix_
+
+test-io: build ## fio on disks and shared directories, iperf3 over the network, bytes over vsock (Debian mirror)
+	@built=$$(tests/io/build) && \
+		BULKHEAD_IO="$$built" cargo test -p bulkhead-tests --test e2e -- fio_ iperf_ vsock_
 
 box: build ## A shell in the KVM host in a box
 	@$(RELEASE)/bulkhead-box shell

@@ -15,13 +15,16 @@ mod cli;
 mod conformance;
 mod context;
 mod cri;
+mod disks;
 mod docker;
 mod exhaustion;
 mod failure;
+mod fio;
 mod guest;
 mod host;
 mod hotplug;
 mod idmap;
+mod iperf;
 mod jail;
 mod kill;
 mod ksm;
@@ -87,6 +90,8 @@ fn all() -> Vec<Test> {
         announce::TESTS,
         guest::TESTS,
         vsock::TESTS,
+        fio::TESTS,
+        iperf::TESTS,
         conformance::TESTS,
         listener::TESTS,
         resize::TESTS,

@@ -16,7 +16,8 @@ use crate::runner::{tests, Test};
 pub const TESTS: &[Test] = tests![no_network_without_a_namespace, two_pods_and_the_host_talk,];
 
 const BRIDGE: &str = "bh-e2e0";
-const HOST4: &str = "10.199.7.1";
+/// The host's address on the bridge.
+pub const HOST4: &str = "10.199.7.1";
 const HOST6: &str = "fd00:bead::1";
 
 fn no_network_without_a_namespace(context: &Context) -> Result<()> {
@@ -38,10 +39,11 @@ fn ip(args: &str) -> Result<String> {
 }
 
 /// A bridge and two network namespaces on it, as a network plugin makes them.
-struct Net;
+pub struct Net;
 
 impl Net {
-    fn make() -> Result<Self> {
+    /// Makes them; they go when this is dropped.
+    pub fn make() -> Result<Self> {
         Self::remove();
         ip(&format!("link add {BRIDGE} type bridge"))?;
         let net = Self;
@@ -71,7 +73,12 @@ impl Net {
     }
 
     fn flag(n: u32) -> String {
-        format!("network:/var/run/netns/{}", Self::ns(n))
+        format!("network:{}", Self::path(n))
+    }
+
+    /// Where one of the namespaces is, 2 or 3.
+    pub fn path(n: u32) -> String {
+        format!("/var/run/netns/{}", Self::ns(n))
     }
 
     fn remove() {
