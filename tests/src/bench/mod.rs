@@ -222,8 +222,8 @@ const ON_REQUEST: &[(&str, Take)] = &[
     ("ksm-page-seconds, ksm-cpu, ksm-idle-cpu", ksm::figures),
 ];
 
-/// Environment variable with a part of the names of the figures to take; those
-/// of single pods are without it.
+/// Environment variable with a part of the names of the figures to take, or
+/// several with commas between; those of single pods are without it.
 const ONLY: &str = "BULKHEAD_BENCH";
 
 /// Takes all figures; each is told as soon as it is there, and so is each that
@@ -236,7 +236,7 @@ pub fn run(tell: &mut dyn FnMut(Result<Figure>)) -> Result<()> {
     let only = std::env::var(ONLY).unwrap_or_default();
     let on_request = ON_REQUEST.iter().filter(|_| !only.is_empty());
     for (names, take) in GROUPS.iter().chain(on_request) {
-        if !names.contains(&only) {
+        if !only.split(',').any(|part| names.contains(part)) {
             continue;
         }
         match take(&bench).context(*names) {
