@@ -10,15 +10,15 @@ use std::time::Duration;
 
 use anyhow::{bail, Context, Result};
 use bulkhead_agent_protocol::agent::{
-    ContainerRequest, CreateContainerReply, CreateContainerRequest, DialPortRequest,
-    ExecProcessReply, ExecProcessRequest, Mirror, ProcessRequest, SetupSandboxRequest,
+    ContainerRequest, CreateContainerReply, CreateContainerRequest, DeviceNode, DialPortRequest,
+    Empty, ExecProcessReply, ExecProcessRequest, Mirror, ProcessRequest, SetupSandboxRequest,
     StartContainerRequest, Stdio, WaitProcessRequest,
 };
 use bulkhead_agent_protocol::{oci, SHARED_MOUNT, SHARED_TAG};
 use bulkhead_runtime::agent::{Agent, Expected, Streams};
 use bulkhead_runtime::config;
 use bulkhead_runtime::oci::{container, parse};
-use bulkhead_vmm_api::DeviceConfigs;
+use bulkhead_vmm_api::{DeviceConfigs, DeviceMetrics, PlugConfig};
 use tokio::io::AsyncReadExt;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::runtime::Runtime;
@@ -159,6 +159,34 @@ impl Guest {
     /// Its agent.
     pub fn agent(&self) -> &Agent {
         &self.agent
+    }
+
+    /// Plugs a device, and has the guest find it; its slot, and what the guest
+    /// calls it.
+    ///
+    /// # Errors
+    /// When the VMM refuses, or the guest has no driver for it.
+    pub fn plug(&mut self, config: PlugConfig, fd: OwnedFd) -> Result<(u8, DeviceNode)> {
+        let slot = self.vmm.plug(config, fd)?;
+        let found = self.wait_for(self.agent.rescan_devices(Empty::new()))?;
+        let address = format!("0000:00:{slot:02x}.0");
+        let mut devices = found.devices.into_iter();
+        let device = devices.find(|device| device.address == address);
+        let node = device.and_then(|device| device.nodes.into_iter().next());
+        let node = node.with_context(|| format!("nothing works with {address}"))?;
+        Ok((slot, node))
+    }
+
+    /// What a device of it has done.
+    ///
+    /// # Errors
+    /// When there is none in that slot.
+    pub fn metrics(&mut self, slot: u8) -> Result<DeviceMetrics> {
+        let devices = self.vmm.status()?.devices;
+        let device = devices.iter().find(|device| device.slot == slot);
+        Ok(device
+            .with_context(|| format!("slot {slot} is empty"))?
+            .metrics)
     }
 
     /// The shared directory on the host.

@@ -9,7 +9,7 @@
 //! * [`cri`]: a containerd for pods, with crictl; [`critest_images`]: what
 //!   critest runs beside the images that everything has.
 //! * [`guest`]: a guest and its agent without the runtime; [`stamp`]: a program
-//!   for it that tells when it began.
+//!   for it that tells when it began; [`load`]: one that uses its devices.
 //! * [`timeline`]: the start timeline that the shim logs.
 //! * [`init`]: PID 1 of the box.
 
@@ -27,6 +27,7 @@ pub mod init;
 pub mod inside;
 pub mod install;
 pub mod listing;
+pub mod load;
 pub mod proc;
 pub mod stamp;
 pub mod sys;

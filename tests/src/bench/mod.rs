@@ -4,9 +4,11 @@
 //! time, where they do not depend on what else this machine does.
 
 pub mod agent;
+pub mod blk;
 pub mod boot;
 pub mod clone;
 pub mod density;
+pub mod devices;
 pub mod ksm;
 pub mod kvm;
 pub mod memory;
@@ -202,6 +204,7 @@ const GROUPS: &[(&str, Take)] = &[
         "snapshot-create, vmm-restore, restore-exits, restore-faults, vmm-private, vmm-private-clone",
         clone::figures,
     ),
+    ("blk-4k, blk-1m", blk::figures),
     ("ctr-run, boot, boot-kernel", start::ctr_run),
     ("run", start::run),
     ("host-private, guest-private", memory::figures),

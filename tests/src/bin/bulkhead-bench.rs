@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context, Result};
-use bulkhead_tests::bench::{self, Figure};
+use bulkhead_tests::bench::{self, devices, Figure};
 use bulkhead_tests::boxed::{Event, Options};
 use bulkhead_tests::inside::{self, again, pass_on, start_box_with};
 use bulkhead_tests::install::Products;
@@ -52,7 +52,10 @@ fn run() -> Result<i32> {
     let machine = start_box_with(Options {
         virtual_time: true,
         cpus: 1,
-        hot: vec![products.program("bulkhead-agent")],
+        hot: vec![
+            products.program("bulkhead-agent"),
+            products.program(devices::PROGRAM),
+        ],
         ..Options::default()
     })?;
     println!("measuring; this takes some minutes");
