@@ -9,6 +9,7 @@ pub mod boot;
 pub mod clone;
 pub mod density;
 pub mod devices;
+pub mod files;
 pub mod ksm;
 pub mod kvm;
 pub mod memory;
@@ -205,6 +206,7 @@ const GROUPS: &[(&str, Take)] = &[
         clone::figures,
     ),
     ("blk-4k, blk-1m", blk::figures),
+    ("fs-open, fs-read-cached", files::figures),
     ("ctr-run, boot, boot-kernel", start::ctr_run),
     ("run", start::run),
     ("host-private, guest-private", memory::figures),
