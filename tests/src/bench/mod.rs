@@ -17,6 +17,7 @@ pub mod peer;
 pub mod pod;
 pub mod size;
 pub mod start;
+pub mod vsock;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -207,6 +208,7 @@ const GROUPS: &[(&str, Take)] = &[
     ),
     ("blk-4k, blk-1m", blk::figures),
     ("fs-open, fs-read-cached", files::figures),
+    ("vsock-rtt, vsock-both-ways", vsock::figures),
     ("ctr-run, boot, boot-kernel", start::ctr_run),
     ("run", start::run),
     ("host-private, guest-private", memory::figures),
