@@ -13,6 +13,7 @@ pub mod files;
 pub mod ksm;
 pub mod kvm;
 pub mod memory;
+pub mod net;
 pub mod peer;
 pub mod pod;
 pub mod size;
@@ -209,6 +210,7 @@ const GROUPS: &[(&str, Take)] = &[
     ("blk-4k, blk-1m", blk::figures),
     ("fs-open, fs-read-cached", files::figures),
     ("vsock-rtt, vsock-both-ways", vsock::figures),
+    ("net-exits-per-mib", net::figures),
     ("ctr-run, boot, boot-kernel", start::ctr_run),
     ("run", start::run),
     ("host-private, guest-private", memory::figures),
