@@ -39,7 +39,7 @@ const MERGE_GROUP: &str = "io.bulkhead.hypervisor.merge_group";
 pub fn figures(bench: &Bench) -> Result<Vec<Figure>> {
     reset()?;
     let taken = take(bench);
-    bench.containerd.clean()?;
+    bench.containerd()?.clean()?;
     reset()?;
     taken
 }
@@ -72,7 +72,7 @@ fn take(bench: &Bench) -> Result<Vec<Figure>> {
     }
     merge(bench, &daemon, &mut pods)?;
     let (ours, across) = merged_pages(bench, pods.len())?;
-    bench.containerd.clean()?;
+    bench.containerd()?.clean()?;
     thread::sleep(SETTLE);
     let left = mib(empty - available()?);
     drop(daemon);
@@ -235,7 +235,7 @@ fn start(bench: &Bench, group: Option<&str>, id: &str) -> Result<()> {
     if let Some(annotation) = &annotation {
         flags.extend(["--annotation", annotation]);
     }
-    let mut command = bench.containerd.run(BULKHEAD, &flags);
+    let mut command = bench.containerd()?.run(BULKHEAD, &flags);
     command.args([image::ROOT_IMAGE, id, "sleep", "100000"]);
     proc::run(&mut command, LIMIT)?
         .ok()
@@ -248,7 +248,7 @@ fn end(bench: &Bench, id: &str) -> Result<()> {
         ["task", "delete", "-f", id].as_slice(),
         &["container", "delete", id],
     ] {
-        proc::run(bench.containerd.ctr().args(args), LIMIT)?.ok()?;
+        proc::run(bench.containerd()?.ctr().args(args), LIMIT)?.ok()?;
     }
     Ok(())
 }

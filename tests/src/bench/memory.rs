@@ -20,13 +20,13 @@ const GUEST: u64 = 128 << 10;
 /// # Errors
 /// When the container does not run.
 pub fn figures(bench: &Bench) -> Result<Vec<Figure>> {
-    let mut command = bench.containerd.run(BULKHEAD, &["-d"]);
+    let mut command = bench.containerd()?.run(BULKHEAD, &["-d"]);
     command.args([image::ROOT_IMAGE, "bench-idle", "sleep", "1000"]);
     proc::run(&mut command, LIMIT)?.ok()?;
     // What a start leaves to be done.
     thread::sleep(Duration::from_secs(3));
     let taken = take();
-    bench.containerd.clean()?;
+    bench.containerd()?.clean()?;
     taken
 }
 

@@ -20,6 +20,7 @@ pub mod size;
 pub mod start;
 pub mod vsock;
 
+use std::cell::OnceCell;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -105,8 +106,8 @@ pub fn median(mut values: Vec<f64>) -> Result<f64> {
     }
 }
 
-/// What the figures are taken with: a private containerd, a root file system,
-/// all in memory.
+/// What the figures are taken with: a root file system and, for those that
+/// want it, a private containerd, all in memory.
 pub struct Bench {
     /// The build products.
     pub products: Products,
@@ -114,8 +115,7 @@ pub struct Bench {
     pub dir: PathBuf,
     /// Bulkhead's configuration.
     pub config: PathBuf,
-    /// containerd, with the image imported.
-    pub containerd: Containerd,
+    containerd: OnceCell<Containerd>,
 }
 
 impl Bench {
@@ -130,14 +130,26 @@ impl Bench {
         fs::create_dir_all(&dir).with_context(|| format!("make {}", dir.display()))?;
         let config = dir.join("config.toml");
         settings(&products, &dir).write(&config)?;
-        let containerd = Containerd::start(&dir.join("c"), &products.bin_dir(), &config)?;
-        containerd.import(&image::cached()?)?;
         Ok(Self {
             products,
             dir,
             config,
-            containerd,
+            containerd: OnceCell::new(),
         })
+    }
+
+    /// containerd, with the image imported.
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub fn containerd(&self) -> Result<&Containerd> {
+        if let Some(containerd) = self.containerd.get() {
+            return Ok(containerd);
+        }
+        let dir = self.dir.join("c");
+        let containerd = Containerd::start(&dir, &self.products.bin_dir(), &self.config)?;
+        containerd.import(&image::cached()?)?;
+        Ok(self.containerd.get_or_init(|| containerd))
     }
 
     /// Changes Bulkhead's configuration for what is started from now on.
@@ -173,7 +185,9 @@ impl Bench {
     /// # Errors
     /// When something stays.
     pub fn stop(self) -> Result<()> {
-        self.containerd.stop()?;
+        if let Some(containerd) = self.containerd.into_inner() {
+            containerd.stop()?;
+        }
         crate::containerd::remove_tree(&self.dir)
     }
 }

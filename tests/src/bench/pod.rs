@@ -152,14 +152,14 @@ fn take(bench: &Bench, cri: &Cri) -> Result<Vec<Figure>> {
 fn beside_another(bench: &Bench) -> Result<u64> {
     let program = "containerd-shim-bulkhead-v2";
     let before: Vec<u32> = listing::by_program(program).iter().map(|p| p.pid).collect();
-    let mut command = bench.containerd.run(BULKHEAD, &["-d", "--null-io"]);
+    let mut command = bench.containerd()?.run(BULKHEAD, &["-d", "--null-io"]);
     command.args([image::ROOT_IMAGE, "bench-beside", "sleep", "100000"]);
     proc::run(&mut command, LIMIT)?.ok()?;
     thread::sleep(SETTLE);
     let now = listing::by_program(program);
     let new = now.iter().find(|p| !before.contains(&p.pid));
     let (own, _) = memory::private_of(new.context("no new shim")?.pid)?;
-    bench.containerd.clean()?;
+    bench.containerd()?.clean()?;
     Ok(own)
 }
 

@@ -32,8 +32,8 @@ pub fn ctr_run(bench: &Bench) -> Result<Vec<Figure>> {
     let (mut boots, mut kernels) = (Vec::new(), Vec::new());
     for run in 0..RUNS {
         for runtime in [BULKHEAD, RUNC] {
-            let logged = bench.containerd.log().len();
-            let mut command = bench.containerd.run(runtime, &["--rm"]);
+            let logged = bench.containerd()?.log().len();
+            let mut command = bench.containerd()?.run(runtime, &["--rm"]);
             command.args([image::ROOT_IMAGE, &format!("bench-{run}"), "true"]);
             let took = milliseconds(&mut command).with_context(|| format!("with {runtime}"))?;
             if run == 0 {
@@ -44,7 +44,7 @@ pub fn ctr_run(bench: &Bench) -> Result<Vec<Figure>> {
                 continue;
             }
             ours.push(took);
-            let log = bench.containerd.log();
+            let log = bench.containerd()?.log();
             let log = log.get(logged..).unwrap_or_default();
             let timeline = Timeline::find(log).context("the shim has logged no start timeline")?;
             // VMM start, agent ready.
