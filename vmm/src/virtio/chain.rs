@@ -231,6 +231,56 @@ impl Queues {
         }
     }
 
+    /// Works what the driver has queued, at most `limit` chains, as
+    /// [`Self::drain`] does; how many. The driver is neither told of it
+    /// ([`Self::signal`]) nor asked to notify of more ([`Self::rest`]).
+    pub fn take(
+        &mut self,
+        index: usize,
+        limit: usize,
+        mut work: impl FnMut(Chain<'_>) -> Result<u32, Broken>,
+    ) -> usize {
+        let memory = self.memory.memory();
+        let mut taken = 0;
+        let mut next = || {
+            let queue = self.get(index).ok_or(Broken)?;
+            let Some(chain) = pop(queue, &memory)? else {
+                return Ok(false);
+            };
+            let head = chain.head_index();
+            let length = work(chain)?;
+            queue.add_used(&*memory, head, length).map_err(|_| Broken)?;
+            self.counters.requests(1);
+            Ok(true)
+        };
+        while taken < limit {
+            match next() {
+                Ok(true) => taken += 1,
+                Ok(false) => break,
+                Err(Broken) => {
+                    self.break_device();
+                    break;
+                }
+            }
+        }
+        taken
+    }
+
+    /// Asks the driver to notify of what it queues from now on. What there is by
+    /// then comes with the next round.
+    pub fn rest(&mut self, index: usize) {
+        let memory = self.memory.memory();
+        let queued = self
+            .get(index)
+            .map(|queue| queue.enable_notification(&*memory));
+        match (queued, self.kick(index)) {
+            // Cannot fail: the counter is far from its limit.
+            (Some(Ok(true)), Some(kick)) => drop(kick.write(1)),
+            (Some(Err(_)), _) => self.break_device(),
+            _ => {}
+        }
+    }
+
     /// Gives a chain back that [`Self::drain_later`] took. The driver is not told
     /// ([`Self::signal`]).
     pub fn complete(&mut self, index: usize, head: u16, length: u32) -> Result<(), Broken> {

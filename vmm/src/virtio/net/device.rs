@@ -17,6 +17,7 @@ use virtio_bindings::{
 };
 use vmm_sys_util::epoll::EventSet;
 
+use super::receive::Ready;
 use crate::virtio::{
     chain::Queues,
     device::{read_bytes, Activation, DeviceError, StateError, VirtioDevice},
@@ -39,6 +40,7 @@ pub struct Net {
     /// Whether the loop watches the tap: not while the guest has no buffers.
     pub(super) watched: bool,
     pub(super) active: Option<Queues>,
+    pub(super) ready: Ready,
 }
 
 impl Net {
@@ -74,6 +76,7 @@ impl Net {
             tap,
             watched: false,
             active: None,
+            ready: Ready::default(),
         })
     }
 }
@@ -170,6 +173,7 @@ impl VirtioDevice for Net {
             queues.event_loop.unregister(&self.tap);
             self.watched = false;
         }
+        self.ready = Ready::default();
     }
 
     fn queues(&self) -> Option<&Queues> {

@@ -3,6 +3,7 @@
 
 mod device;
 mod event;
+mod receive;
 mod state;
 #[cfg(test)]
 mod tests;

@@ -3,12 +3,16 @@
 
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MTU;
 
-use super::Net;
+use super::{event::RECEIVE, Net};
 use crate::virtio::device::StateError;
 
 impl Net {
-    /// The configuration, and whether the MTU in it was offered.
+    /// The configuration, and whether the MTU in it was offered. The queue says
+    /// how far it was worked, so nothing that is taken off it may be left.
     pub(super) fn save_state(&mut self) -> Result<Vec<u8>, StateError> {
+        if let Some(queue) = self.active.as_mut().and_then(|q| q.get(RECEIVE)) {
+            self.ready.give_back(queue);
+        }
         let mut state = self.config.to_vec();
         state.push(u8::from(self.features & (1 << VIRTIO_NET_F_MTU) != 0));
         Ok(state)

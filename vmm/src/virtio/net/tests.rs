@@ -53,6 +53,73 @@ fn packets_go_both_ways() {
 }
 
 #[test]
+fn a_small_packet_leaves_the_other_buffers_to_the_next() {
+    let (mut driver, wire) = interface();
+    let buffers: Vec<u64> = (0..4).map(|_| driver.buffer(64)).collect();
+    for buffer in &buffers {
+        driver.queue(0, &[(*buffer, 64, READ_WRITE)]);
+    }
+    for (number, buffer) in (1..).zip(&buffers[..2]) {
+        wire.send(&[number; 50]).unwrap();
+        driver.event(TAP);
+        assert_eq!(driver.used(0), [50]);
+        assert_eq!(driver.read(buffer + 12, 38), [number; 38]);
+    }
+    // Whoever continues takes them off the queue again.
+    let position = |driver: &mut Driver<Net>| {
+        let device = driver.device();
+        let queues = device.queues().unwrap();
+        let (_, available, used) = queues.positions().next().unwrap();
+        (available, used)
+    };
+    assert_eq!(position(&mut driver), (4, 2));
+    driver.device().save().unwrap();
+    assert_eq!(position(&mut driver), (2, 2));
+    // One packet in what is left, and none in what was given before.
+    wire.send(&[3; 128]).unwrap();
+    driver.event(TAP);
+    assert_eq!(driver.used(0), [64, 64]);
+    assert_eq!(driver.read(buffers[2] + 10, 2), [2, 0]);
+    assert_eq!(driver.read(buffers[3], 64), [3; 64]);
+    assert!(!driver.broken());
+    // A driver that starts anew gets nothing into its old buffers.
+    let buffer = driver.buffer(64);
+    driver.queue(0, &[(buffer, 64, READ_WRITE)]);
+    driver.event(TAP);
+    driver.restart();
+    wire.send(&[4; 50]).unwrap();
+    driver.event(TAP);
+    assert_eq!(driver.read(buffer, 64), [0; 64]);
+}
+
+#[test]
+fn a_buffer_without_room_for_a_header_stops_the_device() {
+    let (mut driver, _wire) = interface();
+    for length in [64, 11] {
+        let buffer = driver.buffer(length);
+        driver.queue(0, &[(buffer, length as u32, READ_WRITE)]);
+    }
+    driver.event(TAP);
+    assert!(driver.broken());
+}
+
+#[test]
+fn an_answer_that_is_there_comes_with_what_was_sent() {
+    let (mut driver, wire) = interface();
+    let buffer = driver.buffer(64);
+    driver.queue(0, &[(buffer, 64, READ_WRITE)]);
+    for _ in 0..3 {
+        let packet = driver.buffer(60);
+        driver.queue(1, &[(packet, 60, READ_ONLY)]);
+    }
+    wire.send(&[5; 40]).unwrap();
+    driver.kick(1);
+    assert_eq!(driver.used(1), [0, 0, 0]);
+    assert_eq!(driver.used(0), [40]);
+    assert_eq!([0, 1].map(|index| driver.interrupts(index)), [1, 1]);
+}
+
+#[test]
 fn without_buffers_the_tap_is_not_watched() {
     let (mut driver, wire) = interface();
     wire.send(&[1; 50]).unwrap();
