@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-//! How fast a program in a guest talks with one on the host.
+//! How fast a program in a guest talks with one on the host. `vsock-rtt` is a
+//! message and its answer, as most of what the agent and the runtime say;
+//! `vsock-both-ways` how far the directions are apart when much is said, as by a
+//! container's output: a VMM is easily much worse at one of them.
 
 use anyhow::{bail, Context, Result};
 use bulkhead_vmm_api::DeviceKind;
