@@ -110,10 +110,8 @@ impl Ready {
             let head = chain.head_index();
             let (_, segments) = segments(chain);
             // Each may be a packet's first (virtio 1.2 §5.1.6.3.1).
-            if !segments
-                .first()
-                .is_some_and(|s| s.length as usize >= HEADER)
-            {
+            let first = segments.first().ok_or(Broken)?;
+            if (first.length as usize) < HEADER {
                 return Err(Broken);
             }
             let mut buffer = Buffer {
