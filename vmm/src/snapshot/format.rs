@@ -270,7 +270,7 @@ mod tests {
         // The check value of CRC-64/XZ.
         assert_eq!(checksum(b"123456789"), 0x995d_c9bb_df19_39fa);
         // Long enough for whatever takes many bytes at a time.
-        let long: Vec<u8> = (0..5000_u32).map(|i| (i * i >> 3) as u8).collect();
+        let long: Vec<u8> = (0..5000_u32).map(|i| ((i * i) >> 3) as u8).collect();
         let slowly = long.iter().fold(!0_u64, |sum, byte| {
             (0..8).fold(sum ^ u64::from(*byte), |sum, _| {
                 sum >> 1 ^ (0xc96c_5795_d787_0f42 * (sum & 1))
