@@ -8,12 +8,13 @@
 
 use std::fs::{self, File};
 use std::os::fd::OwnedFd;
+use std::path::Path;
 
 use anyhow::{Context, Result};
 use bulkhead_agent_protocol::agent::DeviceNode;
 use bulkhead_vmm_api::{BlkConfig, BlkEngine, PlugConfig};
 
-use super::devices::{mib_per_second, per_second, Loads, DISK};
+use super::devices::{mib_per_second, per_second, with_guest, Loads, DISK};
 use super::{Bench, Figure};
 
 /// Bytes of the disk, a file in memory.
@@ -28,12 +29,15 @@ const PEER: &str = "the file on the host";
 /// # Errors
 /// When the guest does not come up, or a read fails.
 pub fn figures(bench: &Bench) -> Result<Vec<Figure>> {
-    let mut loads = Loads::start(bench, "blk")?;
-    let path = bench.dir.join("blk/disk");
+    let path = bench.dir.join("disk");
     let content: Vec<u8> = (0..SIZE / 4)
         .flat_map(|word| (word as u32).to_le_bytes())
         .collect();
     fs::write(&path, content).context("write a disk")?;
+    with_guest(bench, "blk", |loads| take(loads, &path))
+}
+
+fn take(loads: &mut Loads, path: &Path) -> Result<Vec<Figure>> {
     let mut disks = Vec::new();
     for engine in [BlkEngine::Sync, BlkEngine::IoUring] {
         let config = BlkConfig {
@@ -42,15 +46,15 @@ pub fn figures(bench: &Bench) -> Result<Vec<Figure>> {
             engine: Some(engine),
             ..BlkConfig::default()
         };
-        let file: OwnedFd = File::open(&path)?.into();
+        let file: OwnedFd = File::open(path)?.into();
         disks.push(loads.guest.plug(PlugConfig::Blk(config), file)?);
     }
     let path = path.to_string_lossy().into_owned();
     let four = Reads::new("random", 4 << 10, SMALL);
     let mib = Reads::new("sequential", 1 << 20, LARGE);
     let [small, large] = [
-        four.take(&mut loads, &disks, &path),
-        mib.take(&mut loads, &disks, &path),
+        four.take(loads, &disks, &path),
+        mib.take(loads, &disks, &path),
     ];
     let (small, large) = (small?, large?);
     let speed = |taken: [u64; 3]| taken.map(|took| per_second(SMALL, took));

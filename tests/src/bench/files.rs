@@ -12,7 +12,7 @@ use std::fs;
 use anyhow::{bail, Context, Result};
 use bulkhead_vmm_api::{DeviceKind, DeviceMetrics};
 
-use super::devices::{mib_per_second, Loads};
+use super::devices::{mib_per_second, with_guest, Loads};
 use super::{Bench, Figure};
 use crate::load;
 
@@ -27,7 +27,10 @@ const PEER: &str = "the host";
 /// # Errors
 /// When the guest does not come up, or a file cannot be had.
 pub fn figures(bench: &Bench) -> Result<Vec<Figure>> {
-    let mut loads = Loads::start(bench, "files")?;
+    with_guest(bench, "files", take)
+}
+
+fn take(loads: &mut Loads) -> Result<Vec<Figure>> {
     let data = loads.data();
     for number in 0..FILES {
         fs::write(data.join(load::file_name(number)), "x").context("make files")?;
@@ -35,8 +38,8 @@ pub fn figures(bench: &Bench) -> Result<Vec<Figure>> {
     fs::write(data.join("large"), vec![7; usize::try_from(SIZE)?]).context("make a file")?;
     let host = data.to_string_lossy().into_owned();
     Ok(vec![
-        opened(&mut loads, &host)?,
-        read(&mut loads, &format!("{host}/large"))?,
+        opened(loads, &host)?,
+        read(loads, &format!("{host}/large"))?,
     ])
 }
 

@@ -13,7 +13,7 @@ use anyhow::{bail, Context, Result};
 use bulkhead_agent_protocol::agent;
 use bulkhead_vmm_api::{NetConfig, PlugConfig};
 
-use super::devices::{mib_per_second, Loads};
+use super::devices::{mib_per_second, with_guest, Loads};
 use super::{kvm, Bench, Figure, LIMIT};
 use crate::{load, proc, sys};
 
@@ -25,7 +25,6 @@ const MAC: [u8; 6] = [2, 0, 0, 0, 0, 9];
 const HOST: &str = "10.9.9.1";
 const GUEST: [u8; 4] = [10, 9, 9, 2];
 const PREFIX: u32 = 24;
-const PORT: u16 = 7000;
 /// What KVM counts: exits of all kinds, to the VMM, idle, for the host's
 /// interrupts, for memory that was not touched before.
 const EXITS: [&str; 5] = ["exits", "mmio_exits", "halt_exits", "irq_exits", "pf_fixed"];
@@ -35,12 +34,15 @@ const EXITS: [&str; 5] = ["exits", "mmio_exits", "halt_exits", "irq_exits", "pf_
 /// # Errors
 /// When the guest does not come up, or a connection fails.
 pub fn figures(bench: &Bench) -> Result<Vec<Figure>> {
-    let mut loads = Loads::start(bench, "net")?;
-    let slot = plug(&mut loads)?;
-    let first = Way::take(&mut loads, slot, "send")?;
-    let send = Way::take(&mut loads, slot, "send")?;
-    Way::take(&mut loads, slot, "receive")?;
-    let receive = Way::take(&mut loads, slot, "receive")?;
+    with_guest(bench, "net", take)
+}
+
+fn take(loads: &mut Loads) -> Result<Vec<Figure>> {
+    let slot = plug(loads)?;
+    let first = Way::take(loads, slot, "send")?;
+    let send = Way::take(loads, slot, "send")?;
+    Way::take(loads, slot, "receive")?;
+    let receive = Way::take(loads, slot, "receive")?;
     let how = format!(
         "exits of all kinds while {} MiB go by TCP from the guest to the host, through a tap, and the guest has done so once before; {}; the first time {:.2}, {:.2} of them for memory that was not touched before; the other way {:.2}, {}; target: at most 8",
         BYTES >> 20,
@@ -141,7 +143,8 @@ fn meet(
     host: &str,
     program: impl FnOnce(&str) -> Result<Vec<u64>>,
 ) -> Result<(u64, [u64; EXITS.len()])> {
-    let listener = TcpListener::bind((host, PORT)).with_context(|| format!("listen at {host}"))?;
+    let listener = TcpListener::bind((host, 0)).with_context(|| format!("listen at {host}"))?;
+    let port = listener.local_addr()?.port();
     let server = thread::spawn(move || {
         let mut counted = Vec::new();
         load::serve(&mut listener.accept()?.0, || {
@@ -154,7 +157,7 @@ fn meet(
         })?;
         anyhow::Ok(counted)
     });
-    let took = program(&format!("tcp:{host}:{PORT}"))?;
+    let took = program(&format!("tcp:{host}:{port}"))?;
     let Ok(counted) = server.join() else {
         bail!("the host's end has panicked");
     };

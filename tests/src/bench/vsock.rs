@@ -7,7 +7,7 @@
 use anyhow::{bail, Context, Result};
 use bulkhead_vmm_api::DeviceKind;
 
-use super::devices::{mib_per_second, serve, Loads};
+use super::devices::{mib_per_second, serve, with_guest, Loads};
 use super::{Bench, Figure};
 
 /// A message that comes back, and how often.
@@ -24,7 +24,10 @@ const CONNECTIONS: usize = 5;
 /// # Errors
 /// When the guest does not come up, or a connection fails.
 pub fn figures(bench: &Bench) -> Result<Vec<Figure>> {
-    let mut loads = Loads::start(bench, "vsock")?;
+    with_guest(bench, "vsock", take)
+}
+
+fn take(loads: &mut Loads) -> Result<Vec<Figure>> {
     let (listener, path) = loads.listen(PORT)?;
     let own = format!("vsock:{PORT}");
     let host = format!("unix:{path}");
@@ -43,9 +46,9 @@ pub fn figures(bench: &Bench) -> Result<Vec<Figure>> {
     let mut guest = Vec::new();
     let mut told = Vec::new();
     for load in loads_of(own.as_str()) {
-        let before = metrics(&mut loads)?;
+        let before = metrics(loads)?;
         guest.push(one(loads.in_guest(None, &load)?)?);
-        let after = metrics(&mut loads)?;
+        let after = metrics(loads)?;
         told.push([0, 1].map(|at| after[at] - before[at]));
     }
     let mut peer = Vec::new();
