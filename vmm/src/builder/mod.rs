@@ -6,6 +6,7 @@ mod assemble;
 mod growth;
 mod machine;
 mod plug;
+mod windows;
 
 use std::{fs::File, io, sync::Arc};
 

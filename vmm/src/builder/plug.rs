@@ -6,7 +6,6 @@ use std::{
     collections::BTreeMap,
     fs::File,
     io,
-    ops::Range,
     os::fd::OwnedFd,
     sync::{Arc, Mutex},
 };
@@ -15,18 +14,20 @@ use bulkhead_vmm_api::{
     BalloonConfig, BlkConfig, DeviceKind, DeviceStatus, FailureKind, FsConfig, MemConfig,
     NetConfig, PmemConfig, VsockConfig,
 };
-use vm_memory::{FileOffset, GuestAddressSpace, GuestMemoryMmap, MmapRegion};
+use vm_memory::{GuestAddressSpace, GuestMemoryMmap, MmapRegion};
 
 use super::{
     growth::{Backing, Growth, Saved},
-    system, BuildError,
+    system,
+    windows::Window,
+    BuildError,
 };
 use crate::{
     arch::x86_64::layout,
     config::Devices,
     confine::{self, seccomp::Worker},
     event::{EventHandler, EventLoop, LoopHandle},
-    kvm::vm::{MemorySlot, Vm},
+    kvm::vm::Vm,
     memory::WindowAllocator,
     pci::{
         pages::{Page, PAGE},
@@ -274,19 +275,12 @@ fn rest(event_loop: EventLoop, paused: bool) -> Result<EventLoop, BuildError> {
     Ok(event_loop)
 }
 
-/// Files in the guest's memory.
-struct Window {
-    slot: MemorySlot,
-    address: u64,
-    mapping: Arc<MmapRegion>,
-}
-
 /// A device on the bus.
-struct Plugged {
-    kind: DeviceKind,
+pub(super) struct Plugged {
+    pub(super) kind: DeviceKind,
     id: String,
     function: Arc<VirtioPci>,
-    window: Option<Window>,
+    pub(super) window: Option<Window>,
 }
 
 /// Why a device is not unplugged.
@@ -332,15 +326,15 @@ impl UnplugError {
 
 /// The bus with its devices, and what plugging more takes.
 pub(super) struct Board {
-    vm: Arc<Vm>,
+    pub(super) vm: Arc<Vm>,
     ram: GuestRam,
     root: Arc<PciRoot>,
     /// The memory of all interrupts' tables.
     tables: Arc<MmapRegion>,
-    plugged: BTreeMap<u8, Plugged>,
+    pub(super) plugged: BTreeMap<u8, Plugged>,
     balloon: Option<Arc<Mutex<Balloon>>>,
     growth: Option<Growth>,
-    windows: WindowAllocator,
+    pub(super) windows: WindowAllocator,
     backing: Backing,
     on_connect: Arc<dyn Fn(u32) + Send + Sync>,
 }
@@ -402,16 +396,6 @@ impl Board {
     /// The same, to be changed.
     pub fn growth_mut(&mut self) -> Option<&mut Growth> {
         self.growth.as_mut()
-    }
-
-    /// Where shared directories' windows are in the guest's memory.
-    pub fn dax_windows(&self) -> Vec<Range<u64>> {
-        let windows = self.plugged.values().filter_map(|plugged| {
-            let window = plugged.window.as_ref()?;
-            let size = window.mapping.size() as u64;
-            (plugged.kind == DeviceKind::Fs).then_some(window.address..window.address + size)
-        });
-        windows.collect()
     }
 
     /// All of the guest's memory, as it is now.
@@ -587,95 +571,6 @@ impl Board {
         }
         self.growth = Some(growth);
         Ok(device)
-    }
-
-    /// Maps a file into the guest.
-    fn window(
-        &mut self,
-        file: File,
-        read_only: bool,
-        place: Option<(u64, u64)>,
-        named: &dyn Fn(io::Error) -> BuildError,
-    ) -> Result<Window, BuildError> {
-        let size = file.metadata().map_err(named)?.len();
-        let protection = if read_only {
-            libc::PROT_READ
-        } else {
-            libc::PROT_READ | libc::PROT_WRITE
-        };
-        let mapping = MmapRegion::build(
-            Some(FileOffset::new(file, 0)),
-            size as usize,
-            protection,
-            libc::MAP_SHARED | libc::MAP_NORESERVE,
-        )
-        .map_err(|error| named(io::Error::other(error)))?;
-        self.show(Arc::new(mapping), read_only, place, named)
-    }
-
-    /// Makes the DAX window of a shared directory, if it has one.
-    fn dax_window(
-        &mut self,
-        config: &FsConfig,
-        place: Option<(u64, u64)>,
-        late: bool,
-        named: &dyn Fn(io::Error) -> BuildError,
-    ) -> Result<Option<Window>, BuildError> {
-        if config.dax_mib == 0 {
-            return Ok(None);
-        }
-        if late {
-            // The guest's tables tell where windows are.
-            return Err(named(io::Error::new(
-                io::ErrorKind::Unsupported,
-                "dax_mib: only what is there from the start can have a window",
-            )));
-        }
-        let mapping = fs::Window::reserve(u64::from(config.dax_mib) << 20).map_err(named)?;
-        self.show(mapping, false, place, named).map(Some)
-    }
-
-    /// Gives the guest a mapping of this process.
-    fn show(
-        &mut self,
-        mapping: Arc<MmapRegion>,
-        read_only: bool,
-        place: Option<(u64, u64)>,
-        named: &dyn Fn(io::Error) -> BuildError,
-    ) -> Result<Window, BuildError> {
-        let size = mapping.size() as u64;
-        let address = match place {
-            Some((address, had)) if had == size => {
-                self.windows.reserve_at(address, size).then_some(address)
-            }
-            // Not what it was, which is told when its state is restored.
-            _ => self.windows.reserve(size),
-        };
-        let address = address
-            .ok_or_else(|| named(io::Error::other("there is no place for it in guest memory")))?;
-        match self.vm.map_window(address, &mapping, read_only) {
-            Ok(slot) => Ok(Window {
-                slot,
-                address,
-                mapping,
-            }),
-            Err(error) => {
-                self.windows.release(address);
-                Err(error.into())
-            }
-        }
-    }
-
-    /// Takes a file out of the guest's memory.
-    fn close(&mut self, window: Window) {
-        match self.vm.unmap_window(window.slot) {
-            Ok(()) => self.windows.release(window.address),
-            Err(error) => {
-                tracing::error!(error = %crate::control::chain(&error), "window not taken back");
-                // KVM may use it still.
-                std::mem::forget(window.mapping);
-            }
-        }
     }
 
     fn function<D: VirtioDevice + 'static>(
