@@ -19,7 +19,7 @@ RELEASE := target/release
 
 # What a fresh Debian 12 lacks, by what it is for: the kernel's build, the
 # guest image, the end-to-end tests and the KVM host in a box.
-PACKAGES := ca-certificates build-essential bc bison flex libelf-dev libssl-dev kmod cpio xz-utils rsync \
+PACKAGES := ca-certificates build-essential bc bison flex libelf-dev libssl-dev kmod cpio xz-utils lz4 rsync \
 	erofs-utils busybox-static \
 	containerd containernetworking-plugins runc crun iproute2 iptables \
 	qemu-system-x86 strace

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Bulkhead's virtual machine monitor: boots a Linux kernel by PVH on KVM with
+//! Bulkhead's virtual machine monitor: boots a Linux kernel on KVM with
 //! virtio-pci devices. Usable as a library (tests run it in process) and as
 //! the `bulkhead-vmm` binary, driven over the control socket of
 //! `bulkhead-vmm-api`. It knows nothing of containers.

@@ -20,14 +20,31 @@ const EROFS_MAGIC: u32 = 0xe0f5_e1e2;
 /// XEN_ELFNOTE_PHYS32_ENTRY: the PVH entry point.
 const PVH_NOTE: u32 = 18;
 
-/// An ELF64 kernel with a PVH note.
+/// Offset of a bzImage's magic number, and of the version of its boot protocol.
+const BZIMAGE_MAGIC_OFFSET: u64 = 0x202;
+const BZIMAGE_MAGIC: &[u8] = b"HdrS";
+/// The oldest version that says all that the VMM must know.
+const BZIMAGE_VERSION: u16 = 0x020c;
+
+/// An ELF64 kernel with a PVH note, or a bzImage.
 pub fn kernel(path: &Path) -> Verdict {
     let remedy = "build it with `make build`, or set hypervisor.kernel in the configuration";
-    match has_pvh_note(path) {
-        Ok(true) => Verdict::Good(format!("{} (PVH)", path.display())),
-        Ok(false) => Verdict::bad(
-            format!("{} is not an ELF kernel with a PVH entry", path.display()),
-            "use an uncompressed vmlinux built with CONFIG_PVH=y",
+    let protocol = || {
+        Ok(match (has_pvh_note(path)?, is_bzimage(path)?) {
+            (true, _) => Some("PVH"),
+            (_, true) => Some("bzImage"),
+            _ => None,
+        })
+    };
+    let found: io::Result<_> = protocol();
+    match found {
+        Ok(Some(protocol)) => Verdict::Good(format!("{} ({protocol})", path.display())),
+        Ok(None) => Verdict::bad(
+            format!(
+                "{} is neither an ELF kernel with a PVH entry nor a bzImage",
+                path.display()
+            ),
+            "use a vmlinux built with CONFIG_PVH=y, or a bzImage of Linux 3.8 or newer",
         ),
         Err(error) => Verdict::bad(format!("{}: {error}", path.display()), remedy),
     }
@@ -53,6 +70,19 @@ pub fn image(path: &Path) -> Verdict {
         ),
         Ok(_) => Verdict::bad(format!("{} is not an EROFS image", path.display()), remedy),
     }
+}
+
+/// Whether it is a bzImage that the VMM boots.
+fn is_bzimage(path: &Path) -> io::Result<bool> {
+    let mut header = [0; 6];
+    if File::open(path)?
+        .read_exact_at(&mut header, BZIMAGE_MAGIC_OFFSET)
+        .is_err()
+    {
+        return Ok(false);
+    }
+    let version = u16::from_le_bytes([header[4], header[5]]);
+    Ok(header.starts_with(BZIMAGE_MAGIC) && version >= BZIMAGE_VERSION)
 }
 
 /// Looks through the program headers' notes (ELF64, little-endian).
@@ -114,6 +144,20 @@ fn contains_note(mut notes: &[u8], owner: &[u8], kind: u32) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_bzimage_is_told_by_its_header() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("kernel");
+        let mut image = vec![0; 1024];
+        image[0x202..0x208].copy_from_slice(b"HdrS\x0f\x02");
+        std::fs::write(&path, &image).unwrap();
+        assert!(matches!(kernel(&path), Verdict::Good(text) if text.ends_with("(bzImage)")));
+        // Of protocol 2.6.
+        image[0x206] = 6;
+        std::fs::write(&path, &image).unwrap();
+        assert!(!matches!(kernel(&path), Verdict::Good(_)));
+    }
 
     #[test]
     fn notes_are_found_among_others_and_broken_ones_end_the_search() {

@@ -56,7 +56,7 @@ macro_rules! keys {
 
 keys! {
     hypervisor.path, ANY, any, false, "The VMM's binary.";
-    hypervisor.kernel, ANY, any, false, "The guest kernel: an uncompressed ELF image with a PVH note.";
+    hypervisor.kernel, ANY, any, false, "The guest kernel: an ELF image with a PVH note, or a bzImage.";
     hypervisor.image, ANY, any, false, "The guest image: EROFS, its size a multiple of 2 MiB.";
     hypervisor.vcpus, VCPUS, any, true, "Virtual processors of a pod without a processor limit.";
     hypervisor.memory_mib, MEMORY_MIB, any, true, "Guest memory of a pod without a memory limit, in MiB.";

@@ -13,7 +13,7 @@ use crate::fault;
 pub struct Hypervisor {
     /// The VMM's binary.
     pub path: PathBuf,
-    /// The guest kernel: an uncompressed ELF image with a PVH note.
+    /// The guest kernel: an ELF image with a PVH note, or a bzImage.
     pub kernel: PathBuf,
     /// The guest image: EROFS, its size a multiple of 2 MiB.
     pub image: PathBuf,

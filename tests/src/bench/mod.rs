@@ -217,6 +217,7 @@ const GROUPS: &[(&str, Take)] = &[
     ("boot-exits", boot::exits),
     ("boot-syscalls", boot::syscalls),
     ("vmm-boot", peer::boot),
+    ("vmm-boot-stock", peer::boot_stock),
     (
         "snapshot-create, vmm-restore, restore-exits, restore-faults, vmm-private, vmm-private-clone",
         clone::figures,

@@ -26,29 +26,61 @@ const WORD: &str = "init-is-here";
 /// QEMU's program.
 const QEMU: &str = "qemu-system-x86_64";
 
+/// Environment variable with the image of a kernel of the distribution.
+pub const STOCK_KERNEL: &str = "BULKHEAD_STOCK_KERNEL";
+
 /// `vmm-boot`: both monitors boot the same kernel with the same initial
 /// directory and command line, until its init speaks.
 ///
 /// # Errors
 /// Without QEMU; when a guest does not come up.
 pub fn boot(bench: &Bench) -> Result<Vec<Figure>> {
+    let figure = side_by_side(
+        bench,
+        "vmm-boot",
+        "the guest kernel of this project",
+        &bench.products.kernel(),
+    )?;
+    Ok(vec![figure])
+}
+
+/// `vmm-boot-stock`: as [`boot`], of a kernel as the distribution has it.
+///
+/// # Errors
+/// Without such a kernel or QEMU; when a guest does not come up.
+pub fn boot_stock(bench: &Bench) -> Result<Vec<Figure>> {
+    let kernel = std::env::var_os(STOCK_KERNEL)
+        .with_context(|| format!("{STOCK_KERNEL} names no kernel"))?;
+    let figure = side_by_side(
+        bench,
+        "vmm-boot-stock",
+        "Debian's kernel for virtual machines; target: ratio at most 0.36",
+        Path::new(&kernel),
+    )?;
+    Ok(vec![figure])
+}
+
+fn side_by_side(bench: &Bench, name: &str, what: &str, kernel: &Path) -> Result<Figure> {
     let qemu = which(QEMU).with_context(|| format!("{QEMU} is not installed"))?;
-    let files = Files::write(&bench.products, &bench.dir.join("peer"))?;
+    let dir = bench.dir.join(name);
+    let files = Files::write(kernel, &dir)?;
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
     for run in 0..RUNS {
         let our = files.bulkhead(&bench.products).context("bulkhead-vmm")?;
         let their = files.qemu(&qemu).context(QEMU)?;
+        super::progress(&format!("{name}: {our:.0} ms, {QEMU} {their:.0} ms"));
         if run > 0 {
             ours.push(our);
             theirs.push(their);
         }
     }
+    fs::remove_dir_all(&dir)?;
     let how = format!(
-        "exec to the first word of init, {MEMORY_MIB} MiB, one processor, a serial port and no other device; median of {}; target: ratio at most 0.36",
+        "exec to the first word of init, {MEMORY_MIB} MiB, one processor, a serial port and no other device; median of {}; {what}",
         ours.len()
     );
-    let figure = Figure::new("vmm-boot", median(ours)?, "ms", &how);
-    Ok(vec![figure.beside("QEMU microvm", median(theirs)?)])
+    let figure = Figure::new(name, median(ours)?, "ms", &how);
+    Ok(figure.beside("QEMU microvm", median(theirs)?))
 }
 
 /// What both boot.
@@ -60,10 +92,10 @@ struct Files {
 
 impl Files {
     /// Puts them into memory.
-    fn write(products: &Products, dir: &Path) -> Result<Self> {
+    fn write(image: &Path, dir: &Path) -> Result<Self> {
         fs::create_dir_all(dir)?;
         let (kernel, initrd) = (dir.join("vmlinux"), dir.join("initrd"));
-        fs::copy(products.kernel(), &kernel).context("copy the guest kernel")?;
+        fs::copy(image, &kernel).context("copy the guest kernel")?;
         let busybox = which("busybox").context("busybox is missing (package busybox-static)")?;
         let mut archive = Archive::new();
         for dir in ["bin", "dev"] {

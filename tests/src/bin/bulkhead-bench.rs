@@ -7,8 +7,8 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context, Result};
-use bulkhead_tests::bench::{self, devices, Figure};
-use bulkhead_tests::boxed::{Event, Options};
+use bulkhead_tests::bench::{self, devices, peer, Figure};
+use bulkhead_tests::boxed::{fetch_kernel, Event, Flavour, Options};
 use bulkhead_tests::inside::{self, again, pass_on, start_box_with};
 use bulkhead_tests::install::Products;
 
@@ -49,17 +49,21 @@ fn run() -> Result<i32> {
     products.check()?;
     let begin = Instant::now();
     println!("starting the KVM host in a box, in virtual time");
+    let stock = fetch_kernel(Flavour::Cloud)?.image;
     let machine = start_box_with(Options {
         virtual_time: true,
         cpus: 1,
         hot: vec![
             products.program("bulkhead-agent"),
             products.program(devices::PROGRAM),
+            stock.clone(),
         ],
         ..Options::default()
     })?;
     println!("measuring; this takes some minutes");
-    let mut session = again(std::iter::empty(), LIMIT)?.spawn(machine.mux())?;
+    let mut session = again(std::iter::empty(), LIMIT)?
+        .env(peer::STOCK_KERNEL, stock.display().to_string())
+        .spawn(machine.mux())?;
     let mut text = Vec::new();
     let mut told = 0;
     let mut figures: Vec<Figure> = Vec::new();

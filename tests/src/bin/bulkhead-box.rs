@@ -13,7 +13,9 @@ use std::time::Duration;
 
 use anyhow::{bail, Context, Result};
 use bulkhead_tests::boxed::daemon::{self, DEFAULT_NAME};
-use bulkhead_tests::boxed::{fetch_kernel, BoxError, Command, Event, KvmBox, Mux, Options};
+use bulkhead_tests::boxed::{
+    fetch_kernel, BoxError, Command, Event, Flavour, KvmBox, Mux, Options,
+};
 use bulkhead_tests::{kvm_create_vm, window_size};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::termios::{cfmakeraw, tcgetattr, tcsetattr, SetArg, Termios};
@@ -124,7 +126,7 @@ fn dispatch(mut args: Arguments) -> Result<i32> {
         "up" => up(&args),
         "serve" => serve(args),
         "fetch" => {
-            let kernel = fetch_kernel()?;
+            let kernel = fetch_kernel(Flavour::Generic)?;
             println!("{} {}", kernel.release, kernel.image.display());
             Ok(0)
         }

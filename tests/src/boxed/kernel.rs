@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The box's kernel: the distribution's generic one, taken out of its package.
+//! The distribution's kernels, taken out of their packages: the box's own, and
+//! one that guests are measured with.
 //!
 //! Nothing is installed and the machine's package sources stay as they are.
 
@@ -10,9 +11,29 @@ use std::process::Command;
 use super::cache;
 use super::error::{io_step, BoxError};
 
-/// The package that always depends on the newest generic kernel. The cloud
-/// flavour would be smaller, but has no 9p.
-const META_PACKAGE: &str = "linux-image-amd64";
+/// Which of the distribution's kernels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Flavour {
+    /// The one for all machines, which the box has: it needs 9p.
+    Generic,
+    /// The one for virtual machines, smaller and without 9p.
+    Cloud,
+}
+
+impl Flavour {
+    /// The package that always depends on the newest one.
+    fn meta_package(self) -> &'static str {
+        match self {
+            Self::Generic => "linux-image-amd64",
+            Self::Cloud => "linux-image-cloud-amd64",
+        }
+    }
+
+    /// Whether a kernel of that release is one.
+    fn has(self, release: &str) -> bool {
+        release.contains("-cloud-") == (self == Self::Cloud)
+    }
+}
 
 /// A kernel ready to boot.
 #[derive(Clone, Debug)]
@@ -30,19 +51,22 @@ pub struct Kernel {
 ///
 /// # Errors
 /// [`BoxError::Tool`] when apt or dpkg cannot do it, with what they said.
-pub fn fetch() -> Result<Kernel, BoxError> {
+pub fn fetch(flavour: Flavour) -> Result<Kernel, BoxError> {
     let cache = cache::dir()?;
     let _lock = cache::lock(&cache)?;
-    if let Some(kernel) = newest(&cache)? {
+    if let Some(kernel) = newest(&cache, flavour)? {
         return Ok(kernel);
     }
-    let package = match candidate()? {
+    let package = match candidate(flavour)? {
         Some(package) => package,
         None => {
             tool("apt-get", &["-q", "update"], &cache)?;
-            candidate()?.ok_or_else(|| BoxError::Tool {
+            candidate(flavour)?.ok_or_else(|| BoxError::Tool {
                 tool: "apt-cache".into(),
-                detail: format!("{META_PACKAGE} names no kernel; is this Debian?"),
+                detail: format!(
+                    "{} names no kernel; is this Debian?",
+                    flavour.meta_package()
+                ),
             })?
         }
     };
@@ -52,7 +76,7 @@ pub fn fetch() -> Result<Kernel, BoxError> {
     if tool("apt-get", &download, scratch.path()).is_err() {
         // Old lists name packages that are gone from the archive.
         tool("apt-get", &["-q", "update"], scratch.path())?;
-        let package = candidate()?.unwrap_or_else(|| package.clone());
+        let package = candidate(flavour)?.unwrap_or_else(|| package.clone());
         let again = ["-q", "-o", "APT::Sandbox::User=root", "download", &package];
         tool("apt-get", &again, scratch.path())?;
     }
@@ -81,13 +105,14 @@ pub fn fetch() -> Result<Kernel, BoxError> {
     open(&place)
 }
 
-/// The newest kernel in the cache.
-fn newest(cache: &Path) -> Result<Option<Kernel>, BoxError> {
+/// The newest kernel of that flavour in the cache.
+fn newest(cache: &Path, flavour: Flavour) -> Result<Option<Kernel>, BoxError> {
     let mut found: Vec<PathBuf> = entries(cache)?
         .into_iter()
         .filter(|p| {
             p.file_name()
-                .is_some_and(|n| n.to_string_lossy().starts_with("kernel-"))
+                .and_then(|n| n.to_str()?.strip_prefix("kernel-"))
+                .is_some_and(|release| flavour.has(release))
         })
         .collect();
     found.sort_by_key(|path| {
@@ -125,9 +150,9 @@ fn open(tree: &Path) -> Result<Kernel, BoxError> {
 }
 
 /// The package that the meta package stands for at the moment.
-fn candidate() -> Result<Option<String>, BoxError> {
+fn candidate(flavour: Flavour) -> Result<Option<String>, BoxError> {
     let output = Command::new("apt-cache")
-        .args(["depends", META_PACKAGE])
+        .args(["depends", flavour.meta_package()])
         .env("LC_ALL", "C")
         .output()
         .map_err(io_step("run apt-cache"))?;
@@ -142,7 +167,13 @@ fn parse_depends(text: &str) -> Option<String> {
         .find(|name| name.starts_with("linux-image-"))
 }
 
-/// Unpacks the ELF image from the bzImage, with `xz` when it is there. A
+/// What kernels are packed with: how the payload begins, and who unpacks it.
+const UNPACKERS: &[(&[u8], &[&str])] = &[
+    (b"\xfd7zXZ\0", &["xz", "-dc", "--single-stream"]),
+    (b"\x02\x21\x4c\x18", &["lz4", "-dc"]),
+];
+
+/// Unpacks the ELF image from the bzImage, where there is the tool for it. A
 /// failure only costs boot time.
 fn unpack_vmlinux(tree: &Path, release: &str) {
     let boot = tree.join("boot");
@@ -152,10 +183,17 @@ fn unpack_vmlinux(tree: &Path, release: &str) {
     let Some(payload) = payload(&bz) else {
         return;
     };
-    let packed = boot.join("payload.xz");
+    let unpacker = UNPACKERS
+        .iter()
+        .find(|(magic, _)| payload.starts_with(magic));
+    let Some((_, [tool, args @ ..])) = unpacker else {
+        eprintln!("box: nothing is known that unpacks the kernel of {release}");
+        return;
+    };
+    let packed = boot.join("payload");
     let made = fs::write(&packed, payload).is_ok()
-        && Command::new("xz")
-            .args(["-dc", "--single-stream"])
+        && Command::new(tool)
+            .args(args)
             .arg(&packed)
             .output()
             .is_ok_and(|out| {
@@ -163,7 +201,7 @@ fn unpack_vmlinux(tree: &Path, release: &str) {
                     && fs::write(boot.join("vmlinux"), out.stdout).is_ok()
             });
     if !made {
-        eprintln!("box: xz could not unpack the kernel; the box unpacks it at each boot");
+        eprintln!("box: {tool} could not unpack the kernel; it unpacks itself at each boot");
     }
     // Scratch data; what remains of it does no harm.
     let _ = fs::remove_file(packed);
@@ -180,9 +218,7 @@ fn payload(bz: &[u8]) -> Option<&[u8]> {
     let setup_sectors = usize::from(*bz.get(0x1f1)?);
     let start = (setup_sectors + 1) * 512 + word(0x248);
     let payload = bz.get(start..start.checked_add(word(0x24c))?)?;
-    payload
-        .starts_with(b"\xfd7zXZ\0")
-        .then(|| &payload[..payload.len().saturating_sub(4)])
+    Some(&payload[..payload.len().saturating_sub(4)])
 }
 
 fn entries(dir: &Path) -> Result<Vec<PathBuf>, BoxError> {
@@ -229,13 +265,23 @@ mod tests {
     }
 
     #[test]
+    fn flavours_are_told_apart_by_their_release() {
+        for (release, flavour, other) in [
+            ("6.1.0-56-amd64", Flavour::Generic, Flavour::Cloud),
+            ("6.1.0-56-cloud-amd64", Flavour::Cloud, Flavour::Generic),
+        ] {
+            assert!(flavour.has(release));
+            assert!(!other.has(release));
+        }
+    }
+
+    #[test]
     fn the_payload_is_where_the_header_says() {
         let mut bz = vec![0; 1024 + 32];
         bz[0x1f1] = 1;
         bz[0x202..0x206].copy_from_slice(b"HdrS");
         bz[0x248..0x24c].copy_from_slice(&8u32.to_le_bytes());
         bz[0x24c..0x250].copy_from_slice(&16u32.to_le_bytes());
-        bz[1032..1038].copy_from_slice(b"\xfd7zXZ\0");
         assert_eq!(payload(&bz).map(<[u8]>::len), Some(12));
         bz[0x24c..0x250].copy_from_slice(&999u32.to_le_bytes());
         assert_eq!(payload(&bz), None);

@@ -36,7 +36,7 @@ pub use cache::dir as cache_dir;
 pub use cache::lock as lock_cache;
 pub use command::{Command, Output};
 pub use error::BoxError;
-pub use kernel::{fetch as fetch_kernel, Kernel};
+pub use kernel::{fetch as fetch_kernel, Flavour, Kernel};
 pub use mux::{Event, Input, Mux, Session};
 pub use proto::{Exit, Ready};
 
@@ -95,7 +95,7 @@ impl KvmBox {
     /// [`BoxError::Boot`] with the console's end when it does not come up;
     /// others when it cannot be prepared.
     pub fn start(options: Options) -> Result<Self, BoxError> {
-        let kernel = kernel::fetch()?;
+        let kernel = kernel::fetch(kernel::Flavour::Generic)?;
         let hot = hot::image(&options.hot)?;
         // What runs in the box is read from where it is outside.
         let own = std::env::current_exe().unwrap_or_default();

@@ -122,7 +122,7 @@ pub struct RestoreConfig {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct KernelConfig {
-    /// An uncompressed ELF kernel with a PVH note.
+    /// An ELF kernel with a PVH note, or a bzImage.
     pub image: FdIndex,
     /// Command line, at most 2,047 bytes, no NUL and no newline.
     pub cmdline: String,

@@ -100,7 +100,7 @@ impl Machine {
                 .map_err(crate::kvm::failed("CPUID"))?;
             regs::set_boot_msrs(&vcpu).map_err(crate::kvm::failed("MSRs"))?;
             if index == 0 {
-                regs::set_pvh_entry(&vcpu, entry.0).map_err(crate::kvm::failed("registers"))?;
+                regs::set_entry(&vcpu, entry).map_err(crate::kvm::failed("registers"))?;
             }
             vcpus.push(vcpu);
         }

@@ -63,12 +63,14 @@ impl Code {
         Self::default()
     }
 
-    fn bytes(mut self, bytes: &[u8]) -> Self {
+    /// Any instructions.
+    pub fn bytes(mut self, bytes: &[u8]) -> Self {
         self.0.extend_from_slice(bytes);
         self
     }
 
-    fn port(self, port: u16) -> Self {
+    /// Puts a port's number into DX.
+    pub fn port(self, port: u16) -> Self {
         let [low, high] = port.to_le_bytes();
         // mov dx, port
         self.bytes(&[0x66, 0xba, low, high])
@@ -225,6 +227,11 @@ impl Code {
 
     pub fn power_off(self) -> Self {
         self.out(SLEEP, (5 << 2) | (1 << 5)).halt()
+    }
+
+    /// Its bytes.
+    pub fn machine_code(&self) -> &[u8] {
+        &self.0
     }
 
     /// The kernel file.

@@ -2,6 +2,7 @@
 //! `bulkhead-vmm` as a process: driven over its control socket, with guests of
 //! a few instructions.
 
+mod bzimage;
 mod configuration;
 mod engines;
 mod exits;

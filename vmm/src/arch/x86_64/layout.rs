@@ -2,7 +2,8 @@
 //! Where things lie in the guest's physical address space.
 //!
 //! ```text
-//! 0x0000_6000  PVH start info, module list, memory map
+//! 0x0000_0500  a GDT, for a kernel that is entered by Linux' boot protocol
+//! 0x0000_6000  PVH start info, module list, memory map; or Linux' zero page
 //! 0x0002_0000  command line
 //! 0x000e_0000  ACPI tables, the RSDP first
 //! 0x0010_0000  kernel and all other memory, up to 3 GiB
@@ -20,6 +21,10 @@ pub const START_INFO: u64 = 0x6000;
 pub const MODULE_LIST: u64 = 0x6040;
 /// Its memory map.
 pub const MEMORY_MAP: u64 = 0x7000;
+/// The zero page of Linux' boot protocol, which holds its memory map.
+pub const ZERO_PAGE: u64 = 0x7000;
+/// The GDT of that protocol.
+pub const GDT: u64 = 0x500;
 /// The kernel's command line.
 pub const CMDLINE: u64 = 0x20000;
 /// Room for it, with its NUL.

@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-//! A vCPU's registers at the PVH entry point: 32-bit protected mode, flat
-//! segments, no paging, RBX at the start info.
+//! A vCPU's registers where a kernel is entered: 32-bit protected mode, flat
+//! segments, no paging, and the address of what describes the machine.
 
 use kvm_bindings::{kvm_msr_entry, kvm_regs, kvm_segment, Msrs};
 use kvm_ioctls::VcpuFd;
 
-use super::layout;
+use super::{
+    boot::{Entry, GDT_LIMIT},
+    layout,
+};
 
 const CR0_PROTECTED: u64 = 1;
 /// Bit 1 of RFLAGS is always set.
@@ -17,11 +20,12 @@ const MSR_MTRR_DEFAULT_TYPE: u32 = 0x2ff;
 /// MTRRs on, memory is write-back by default.
 const MTRR_WRITE_BACK: u64 = (1 << 11) | 6;
 
-/// Sets the boot processor up to enter the kernel at `entry`.
-pub fn set_pvh_entry(vcpu: &VcpuFd, entry: u64) -> Result<(), kvm_ioctls::Error> {
+/// Sets the boot processor up to enter the kernel.
+pub fn set_entry(vcpu: &VcpuFd, entry: Entry) -> Result<(), kvm_ioctls::Error> {
     let mut sregs = vcpu.get_sregs()?;
-    sregs.cs = segment(0xb, 1, 1);
-    let data = segment(0x3, 2, 1);
+    // The selectors are those that Linux' protocol asks for; PVH leaves them open.
+    sregs.cs = segment(0xb, 2, 1);
+    let data = segment(0x3, 3, 1);
     sregs.ds = data;
     sregs.es = data;
     sregs.fs = data;
@@ -32,18 +36,29 @@ pub fn set_pvh_entry(vcpu: &VcpuFd, entry: u64) -> Result<(), kvm_ioctls::Error>
         limit: 0x67,
         g: 0,
         db: 0,
-        ..segment(0xb, 3, 0)
+        ..segment(0xb, 4, 0)
     };
     sregs.cr0 = CR0_PROTECTED;
     sregs.cr4 = 0;
     sregs.efer = 0;
-    vcpu.set_sregs(&sregs)?;
-    vcpu.set_regs(&kvm_regs {
+    let mut regs = kvm_regs {
         rflags: RFLAGS,
-        rip: entry,
-        rbx: layout::START_INFO,
         ..Default::default()
-    })
+    };
+    match entry {
+        Entry::Pvh(address) => {
+            regs.rip = address.into();
+            regs.rbx = layout::START_INFO;
+        }
+        Entry::Linux(address) => {
+            sregs.gdt.base = layout::GDT;
+            sregs.gdt.limit = GDT_LIMIT;
+            regs.rip = address.into();
+            regs.rsi = layout::ZERO_PAGE;
+        }
+    }
+    vcpu.set_sregs(&sregs)?;
+    vcpu.set_regs(&regs)
 }
 
 /// Sets the MSRs that firmware would have set, on every vCPU.
