@@ -12,6 +12,9 @@ use vm_memory::{
 use crate::arch::x86_64::layout;
 
 const PAGE: usize = 4096;
+/// A huge page. A guest has one as such only where its guest-physical address
+/// and the host's are multiples of this.
+const HUGE_PAGE: usize = 2 << 20;
 
 /// Why guest memory could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -61,25 +64,27 @@ pub fn allocate(size: u64) -> Result<GuestMemoryMmap, MemoryError> {
 }
 
 /// Says how the host is to back guest memory, before it is touched: by small
-/// pages, but for `huge` (guest-physical), which is used as a whole. Advice:
-/// a host without huge pages has nothing to follow.
-pub fn advise(memory: &GuestMemoryMmap, huge: &Range<u64>) {
+/// pages, but for the guest-physical ranges in `huge`, which are used as a whole.
+/// Advice: a host without huge pages has nothing to follow.
+pub fn advise(memory: &GuestMemoryMmap, huge: &[Range<u64>]) {
     memory.iter().for_each(|region| advise_region(region, huge));
 }
 
 /// As [`advise`], of one region.
-pub fn advise_region(region: &GuestRegionMmap, huge: &Range<u64>) {
+pub fn advise_region(region: &GuestRegionMmap, huge: &[Range<u64>]) {
     let start = region.start_addr().raw_value();
-    let part = huge.start.max(start)..huge.end.min(start + region.len());
-    if part != (start..start + region.len()) {
+    let whole = start..start + region.len();
+    let parts: Vec<Range<u64>> = huge
+        .iter()
+        .map(|part| part.start.max(whole.start)..part.end.min(whole.end))
+        .filter(|part| part.start < part.end)
+        .collect();
+    if !parts.contains(&whole) {
         madvise(region, 0..region.len(), libc::MADV_NOHUGEPAGE);
     }
-    if part.start < part.end {
-        madvise(
-            region,
-            part.start - start..part.end - start,
-            libc::MADV_HUGEPAGE,
-        );
+    for part in parts {
+        let range = part.start - start..part.end - start;
+        madvise(region, range, libc::MADV_HUGEPAGE);
     }
 }
 
@@ -176,7 +181,7 @@ pub fn map_snapshot(size: u64, more: u64, file: &File) -> Result<GuestMemoryMmap
         Ok(Some(FileOffset::new(file, offset)))
     })?;
     // By this advice `smaps` shows which memory is the guest's.
-    advise(&memory, &(0..0));
+    advise(&memory, &[]);
     Ok(memory)
 }
 
@@ -214,14 +219,71 @@ fn map_region(
     backing: Option<FileOffset>,
 ) -> Result<GuestRegionMmap, MemoryError> {
     let size = addresses.end - addresses.start;
-    let mapping = MmapRegion::build(
-        backing,
-        size as usize,
-        libc::PROT_READ | libc::PROT_WRITE,
-        libc::MAP_PRIVATE | libc::MAP_NORESERVE | flags,
-    )
-    .map_err(|source| MemoryError::Map { size, source })?;
+    let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE | flags;
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    let build = |file| {
+        MmapRegion::build(file, size as usize, protection, flags)
+            .map_err(|source| MemoryError::Map { size, source })
+    };
+    let anonymous = backing.is_none();
+    let mut mapping = build(backing)?;
+    if anonymous && mapping.as_ptr() as usize % HUGE_PAGE != 0 {
+        drop(mapping);
+        let gap = AlignedGap::open(size as usize);
+        mapping = build(None)?;
+        drop(gap);
+    }
     GuestRegionMmap::new(mapping, GuestAddress(addresses.start)).ok_or(MemoryError::Wraps)
+}
+
+/// A gap in this process' addresses that begins at a multiple of a huge page and
+/// is as long as a mapping to come, which the kernel puts there: into the highest
+/// gap that it fits into. Linux before 6.7 does not align mappings itself. What
+/// keeps the gap apart goes with the value.
+struct AlignedGap([(usize, usize); 2]);
+
+impl AlignedGap {
+    /// Opens one. Without one the mapping is only slower.
+    fn open(size: usize) -> Option<Self> {
+        let room = size.checked_add(HUGE_PAGE)?;
+        // SAFETY: a new mapping that nothing can access, at a place of the
+        // kernel's choice.
+        let start = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                room,
+                libc::PROT_NONE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        if start == libc::MAP_FAILED {
+            return None;
+        }
+        let start = start as usize;
+        let aligned = start.next_multiple_of(HUGE_PAGE);
+        let gap = Self([(start, aligned), (aligned + size, start + room)]);
+        unmap(aligned, aligned + size);
+        Some(gap)
+    }
+}
+
+impl Drop for AlignedGap {
+    fn drop(&mut self) {
+        for (start, end) in self.0 {
+            unmap(start, end);
+        }
+    }
+}
+
+/// Unmaps a part of what [`AlignedGap::open`] has mapped.
+fn unmap(start: usize, end: usize) {
+    if start < end {
+        // SAFETY: the caller's range is of a mapping of its own, which nothing
+        // refers to.
+        let _ = unsafe { libc::munmap(start as *mut libc::c_void, end - start) };
+    }
 }
 
 /// Hands out guest-physical windows above all memory (virtio-pmem).
@@ -314,6 +376,19 @@ mod tests {
     }
 
     #[test]
+    fn memory_begins_where_a_huge_page_can() {
+        // As large as a mapping that Linux does not align by itself.
+        let size = (8 << 20) + PAGE as u64;
+        let aligned = (0..16).filter(|_| {
+            let memory = allocate(size).unwrap();
+            let region = memory.iter().next().unwrap();
+            region.as_ptr() as usize % HUGE_PAGE == 0
+        });
+        // Another thread may take the gap, now and then.
+        assert!(aligned.count() > 8);
+    }
+
+    #[test]
     fn whole_pages_that_are_discarded_are_zero() {
         let memory = allocate(4 << 20).unwrap();
         fill(&memory, 0..0x5000, 7);
@@ -359,7 +434,7 @@ mod tests {
     fn memory_is_mergeable_only_when_told() {
         let memory = allocate(4 << 20).unwrap();
         let region = memory.iter().next().unwrap();
-        advise(&memory, &(0..0));
+        advise(&memory, &[]);
         let address = region.as_ptr() as usize;
         assert!(!has_flag(address, "mg"));
         match merge(&memory) {

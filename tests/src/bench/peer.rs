@@ -15,6 +15,7 @@ use bulkhead_runtime::hypervisor::cmdline;
 use bulkhead_vmm_api::{Call, DeviceConfigs, KernelConfig, VmConfig};
 
 use super::{median, Bench, Figure, LIMIT};
+use crate::boxed::hot::with_libraries;
 use crate::install::{which, Products};
 use crate::vmm::Vmm;
 
@@ -25,9 +26,31 @@ const MEMORY_MIB: u32 = 256;
 const WORD: &str = "init-is-here";
 /// QEMU's program.
 const QEMU: &str = "qemu-system-x86_64";
+/// What its smallest machine starts a kernel with.
+const FIRMWARE: &[&str] = &[
+    "/usr/share/qemu/bios-microvm.bin",
+    "/usr/share/seabios/bios-microvm.bin",
+    "/usr/share/qemu/linuxboot_dma.bin",
+    "/usr/share/qemu/pvh.bin",
+];
 
 /// Environment variable with the image of a kernel of the distribution.
 pub const STOCK_KERNEL: &str = "BULKHEAD_STOCK_KERNEL";
+
+/// What QEMU reads when it starts. Where it came from the machine outside, the
+/// peer would wait for that, which is busy or not.
+///
+/// # Errors
+/// Those of looking for its libraries.
+pub fn hot() -> Result<Vec<PathBuf>> {
+    let Some(qemu) = which(QEMU) else {
+        return Ok(Vec::new());
+    };
+    let mut files = with_libraries(&qemu)?;
+    files.extend(FIRMWARE.iter().map(PathBuf::from));
+    files.retain(|file| file.exists());
+    Ok(files)
+}
 
 /// `vmm-boot`: both monitors boot the same kernel with the same initial
 /// directory and command line, until its init speaks.
@@ -76,11 +99,13 @@ fn side_by_side(bench: &Bench, name: &str, what: &str, kernel: &Path) -> Result<
     }
     fs::remove_dir_all(&dir)?;
     let how = format!(
-        "exec to the first word of init, {MEMORY_MIB} MiB, one processor, a serial port and no other device; median of {}; {what}",
+        "exec to the first word of init, {MEMORY_MIB} MiB, one processor, transparent huge pages, a serial port and no other device; median of {}, beside the best of as many; {what}",
         ours.len()
     );
     let figure = Figure::new(name, median(ours)?, "ms", &how);
-    Ok(figure.beside("QEMU microvm", median(theirs)?))
+    // What the box adds to some of its runs is not QEMU's.
+    let best = theirs.into_iter().min_by(f64::total_cmp);
+    Ok(figure.beside("QEMU microvm", best.context("no run of QEMU")?))
 }
 
 /// What both boot.
@@ -125,7 +150,8 @@ impl Files {
         let config = VmConfig {
             vcpus: 1,
             memory_mib: MEMORY_MIB,
-            huge_pages: false,
+            // As the peer has them, where the host gives them to all.
+            huge_pages: true,
             merge_group: None,
             kernel: KernelConfig {
                 image: 0,

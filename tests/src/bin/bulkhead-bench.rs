@@ -50,14 +50,16 @@ fn run() -> Result<i32> {
     let begin = Instant::now();
     println!("starting the KVM host in a box, in virtual time");
     let stock = fetch_kernel(Flavour::Cloud)?.image;
+    let mut hot = peer::hot()?;
+    hot.extend([
+        products.program("bulkhead-agent"),
+        products.program(devices::PROGRAM),
+        stock.clone(),
+    ]);
     let machine = start_box_with(Options {
         virtual_time: true,
         cpus: 1,
-        hot: vec![
-            products.program("bulkhead-agent"),
-            products.program(devices::PROGRAM),
-            stock.clone(),
-        ],
+        hot,
         ..Options::default()
     })?;
     println!("measuring; this takes some minutes");

@@ -192,7 +192,7 @@ impl Growth {
         let region = Arc::new(memory::region(range.clone(), file)?);
         if !saved {
             let huge = if self.backing.huge { 0..u64::MAX } else { 0..0 };
-            memory::advise_region(&region, &huge);
+            memory::advise_region(&region, &[huge]);
             if self.backing.merge {
                 if let Err(error) = memory::merge_region(&region) {
                     tracing::warn!(%error, "guest memory cannot be merged");

@@ -63,10 +63,14 @@ impl Machine {
         let mut resources = resources;
         let memory = memory::allocate(resources.memory_size)?;
         let huge = match (resources.huge_pages, &resources.merge_group) {
-            (true, _) => 0..u64::MAX,
+            (true, _) => std::iter::once(0..u64::MAX).collect(),
             // Merging would take huge pages apart first.
-            (false, Some(_)) => 0..0,
-            (false, None) => boot::extent(&resources.kernel),
+            (false, Some(_)) => Vec::new(),
+            (false, None) => boot::dense(
+                resources.memory_size,
+                &resources.kernel,
+                resources.initrd.as_ref(),
+            ),
         };
         memory::advise(&memory, &huge);
         let backing = Backing {

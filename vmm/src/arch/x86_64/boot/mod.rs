@@ -127,6 +127,29 @@ pub fn load(
     Ok(Entry::Linux(image.entry))
 }
 
+/// Bytes that the kernel keeps for each page of memory (its `struct page`).
+const PAGE_STRUCTURE: u64 = 64;
+/// Where memory is dense, ranges begin and end at multiples of this.
+const DENSE_UNIT: u64 = 2 << 20;
+
+/// The parts of a guest's memory that its boot fills: where the kernel is, and
+/// the end of memory, where the ramdisk is, and the kernel's first large
+/// allocation, of what it notes about each page.
+pub fn dense(memory_size: u64, kernel: &File, initrd: Option<&File>) -> Vec<Range<u64>> {
+    let mut parts = vec![extent(kernel)];
+    if let Some((base, length)) = memory::ranges(memory_size).pop() {
+        // A ramdisk is in the first region, which need not be the last.
+        let ramdisk = initrd.filter(|_| base == 0);
+        let ramdisk = ramdisk.and_then(|file| file.metadata().ok());
+        let filled = (memory_size / PAGE * PAGE_STRUCTURE)
+            .saturating_add(ramdisk.map_or(0, |metadata| metadata.len()));
+        let end = base + length;
+        let start = end.saturating_sub(filled).max(base) & !(DENSE_UNIT - 1);
+        parts.push(start..end);
+    }
+    parts
+}
+
 /// Where in guest memory the kernel will be; empty for what is none, which
 /// [`load`] refuses.
 pub fn extent(kernel: &File) -> Range<u64> {
@@ -214,4 +237,29 @@ pub fn write_tables(memory: &GuestMemoryMmap, tables: &[u8]) -> Result<(), BootE
 /// The last address of guest memory, for bounds.
 pub fn last_address(memory: &GuestMemoryMmap) -> u64 {
     memory.last_addr().raw_value()
+}
+
+#[cfg(test)]
+mod tests {
+    use vmm_sys_util::tempfile::TempFile;
+
+    use super::*;
+
+    #[test]
+    fn the_end_of_memory_is_dense_by_its_size_and_the_ramdisks() {
+        const MIB: u64 = 1 << 20;
+        let kernel = TempFile::new().unwrap().into_file();
+        let ramdisk = TempFile::new().unwrap().into_file();
+        ramdisk.set_len(3 * MIB).unwrap();
+        for (memory_size, ramdisk, expected) in [
+            (256 * MIB, None, 252 * MIB..256 * MIB),
+            (256 * MIB, Some(&ramdisk), 248 * MIB..256 * MIB),
+            (1024 * MIB, None, 1008 * MIB..1024 * MIB),
+            // 80 MiB are noted about 5 GiB, and a ramdisk is below 4 GiB.
+            (5120 * MIB, Some(&ramdisk), 6064 * MIB..6144 * MIB),
+        ] {
+            let parts = dense(memory_size, &kernel, ramdisk);
+            assert_eq!(parts, [0..0, expected]);
+        }
+    }
 }
