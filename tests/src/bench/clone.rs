@@ -2,15 +2,18 @@
 //! What it costs to write a machine to a snapshot, and to make one of it.
 
 use std::fs;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use bulkhead_vmm_api::DeviceConfigs;
 
 use super::memory::private_of;
 use super::{kvm, median, Bench, Figure, LIMIT};
+use crate::guest::Guest;
 use crate::vmm::{agent_socket, Vmm};
 
 /// How often each is done; the first does not count.
@@ -21,7 +24,7 @@ const CLONES: usize = 8;
 const REST: Duration = Duration::from_secs(5);
 
 /// `snapshot-create`, `vmm-restore` up to the VMM's word that the guest runs,
-/// and what machine and clone take: `restore-exits`, `restore-faults`,
+/// `vmm-restore-call` up to its agent's first answer, and what machine and clone take: `restore-exits`, `restore-faults`,
 /// `vmm-private` and `vmm-private-clone`.
 ///
 /// # Errors
@@ -59,9 +62,18 @@ pub fn figures(bench: &Bench) -> Result<Vec<Figure>> {
         let left = vmm.status()?.exits;
         own.push(left.pio + left.mmio);
     }
+    let mut calls = Vec::new();
+    for run in 0..RUNS {
+        let dir = bench.dir.join(format!("called-{run}"));
+        let begin = Instant::now();
+        let more = |_: &mut DeviceConfigs, _: &mut Vec<OwnedFd>| {};
+        let guest = Guest::clone_with(&bench.products, &dir, (&state, &memory), LIMIT, more)?;
+        calls.push(milliseconds(begin));
+        drop(guest);
+    }
     let clone = side_by_side(bench, &state, &memory)?;
     fs::remove_dir_all(&files)?;
-    let [snapshot, running] = [snapshots, running].map(|mut runs| {
+    let [snapshot, running, called] = [snapshots, running, calls].map(|mut runs| {
         runs.remove(0);
         median(runs)
     });
@@ -83,6 +95,12 @@ pub fn figures(bench: &Bench) -> Result<Vec<Figure>> {
             running?,
             "ms",
             "exec of a new VMM until it says that the clone runs",
+        ),
+        Figure::new(
+            "vmm-restore-call",
+            called?,
+            "ms",
+            "the same until the clone's agent has answered its first call, which gives it entropy, its clock and its names",
         ),
         Figure::new(
             "restore-exits",

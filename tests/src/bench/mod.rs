@@ -215,11 +215,14 @@ const GROUPS: &[(&str, Take)] = &[
         size::figures,
     ),
     ("boot-exits", boot::exits),
-    ("boot-syscalls", boot::syscalls),
+    (
+        "boot-syscalls, boot-create-vm, boot-gsi-routing, boot-memslots",
+        boot::syscalls,
+    ),
     ("vmm-boot", peer::boot),
     ("vmm-boot-stock", peer::boot_stock),
     (
-        "snapshot-create, vmm-restore, restore-exits, restore-faults, vmm-private, vmm-private-clone",
+        "snapshot-create, vmm-restore, vmm-restore-call, restore-exits, restore-faults, vmm-private, vmm-private-clone",
         clone::figures,
     ),
     ("blk-4k, blk-1m", blk::figures),
