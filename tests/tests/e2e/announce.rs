@@ -11,7 +11,7 @@ use bulkhead_tests::vmm::Vmm;
 use bulkhead_vmm_api::{NetConfig, PlugConfig};
 
 use crate::context::{same, Context, LIMIT};
-use crate::hotplug::Guest;
+use crate::plugged::Guest;
 use crate::runner::{tests, Test};
 use crate::vmm::Host;
 

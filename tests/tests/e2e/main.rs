@@ -35,6 +35,7 @@ mod memory;
 mod merging;
 mod network;
 mod oci;
+mod plugged;
 mod pod;
 mod pods;
 mod ports;
