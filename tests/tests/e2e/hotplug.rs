@@ -11,6 +11,7 @@ use std::process::{Command, Stdio};
 use anyhow::{bail, Context as _, Result};
 use bulkhead_agent_protocol::agent;
 use bulkhead_tests::install::which;
+use bulkhead_tests::start::Start;
 use bulkhead_tests::vmm::Vmm;
 use bulkhead_vmm_api::{
     BlkConfig, BlkEngine, FsCache, FsConfig, NetConfig, PlugConfig, PmemConfig, Rate, RateLimits,
@@ -22,7 +23,7 @@ use crate::runner::{tests, Test};
 use crate::vmm::{runtime, Host};
 
 pub const TESTS: &[Test] = tests![
-    disks_come_and_go_while_a_guest_runs,
+    twice disks_come_and_go_while_a_guest_runs,
     disks_by_io_uring_come_and_go_while_a_guest_runs,
     a_disk_does_what_it_offers,
     a_disk_by_io_uring_does_what_it_offers,
@@ -45,16 +46,16 @@ fn refused(result: Result<()>, words: &[&str]) -> Result<()> {
     }
 }
 
-fn disks_come_and_go_while_a_guest_runs(context: &Context) -> Result<()> {
-    disks_come_and_go(context, "hotplug-disks", BlkEngine::Sync)
+fn disks_come_and_go_while_a_guest_runs(context: &Context, start: Start) -> Result<()> {
+    disks_come_and_go(context, start, "hotplug-disks", BlkEngine::Sync)
 }
 
-fn disks_by_io_uring_come_and_go_while_a_guest_runs(context: &Context) -> Result<()> {
-    disks_come_and_go(context, "hotplug-rings", BlkEngine::IoUring)
+fn disks_by_io_uring_come_and_go_while_a_guest_runs(context: &Context, start: Start) -> Result<()> {
+    disks_come_and_go(context, start, "hotplug-rings", BlkEngine::IoUring)
 }
 
-fn disks_come_and_go(context: &Context, name: &str, engine: BlkEngine) -> Result<()> {
-    let mut guest = Guest::boot(context, name)?;
+fn disks_come_and_go(context: &Context, start: Start, name: &str, engine: BlkEngine) -> Result<()> {
+    let mut guest = Guest::up(context, start, name)?;
     let file = guest.file("disk", 4 << 20)?;
     file.write_all_at(&pattern(4 << 20), 0)?;
     let slot = guest.plug_disk_by(engine, "volume", &file)?;
@@ -130,17 +131,22 @@ fn disks_come_and_go(context: &Context, name: &str, engine: BlkEngine) -> Result
 
 /// Discards, zeroes, several queues, its name and its limits, as a real kernel
 /// uses them.
-fn a_disk_does_what_it_offers(context: &Context) -> Result<()> {
-    does_what_it_offers(context, "disk-features", BlkEngine::Sync)
+fn a_disk_does_what_it_offers(context: &Context, start: Start) -> Result<()> {
+    does_what_it_offers(context, start, "disk-features", BlkEngine::Sync)
 }
 
-fn a_disk_by_io_uring_does_what_it_offers(context: &Context) -> Result<()> {
-    does_what_it_offers(context, "ring-features", BlkEngine::IoUring)
+fn a_disk_by_io_uring_does_what_it_offers(context: &Context, start: Start) -> Result<()> {
+    does_what_it_offers(context, start, "ring-features", BlkEngine::IoUring)
 }
 
-fn does_what_it_offers(context: &Context, name: &str, engine: BlkEngine) -> Result<()> {
+fn does_what_it_offers(
+    context: &Context,
+    start: Start,
+    name: &str,
+    engine: BlkEngine,
+) -> Result<()> {
     const SIZE: u64 = 64 << 20;
-    let mut guest = Guest::boot(context, name)?;
+    let mut guest = Guest::up(context, start, name)?;
     let file = guest.file("disk", SIZE)?;
     file.write_all_at(&pattern(32 << 20), 0)?;
     file.sync_all()?;
@@ -211,8 +217,8 @@ fn does_what_it_offers(context: &Context, name: &str, engine: BlkEngine) -> Resu
     guest.stop()
 }
 
-fn all_kinds_of_devices_come_and_go(context: &Context) -> Result<()> {
-    let mut guest = Guest::boot(context, "hotplug-kinds")?;
+fn all_kinds_of_devices_come_and_go(context: &Context, start: Start) -> Result<()> {
+    let mut guest = Guest::up(context, start, "hotplug-kinds")?;
     let file = guest.file("pmem", 16 << 20)?;
     file.write_all_at(&pattern(4096), 0)?;
     let shared = guest.host.dir.join("more");
@@ -292,8 +298,8 @@ fn all_kinds_of_devices_come_and_go(context: &Context) -> Result<()> {
     guest.stop()
 }
 
-fn the_bus_is_filled_and_emptied(context: &Context) -> Result<()> {
-    let mut guest = Guest::boot(context, "hotplug-many")?;
+fn the_bus_is_filled_and_emptied(context: &Context, start: Start) -> Result<()> {
+    let mut guest = Guest::up(context, start, "hotplug-many")?;
     let there = guest.vmm.status()?.devices.len();
     let file = guest.file("disk", 1 << 20)?;
     for _ in 0..2 {
@@ -333,8 +339,8 @@ fn the_bus_is_filled_and_emptied(context: &Context) -> Result<()> {
     guest.stop()
 }
 
-fn a_clone_has_what_was_plugged(context: &Context) -> Result<()> {
-    let mut guest = Guest::boot_with(context, "hotplug-template", "")?;
+fn a_clone_has_what_was_plugged(context: &Context, start: Start) -> Result<()> {
+    let mut guest = Guest::up_with(context, start, "hotplug-template", "")?;
     let file = guest.file("disk", 4 << 20)?;
     // A gap before the one that stays.
     let gap = guest.plug_disk("gap", &file)?;

@@ -5,10 +5,11 @@ use std::fs::{self, File};
 use std::os::fd::OwnedFd;
 
 use anyhow::{bail, Context as _, Result};
-use bulkhead_agent_protocol::{agent, oci, SHARED_MOUNT};
+use bulkhead_agent_protocol::{agent, oci, SHARED_MOUNT, SHARED_TAG};
 use bulkhead_runtime::agent::Agent;
 use bulkhead_tests::install::which;
-use bulkhead_tests::vmm::Vmm;
+use bulkhead_tests::start::Start;
+use bulkhead_tests::vmm::{Size, Vmm};
 use bulkhead_vmm_api::{BlkConfig, BlkEngine, Event, ExitReason, PlugConfig};
 use tokio::runtime::Runtime;
 
@@ -36,16 +37,17 @@ pub fn address(slot: u8) -> String {
 }
 
 impl Guest {
-    pub fn boot(context: &Context, name: &str) -> Result<Self> {
-        Self::boot_with(context, name, bulkhead_agent_protocol::SHARED_TAG)
+    /// One with its shared directory.
+    pub fn up(context: &Context, start: Start, name: &str) -> Result<Self> {
+        Self::up_with(context, start, name, SHARED_TAG)
     }
 
-    pub fn boot_with(context: &Context, name: &str, tag: &str) -> Result<Self> {
+    /// As [`Self::up`], with what has that tag; none: it can be saved.
+    pub fn up_with(context: &Context, start: Start, name: &str, tag: &str) -> Result<Self> {
         context.only_bulkhead()?;
         let host = Host::new(context, name)?;
         let mut vmm = Vmm::start(&context.products, LIMIT)?;
-        vmm.boot(&context.products, &host.dir)?;
-        vmm.wait_ready()?;
+        context.bring_up(start, &mut vmm, &host.dir, Size::default())?;
         let runtime = runtime()?;
         let (agent, _) = host.set_up_with(&runtime, tag)?;
         Ok(Self {

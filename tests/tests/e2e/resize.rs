@@ -8,8 +8,9 @@ use anyhow::{bail, Context as _, Result};
 use bulkhead_agent_protocol::agent;
 use bulkhead_runtime::agent::Agent;
 use bulkhead_tests::listing::by_program;
-use bulkhead_tests::vmm::Vmm;
-use bulkhead_vmm_api::{Call, MemConfig, MemoryTarget};
+use bulkhead_tests::start::Start;
+use bulkhead_tests::vmm::{Size, Vmm};
+use bulkhead_vmm_api::{Call, MemoryTarget};
 use serde_json::json;
 
 use crate::cli::with_config;
@@ -19,8 +20,8 @@ use crate::runner::{tests, Test};
 use crate::vmm::{runtime, Host};
 
 pub const TESTS: &[Test] = tests![
-    a_guest_and_its_clone_grow_and_shrink,
-    a_pods_limits_change_its_machine,
+    a_pods_limits_change_its_machine;
+    twice a_guest_and_its_clone_grow_and_shrink,
 ];
 
 const EXTRA_MIB: u32 = 512;
@@ -49,12 +50,17 @@ fn use_cpus(runtime: &tokio::runtime::Runtime, agent: &Agent, count: u32) -> Res
     same((reply.online, reply.present), (count, 3))
 }
 
-fn a_guest_and_its_clone_grow_and_shrink(context: &Context) -> Result<()> {
+fn a_guest_and_its_clone_grow_and_shrink(context: &Context, start: Start) -> Result<()> {
     context.only_bulkhead()?;
     let host = Host::new(context, "growing")?;
     let mut vmm = Vmm::start(&context.products, LIMIT)?;
-    vmm.boot_to_grow(&context.products, &host.dir, 2, EXTRA_MIB)?;
-    vmm.wait_ready().with_context(|| host.console())?;
+    let size = Size {
+        extra_vcpus: 2,
+        extra_mib: EXTRA_MIB,
+        ..Size::default()
+    };
+    let up = context.bring_up(start, &mut vmm, &host.dir, size);
+    up.with_context(|| host.console())?;
     let exits = vmm.status()?.vcpus;
     same(exits.len(), 3)?;
     let runtime = runtime()?;
@@ -82,7 +88,7 @@ fn a_guest_and_its_clone_grow_and_shrink(context: &Context) -> Result<()> {
         &context.products,
         &host.dir,
         |devices, _| {
-            devices.mem = Some(MemConfig { max_mib: EXTRA_MIB });
+            size.apply(devices);
         },
     )?;
     vmm.wait_clone().with_context(|| host.console())?;

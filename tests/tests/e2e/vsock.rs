@@ -12,15 +12,16 @@ use bulkhead_agent_protocol::oci;
 use bulkhead_tests::boxed::hot::with_libraries;
 use bulkhead_tests::guest::{specification, Guest};
 use bulkhead_tests::install::which;
+use bulkhead_tests::start::Start;
 use serde_json::json;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use crate::context::{same, until, Context, LIMIT};
-use crate::guest::{boot, process, ROOT};
+use crate::guest::{guest, process, ROOT};
 use crate::runner::{tests, Test};
 
 pub const TESTS: &[Test] = tests![
-    vsock_carries_bytes_both_ways_at_once,
+    twice     vsock_carries_bytes_both_ways_at_once,
     a_thousand_vsock_connections_leave_nothing
 ];
 
@@ -79,9 +80,8 @@ const ANSWER: &str = "socket(L, 2, 1, 0) && setsockopt(L, 1, 2, 1) or die; \
     }";
 
 /// A guest whose containers have perl of this machine.
-pub fn boot_with_perl(context: &Context, name: &str) -> Result<Guest> {
-    context.only_bulkhead()?;
-    let guest = boot(context, name, 256)?;
+pub fn guest_with_perl(context: &Context, start: Start, name: &str) -> Result<Guest> {
+    let guest = guest(context, start, name, 256)?;
     let root = guest.shared().join(ROOT);
     fs::create_dir_all(root.join("perl"))?;
     let perl = which("perl").context("perl is missing (package perl-base)")?;
@@ -152,8 +152,8 @@ fn exchange(stream: UnixStream) -> Result<()> {
     }
 }
 
-fn vsock_carries_bytes_both_ways_at_once(context: &Context) -> Result<()> {
-    let guest = boot_with_perl(context, "vsock-bulk")?;
+fn vsock_carries_bytes_both_ways_at_once(context: &Context, start: Start) -> Result<()> {
+    let guest = guest_with_perl(context, start, "vsock-bulk")?;
     let listener = listen(&guest, PORT)?;
     let host = thread::spawn(move || exchange(listener.accept()?.0));
     let script = format!("{CONNECT}{EXCHANGE}");
@@ -205,8 +205,8 @@ async fn knock(guest: &Guest, number: u32) -> Result<()> {
     same(stream.read(&mut bytes).await?, 0)
 }
 
-fn a_thousand_vsock_connections_leave_nothing(context: &Context) -> Result<()> {
-    let guest = boot_with_perl(context, "vsock-many")?;
+fn a_thousand_vsock_connections_leave_nothing(context: &Context, start: Start) -> Result<()> {
+    let guest = guest_with_perl(context, start, "vsock-many")?;
     let port = TCP_PORT.to_string();
     guest.create("open", open_spec("open", &perl(ANSWER, &[&port]))?)?;
     guest.start("open")?;
