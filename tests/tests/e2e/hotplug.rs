@@ -34,7 +34,7 @@ pub const TESTS: &[Test] = tests![
 
 /// Content that tells its place: a sector's number, and then the words' in it.
 /// Few steps a sector, for nobody optimises this.
-fn pattern(size: usize) -> Vec<u8> {
+pub fn pattern(size: usize) -> Vec<u8> {
     const SECTOR: usize = 512;
     let words: Vec<u8> = (0..SECTOR as u32 / 4).flat_map(u32::to_le_bytes).collect();
     let mut bytes = Vec::with_capacity(size);
@@ -352,6 +352,8 @@ fn a_clone_has_what_was_plugged(context: &Context, start: Start) -> Result<()> {
     let gap = guest.plug_disk("gap", &file)?;
     let slot = guest.plug_disk("volume", &file)?;
     guest.look_at(slot, "virtio_blk")?;
+    let ring = guest.plug_disk_by(BlkEngine::IoUring, "ring", &file)?;
+    guest.look_at(ring, "virtio_blk")?;
     guest.take_out(gap)?;
     let dir = guest.host.dir.clone();
     guest
@@ -369,20 +371,23 @@ fn a_clone_has_what_was_plugged(context: &Context, start: Start) -> Result<()> {
     own.set_len(8 << 20)?;
     own.write_all_at(&pattern(4096), 0)?;
     let mut vmm = Vmm::start(&context.products, LIMIT)?;
-    let passed: OwnedFd = own.try_clone()?.into();
+    let passed: [OwnedFd; 2] = [own.try_clone()?.into(), own.try_clone()?.into()];
     vmm.clone_with(
         &dir.join("state"),
         &dir.join("memory"),
         &context.products,
         &host.dir,
         |devices, fds| {
-            fds.push(passed);
-            devices.blk.push(BlkConfig {
-                id: "own".into(),
-                file: fds.len() as u32 - 1,
-                read_only: false,
-                ..BlkConfig::default()
-            });
+            let engines = [BlkEngine::Sync, BlkEngine::IoUring];
+            for (passed, engine) in passed.into_iter().zip(engines) {
+                fds.push(passed);
+                devices.blk.push(BlkConfig {
+                    id: format!("own-{engine:?}"),
+                    file: fds.len() as u32 - 1,
+                    engine: Some(engine),
+                    ..BlkConfig::default()
+                });
+            }
         },
     )?;
     vmm.wait_clone().with_context(|| host.console())?;
@@ -394,18 +399,24 @@ fn a_clone_has_what_was_plugged(context: &Context, start: Start) -> Result<()> {
         runtime,
         agent,
     };
-    let node = clone.look_at(slot, "virtio_blk")?;
-    clone.run(
-        "io",
-        Some(&node),
-        "busybox dd if=/dev/disk of=/copy bs=4096 count=1; \
-         busybox cat /sys/class/block/vd?/size > /size",
-    )?;
-    let copy = fs::read(clone.host.dir.join("shared/io/copy"))?;
-    same(copy == pattern(4096), true)?;
-    // The clone's disk is larger, and its guest knows.
-    same(clone.left("io", "size").as_str(), "16384\n")?;
-    clone.take_out(slot)?;
+    for (id, slot) in [("sync", slot), ("ring", ring)] {
+        let node = clone.look_at(slot, "virtio_blk")?;
+        let script = format!(
+            "busybox dd if=/dev/disk of=/copy bs=4096 count=1; \
+             busybox printf {id} | busybox dd of=/dev/disk bs=4096 seek=1 conv=sync,fsync; \
+             busybox cat /sys/class/block/{}/size > /size",
+            node.name
+        );
+        clone.run(id, Some(&node), &script)?;
+        let copy = fs::read(clone.host.dir.join("shared").join(id).join("copy"))?;
+        same(copy == pattern(4096), true)?;
+        let mut written = [0; 4];
+        own.read_exact_at(&mut written, 4096)?;
+        same(written, id.as_bytes())?;
+        // The clone's disk is larger, and its guest knows.
+        same(clone.left(id, "size").as_str(), "16384\n")?;
+        clone.take_out(slot)?;
+    }
     same(clone.plug_disk("new", &own)?, gap)?;
     clone.look_at(gap, "virtio_blk")?;
     clone.take_out(gap)?;
