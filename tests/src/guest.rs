@@ -157,11 +157,18 @@ impl Guest {
     /// # Errors
     /// The agent's.
     pub fn set_up(&self, tag: &str) -> Result<()> {
-        let request = SetupSandboxRequest {
-            entropy: vec![7; 32],
+        self.set_up_with(SetupSandboxRequest {
             shared_tag: tag.into(),
             ..Default::default()
-        };
+        })
+    }
+
+    /// As [`Self::set_up`], with all that can be said of it.
+    ///
+    /// # Errors
+    /// The agent's.
+    pub fn set_up_with(&self, mut request: SetupSandboxRequest) -> Result<()> {
+        request.entropy = vec![7; 32];
         self.wait_for(self.agent.setup_sandbox(request)).map(drop)
     }
 

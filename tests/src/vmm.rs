@@ -304,6 +304,8 @@ pub struct Size {
     pub extra_vcpus: u8,
     /// Memory that it has not got at first.
     pub extra_mib: u32,
+    /// The window that its shared directory's files are seen through; 0: none.
+    pub window_mib: u32,
 }
 
 impl Size {
@@ -312,6 +314,9 @@ impl Size {
         devices.mem = (self.extra_mib > 0).then_some(MemConfig {
             max_mib: self.extra_mib,
         });
+        for shared in &mut devices.fs {
+            shared.dax_mib = self.window_mib;
+        }
     }
 }
 
@@ -321,6 +326,7 @@ impl Default for Size {
             memory_mib: 256,
             extra_vcpus: 0,
             extra_mib: 0,
+            window_mib: 0,
         }
     }
 }

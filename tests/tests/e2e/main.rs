@@ -15,6 +15,7 @@ mod cli;
 mod conformance;
 mod context;
 mod cri;
+mod devices;
 mod disks;
 mod docker;
 mod exhaustion;
@@ -88,6 +89,7 @@ fn all() -> Vec<Test> {
         pods::TESTS,
         ports::TESTS,
         hotplug::TESTS,
+        devices::TESTS,
         announce::TESTS,
         guest::TESTS,
         vsock::TESTS,

@@ -7,7 +7,6 @@ use std::fs;
 use anyhow::{bail, Context as _, Result};
 use bulkhead_agent_protocol::agent;
 use bulkhead_runtime::agent::Agent;
-use bulkhead_tests::listing::by_program;
 use bulkhead_tests::start::Start;
 use bulkhead_tests::vmm::{Size, Vmm};
 use bulkhead_vmm_api::{Call, MemoryTarget};
@@ -15,6 +14,7 @@ use serde_json::json;
 
 use crate::cli::with_config;
 use crate::context::{mentions, same, until, Context, LIMIT};
+use crate::memory::held_by_vmm;
 use crate::pod::Pod;
 use crate::runner::{tests, Test};
 use crate::vmm::{runtime, Host};
@@ -103,21 +103,6 @@ fn a_guest_and_its_clone_grow_and_shrink(context: &Context, start: Start) -> Res
     Ok(())
 }
 
-/// MiB of the VMM's own.
-fn held() -> Result<u64> {
-    let vmms = by_program("bulkhead-vmm");
-    let [vmm] = &vmms[..] else {
-        bail!("{} VMMs", vmms.len());
-    };
-    let rollup = fs::read_to_string(format!("/proc/{}/smaps_rollup", vmm.pid))?;
-    let private = rollup.lines().filter(|line| line.starts_with("Private_"));
-    let kib = private.map(|line| {
-        let kib = line.split_whitespace().nth(1).context("no number")?;
-        Ok(kib.parse::<u64>()?)
-    });
-    Ok(kib.sum::<Result<u64>>()? / 1024)
-}
-
 /// Processors, and MiB of memory, as the container sees them.
 fn seen(pod: &Pod<'_>, container: &str) -> Result<(u32, u64)> {
     let text = pod.sh(
@@ -163,7 +148,7 @@ fn resized(context: &Context) -> Result<()> {
         pod.cri.crictl(&args)?.ok().map(drop)
     };
 
-    let before = held()?;
+    let before = held_by_vmm()?;
     update(600, 250_000)?;
     let (cpus, grown) = seen(&pod, &container)?;
     same(cpus, 3)?;
@@ -172,14 +157,14 @@ fn resized(context: &Context) -> Result<()> {
     // More than all that it booted with, at once.
     let touched = "dd if=/dev/zero of=/dev/null bs=400M count=1 2>&1";
     mentions(&pod.sh(&container, touched)?, &["1+0 records out"])?;
-    let full = held()?;
+    let full = held_by_vmm()?;
     if full < before + 300 {
         bail!("{before} MiB, and {full} after 400 were used");
     }
 
     update(100, 50_000)?;
     same(seen(&pod, &container)?, (1, mib))?;
-    let after = held()?;
+    let after = held_by_vmm()?;
     if after + 250 > full {
         bail!("{full} MiB in use, and {after} after they were to be given back");
     }
