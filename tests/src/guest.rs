@@ -25,7 +25,7 @@ use tokio::runtime::Runtime;
 use tokio::time::timeout;
 
 use crate::install::Products;
-use crate::vmm::{agent_socket, port_socket, stream_socket, Vmm};
+use crate::vmm::{agent_socket, port_socket, stream_socket, Size, Vmm};
 
 /// A booted guest with its shared directory mounted.
 pub struct Guest {
@@ -75,47 +75,28 @@ impl Guest {
     /// # Errors
     /// When it does not come up.
     pub fn boot(products: &Products, dir: &Path, memory_mib: u32, limit: Duration) -> Result<Self> {
-        Self::up(products, dir, limit, SHARED_TAG, |vmm| {
-            vmm.boot_sized(products, dir, memory_mib)?;
+        let size = Size {
+            memory_mib,
+            ..Size::default()
+        };
+        let guest = Self::up(products, dir, limit, |vmm| {
+            vmm.boot_sized(products, dir, size)?;
             vmm.wait_ready()
-        })
+        })?;
+        guest.set_up(SHARED_TAG)?;
+        Ok(guest)
     }
 
-    /// As [`Self::boot`], with 256 MiB and without its shared directory: it can
-    /// be saved.
+    /// One that `start` brings up, until its agent has called: [`Self::set_up`]
+    /// is left to do. `dir` is its directory. No step may take longer than
+    /// `limit`.
     ///
     /// # Errors
     /// When it does not come up.
-    pub fn boot_to_save(products: &Products, dir: &Path, limit: Duration) -> Result<Self> {
-        Self::up(products, dir, limit, "", |vmm| {
-            vmm.boot(products, dir)?;
-            vmm.wait_ready()
-        })
-    }
-
-    /// One that goes on where another one was saved, with `dir` of its own and
-    /// what `more` adds for the devices that were plugged there.
-    ///
-    /// # Errors
-    /// When it does not come up.
-    pub fn clone_with(
-        products: &Products,
-        dir: &Path,
-        (state, memory): (&Path, &Path),
-        limit: Duration,
-        more: impl FnOnce(&mut DeviceConfigs, &mut Vec<OwnedFd>),
-    ) -> Result<Self> {
-        Self::up(products, dir, limit, "", |vmm| {
-            vmm.clone_with(state, memory, products, dir, more)?;
-            vmm.wait_clone()
-        })
-    }
-
-    fn up(
+    pub fn up(
         products: &Products,
         dir: &Path,
         limit: Duration,
-        tag: &str,
         start: impl FnOnce(&mut Vmm) -> Result<()>,
     ) -> Result<Self> {
         fs::create_dir_all(dir).with_context(|| format!("make {}", dir.display()))?;
@@ -139,21 +120,56 @@ impl Guest {
             let (stream, _) = timeout(limit, calls.accept()).await??;
             anyhow::Ok((Agent::new(stream, &patient), Streams::new(dials)))
         })?;
-        let guest = Self {
+        Ok(Self {
             runtime,
             agent,
             streams,
             vmm,
             dir: dir.to_owned(),
             limit,
-        };
-        let request = SetupSandboxRequest {
-            entropy: vec![7; 32],
+        })
+    }
+
+    /// One that goes on where another one was saved, with `dir` of its own and
+    /// what `more` adds for the devices that were plugged there; without its
+    /// shared directory.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn clone_with(
+        products: &Products,
+        dir: &Path,
+        (state, memory): (&Path, &Path),
+        limit: Duration,
+        more: impl FnOnce(&mut DeviceConfigs, &mut Vec<OwnedFd>),
+    ) -> Result<Self> {
+        let guest = Self::up(products, dir, limit, |vmm| {
+            vmm.clone_with(state, memory, products, dir, more)?;
+            vmm.wait_clone()
+        })?;
+        guest.set_up("")?;
+        Ok(guest)
+    }
+
+    /// Has its agent make a sandbox of it, with the shared directory of that
+    /// tag. Without one the guest can be saved.
+    ///
+    /// # Errors
+    /// The agent's.
+    pub fn set_up(&self, tag: &str) -> Result<()> {
+        self.set_up_with(SetupSandboxRequest {
             shared_tag: tag.into(),
             ..Default::default()
-        };
-        guest.wait_for(guest.agent.setup_sandbox(request))?;
-        Ok(guest)
+        })
+    }
+
+    /// As [`Self::set_up`], with all that can be said of it.
+    ///
+    /// # Errors
+    /// The agent's.
+    pub fn set_up_with(&self, mut request: SetupSandboxRequest) -> Result<()> {
+        request.entropy = vec![7; 32];
+        self.wait_for(self.agent.setup_sandbox(request)).map(drop)
     }
 
     /// Its agent.

@@ -8,8 +8,9 @@
 //!   made without a registry, and where the build products are.
 //! * [`cri`]: a containerd for pods, with crictl; [`critest_images`]: what
 //!   critest runs beside the images that everything has.
-//! * [`guest`]: a guest and its agent without the runtime; [`stamp`]: a program
-//!   for it that tells when it began; [`load`]: one that uses its devices.
+//! * [`guest`]: a guest and its agent without the runtime; [`start`]: one that
+//!   boots, and one that was saved; [`stamp`]: a program for it that tells when it
+//!   began; [`load`]: one that uses its devices.
 //! * [`timeline`]: the start timeline that the shim logs.
 //! * [`init`]: PID 1 of the box.
 
@@ -30,6 +31,7 @@ pub mod listing;
 pub mod load;
 pub mod proc;
 pub mod stamp;
+pub mod start;
 pub mod sys;
 pub mod timeline;
 pub mod tracing;

@@ -151,35 +151,11 @@ impl Vmm {
         self.boot_as(products, dir, None)
     }
 
-    /// As [`Self::boot`], with so many MiB of memory.
+    /// As [`Self::boot`], of another size.
     ///
     /// # Errors
     /// When it does not.
-    pub fn boot_sized(&mut self, products: &Products, dir: &Path, memory_mib: u32) -> Result<()> {
-        let size = Size {
-            memory_mib,
-            ..Size::default()
-        };
-        self.boot_with(products, dir, size, None)
-    }
-
-    /// As [`Self::boot`], of a guest that may get more: processors that it does
-    /// not use at first, and so many MiB of memory.
-    ///
-    /// # Errors
-    /// When it does not.
-    pub fn boot_to_grow(
-        &mut self,
-        products: &Products,
-        dir: &Path,
-        extra_vcpus: u8,
-        extra_mib: u32,
-    ) -> Result<()> {
-        let size = Size {
-            extra_vcpus,
-            extra_mib,
-            ..Size::default()
-        };
+    pub fn boot_sized(&mut self, products: &Products, dir: &Path, size: Size) -> Result<()> {
         self.boot_with(products, dir, size, None)
     }
 
@@ -210,9 +186,7 @@ impl Vmm {
             memory: size.extra_mib > 0,
             debug: false,
         };
-        devices.config.mem = later.memory.then_some(MemConfig {
-            max_mib: size.extra_mib,
-        });
+        size.apply(&mut devices.config);
         let mut fds = devices.fds;
         fds.push(File::open(products.kernel())?.into());
         let kernel = fds.len() as u32 - 1;
@@ -322,11 +296,28 @@ impl Vmm {
 }
 
 /// How large a guest is, and what it may get.
-#[derive(Debug, Clone, Copy)]
-struct Size {
-    memory_mib: u32,
-    extra_vcpus: u8,
-    extra_mib: u32,
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Size {
+    /// Its memory.
+    pub memory_mib: u32,
+    /// Processors that it does not use at first.
+    pub extra_vcpus: u8,
+    /// Memory that it has not got at first.
+    pub extra_mib: u32,
+    /// The window that its shared directory's files are seen through; 0: none.
+    pub window_mib: u32,
+}
+
+impl Size {
+    /// Changes the devices that it says something of.
+    pub fn apply(self, devices: &mut DeviceConfigs) {
+        devices.mem = (self.extra_mib > 0).then_some(MemConfig {
+            max_mib: self.extra_mib,
+        });
+        for shared in &mut devices.fs {
+            shared.dax_mib = self.window_mib;
+        }
+    }
 }
 
 impl Default for Size {
@@ -335,6 +326,7 @@ impl Default for Size {
             memory_mib: 256,
             extra_vcpus: 0,
             extra_mib: 0,
+            window_mib: 0,
         }
     }
 }

@@ -7,15 +7,16 @@ use std::time::Instant;
 
 use anyhow::{ensure, Context as _, Result};
 use bulkhead_agent_protocol::agent;
+use bulkhead_tests::start::Start;
 use bulkhead_tests::vmm::Vmm;
 use bulkhead_vmm_api::{NetConfig, PlugConfig};
 
 use crate::context::{same, Context, LIMIT};
-use crate::hotplug::Guest;
+use crate::plugged::Guest;
 use crate::runner::{tests, Test};
 use crate::vmm::Host;
 
-pub const TESTS: &[Test] = tests![a_clone_announces_itself];
+pub const TESTS: &[Test] = tests![twice a_clone_announces_itself];
 
 /// An interface of the tests: what it is plugged with, and the wire's end.
 fn interface() -> Result<(NetConfig, OwnedFd, UnixDatagram)> {
@@ -54,8 +55,8 @@ fn announcement(wire: &UnixDatagram) -> Result<()> {
     }
 }
 
-fn a_clone_announces_itself(context: &Context) -> Result<()> {
-    let mut guest = Guest::boot_with(context, "announce-template", "")?;
+fn a_clone_announces_itself(context: &Context, start: Start) -> Result<()> {
+    let mut guest = Guest::up_with(context, start, "announce-template", "")?;
     let (config, tap, wire) = interface()?;
     guest.vmm.plug(PlugConfig::Net(config), tap)?;
     let network = agent::Network {

@@ -8,10 +8,11 @@ use bulkhead_agent_protocol::agent::UpdateContainerRequest;
 use bulkhead_agent_protocol::oci;
 use bulkhead_runtime::oci::{parse, resources};
 use bulkhead_tests::guest::{specification, Guest};
+use bulkhead_tests::start::Start;
 use serde_json::{json, Value};
 
 use crate::context::{same, Context};
-use crate::guest::{boot, process, ROOT};
+use crate::guest::{guest, process, ROOT};
 use crate::runner::{tests, Test};
 
 pub const TESTS: &[Test] = tests![cgroup_cases_of_the_conformance_suites];
@@ -84,8 +85,7 @@ fn translated(value: &Value) -> Result<oci::Resources> {
 type Files<'a> = &'a [(&'a str, &'a str)];
 
 fn cgroup_cases_of_the_conformance_suites(context: &Context) -> Result<()> {
-    context.only_bulkhead()?;
-    let guest = boot(context, "conformance", 256)?;
+    let guest = guest(context, Start::Cold, "conformance", 256)?;
     // What is given at the create, what the group has then.
     let cases: &[(Value, Files<'_>)] = &[
         (

@@ -12,11 +12,15 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context as _, Result};
+use bulkhead_agent_protocol::SHARED_TAG;
 use bulkhead_tests::containerd::{remove_tree, Containerd, BULKHEAD};
 use bulkhead_tests::cri::{self, Cri};
+use bulkhead_tests::guest::Guest;
 use bulkhead_tests::install::{Config, Products};
 use bulkhead_tests::listing::Listing;
 use bulkhead_tests::proc::{self, Done};
+use bulkhead_tests::start::{Saved, Start};
+use bulkhead_tests::vmm::{Size, Vmm};
 use bulkhead_tests::{image, inside};
 
 /// How long one command of ctr may take; a guest boots in it.
@@ -53,6 +57,7 @@ pub struct Context {
     pub config: Config,
     counter: AtomicU32,
     cri: OnceCell<Cri>,
+    saved: Saved,
 }
 
 impl Context {
@@ -71,6 +76,7 @@ impl Context {
             &dir.join("config.toml"),
         )?;
         containerd.import(&image::cached()?)?;
+        let saved = Saved::new(dir.join("saved"), LIMIT);
         Ok(Self {
             containerd,
             runtime: runtime(),
@@ -79,6 +85,7 @@ impl Context {
             config,
             counter: AtomicU32::new(0),
             cri: OnceCell::new(),
+            saved,
         })
     }
 
@@ -112,6 +119,28 @@ impl Context {
             return Err(Skip(format!("it is about Bulkhead, not {}", self.runtime)).into());
         }
         Ok(())
+    }
+
+    /// Brings up a machine of this size in a VMM that has none yet, without the
+    /// runtime, until its agent has called.
+    pub fn bring_up(&self, start: Start, vmm: &mut Vmm, dir: &Path, size: Size) -> Result<()> {
+        start.bring_up(vmm, &self.saved, &self.products, dir, size)
+    }
+
+    /// A guest of this size in a directory of its own, without the runtime.
+    pub fn guest(&self, start: Start, name: &str, size: Size) -> Result<Guest> {
+        let guest = self.guest_to_save(start, name, size)?;
+        guest.set_up(SHARED_TAG)?;
+        Ok(guest)
+    }
+
+    /// As [`Self::guest`], when its agent has called: it has to be set up.
+    pub fn guest_to_save(&self, start: Start, name: &str, size: Size) -> Result<Guest> {
+        self.only_bulkhead()?;
+        let dir = self.dir.join(self.id(name));
+        Guest::up(&self.products, &dir, LIMIT, |vmm| {
+            self.bring_up(start, vmm, &dir, size)
+        })
     }
 
     /// A name that no container has had.

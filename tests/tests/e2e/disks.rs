@@ -86,7 +86,7 @@ pub fn sized(path: &Path, size: u64) -> Result<File> {
 /// Starts a script in a container whose root is in the guest's memory, with the
 /// programs and, where there is one, a disk at /dev/disk; /data is the shared
 /// directory's, where there is none.
-pub fn start(
+pub fn begin(
     guest: &Guest,
     id: &str,
     programs: &Disk,

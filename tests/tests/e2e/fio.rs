@@ -12,18 +12,20 @@ use std::time::{Duration, Instant};
 use anyhow::{bail, ensure, Context as _, Result};
 use bulkhead_agent_protocol::agent::{Empty, WaitProcessRequest};
 use bulkhead_tests::guest::Guest;
+use bulkhead_tests::start::Start;
+use bulkhead_tests::vmm::Size;
 use bulkhead_vmm_api::{BlkConfig, BlkEngine, Call, Rate, RateLimits};
 
 use crate::context::{mentions, same, until, Context, LIMIT};
 use crate::disks::{
-    exec, metrics, moved, named, plug, plug_programs, programs, sized, start, take_out,
+    begin, exec, metrics, moved, named, plug, plug_programs, programs, sized, take_out,
     wait_for_bytes, Disk,
 };
 use crate::guest::process;
 use crate::runner::{tests, Test};
 
 pub const TESTS: &[Test] = tests![
-    fio_verifies_a_disk_that_is_saved_again_and_again,
+    twice     fio_verifies_a_disk_that_is_saved_again_and_again,
     fio_verifies_a_disk_by_io_uring_that_is_saved_again_and_again,
     fio_verifies_a_shared_directory_while_it_stops_and_goes,
     fio_keeps_within_a_disks_limits,
@@ -52,30 +54,48 @@ fn again_and_again(arguments: &str) -> String {
     )
 }
 
+/// A guest without its shared directory, which can be saved.
+fn to_save(context: &Context, start: Start, name: &str) -> Result<Guest> {
+    let guest = context.guest_to_save(start, name, Size::default())?;
+    guest.set_up("")?;
+    Ok(guest)
+}
+
 fn stop(guest: &Guest, id: &str) -> Result<()> {
     let touch = process(&["touch", "/tmp/stop"])?;
     exec(guest, id, touch)?.ok().map(drop)
 }
 
-fn fio_verifies_a_disk_that_is_saved_again_and_again(context: &Context) -> Result<()> {
-    verifies_what_is_saved(context, "fio-sync", BlkEngine::Sync)
+fn fio_verifies_a_disk_that_is_saved_again_and_again(
+    context: &Context,
+    start: Start,
+) -> Result<()> {
+    verifies_what_is_saved(context, start, "fio-sync", BlkEngine::Sync)
 }
 
-fn fio_verifies_a_disk_by_io_uring_that_is_saved_again_and_again(context: &Context) -> Result<()> {
-    verifies_what_is_saved(context, "fio-ring", BlkEngine::IoUring)
+fn fio_verifies_a_disk_by_io_uring_that_is_saved_again_and_again(
+    context: &Context,
+    start: Start,
+) -> Result<()> {
+    verifies_what_is_saved(context, start, "fio-ring", BlkEngine::IoUring)
 }
 
-fn verifies_what_is_saved(context: &Context, name: &str, engine: BlkEngine) -> Result<()> {
+fn verifies_what_is_saved(
+    context: &Context,
+    start: Start,
+    name: &str,
+    engine: BlkEngine,
+) -> Result<()> {
     const SIZE: u64 = 24 << 20;
     context.only_bulkhead()?;
     let image = File::open(programs()?.join("root.erofs"))?;
-    let dir = context.dir.join(name);
-    let mut guest = Guest::boot_to_save(&context.products, &dir, LIMIT)?;
+    let mut guest = to_save(context, start, name)?;
+    let dir = guest.dir().to_owned();
     let programs = plug_programs(&mut guest)?;
     let file = sized(&dir.join("disk"), SIZE)?;
     let disk = plug(&mut guest, named("data", engine), &file)?;
     let script = again_and_again(&format!("{DISK} --bs=16k"));
-    let running = start(&guest, "fio", &programs, Some(&disk), &script)?;
+    let running = begin(&guest, "fio", &programs, Some(&disk), &script)?;
 
     let (state, memory) = (dir.join("state"), dir.join("memory"));
     let copy = dir.join("copy");
@@ -99,7 +119,7 @@ fn verifies_what_is_saved(context: &Context, name: &str, engine: BlkEngine) -> R
     // What was saved goes on by itself, amid fio's work.
     let copy = File::options().read(true).write(true).open(&copy)?;
     let passed = [image.into(), copy.try_clone()?.into()];
-    let place = context.dir.join(format!("{name}-clone"));
+    let place = context.dir.join(context.id(&format!("{name}-clone")));
     let mut clone = Guest::clone_with(
         &context.products,
         &place,
@@ -140,11 +160,14 @@ fn verifies_what_is_saved(context: &Context, name: &str, engine: BlkEngine) -> R
     Ok(())
 }
 
-fn fio_verifies_a_shared_directory_while_it_stops_and_goes(context: &Context) -> Result<()> {
+fn fio_verifies_a_shared_directory_while_it_stops_and_goes(
+    context: &Context,
+    start: Start,
+) -> Result<()> {
     context.only_bulkhead()?;
     programs()?;
-    let dir = context.dir.join("fio-shared");
-    let mut guest = Guest::boot(&context.products, &dir, 256, LIMIT)?;
+    let mut guest = context.guest(start, "fio-shared", Size::default())?;
+    let dir = guest.dir().to_owned();
     let data = guest.shared().join("data");
     fs::create_dir(&data)?;
     let programs = plug_programs(&mut guest)?;
@@ -157,7 +180,7 @@ fn fio_verifies_a_shared_directory_while_it_stops_and_goes(context: &Context) ->
          --name=cached --rw=write --ioengine=psync --fsync=16 --invalidate=1 \
          --name=direct --rw=randwrite --direct=1 --ioengine=libaio --iodepth=8",
     );
-    let running = start(&guest, "fio", &programs, None, &script)?;
+    let running = begin(&guest, "fio", &programs, None, &script)?;
     for _ in 0..ROUNDS {
         wait_for_bytes(&mut guest, slot, BETWEEN).with_context(|| guest.console())?;
         let saved = guest
@@ -186,7 +209,7 @@ fn fio_verifies_a_shared_directory_while_it_stops_and_goes(context: &Context) ->
 /// A run's bytes, and how long it took from the first to the last of them.
 fn measured(guest: &mut Guest, id: &str, programs: &Disk, disk: &Disk) -> Result<(u64, f64)> {
     let script = format!("fio {VERIFY} {DISK} --bs=16k >&2");
-    let running = start(guest, id, programs, Some(disk), &script)?;
+    let running = begin(guest, id, programs, Some(disk), &script)?;
     let before = moved(guest, disk.slot)?;
     until(LIMIT, "the first byte", || {
         Ok(moved(guest, disk.slot)? > before)
@@ -210,11 +233,11 @@ fn measured(guest: &mut Guest, id: &str, programs: &Disk, disk: &Disk) -> Result
 /// What is written, and then read, within limits.
 const LIMITED: u64 = 6 << 20;
 
-fn fio_keeps_within_a_disks_limits(context: &Context) -> Result<()> {
+fn fio_keeps_within_a_disks_limits(context: &Context, start: Start) -> Result<()> {
     context.only_bulkhead()?;
     programs()?;
-    let dir = context.dir.join("fio-limits");
-    let mut guest = Guest::boot_to_save(&context.products, &dir, LIMIT)?;
+    let mut guest = to_save(context, start, "fio-limits")?;
+    let dir = guest.dir().to_owned();
     let programs = plug_programs(&mut guest)?;
     let file = sized(&dir.join("disk"), LIMITED)?;
     for (name, engine) in [("sync", BlkEngine::Sync), ("ring", BlkEngine::IoUring)] {
@@ -262,13 +285,16 @@ fn fio_keeps_within_a_disks_limits(context: &Context) -> Result<()> {
     Ok(())
 }
 
-fn fio_fails_on_a_disk_that_goes_and_what_it_wrote_stays(context: &Context) -> Result<()> {
+fn fio_fails_on_a_disk_that_goes_and_what_it_wrote_stays(
+    context: &Context,
+    start: Start,
+) -> Result<()> {
     // More than is written before it goes.
     const SIZE: u64 = 512 << 20;
     context.only_bulkhead()?;
     programs()?;
-    let dir = context.dir.join("fio-goes");
-    let mut guest = Guest::boot_to_save(&context.products, &dir, LIMIT)?;
+    let mut guest = to_save(context, start, "fio-goes")?;
+    let dir = guest.dir().to_owned();
     let programs = plug_programs(&mut guest)?;
     let file = sized(&dir.join("disk"), SIZE)?;
     for (name, engine) in [("sync", BlkEngine::Sync), ("ring", BlkEngine::IoUring)] {
@@ -286,7 +312,7 @@ fn fio_fails_on_a_disk_that_goes_and_what_it_wrote_stays(context: &Context) -> R
              {writes} --verify_only --verify_state_load=1 2>&1; echo read $?; \
              grep -o 'READ:.*io=[^ ]*' /tmp/out"
         );
-        let running = start(&guest, name, &programs, Some(&disk), &script)?;
+        let running = begin(&guest, name, &programs, Some(&disk), &script)?;
         wait_for_bytes(&mut guest, disk.slot, BETWEEN)?;
         take_out(&mut guest, disk.slot)?;
         until(LIMIT, "the end of fio", || {

@@ -17,6 +17,8 @@ use bulkhead_agent_protocol::agent::{
 };
 use bulkhead_agent_protocol::oci;
 use bulkhead_tests::guest::{specification, Guest};
+use bulkhead_tests::start::Start;
+use bulkhead_tests::vmm::Size;
 use serde_json::json;
 
 use crate::context::{same, Context, LIMIT};
@@ -38,19 +40,19 @@ fn number(full: usize, quick: usize) -> usize {
     }
 }
 
-pub fn boot(context: &Context, name: &str, memory_mib: u32) -> Result<Guest> {
-    let guest = Guest::boot(
-        &context.products,
-        &context.dir.join(name),
+/// One with so many MiB and a root file system in its shared directory.
+pub fn guest(context: &Context, start: Start, name: &str, memory_mib: u32) -> Result<Guest> {
+    let size = Size {
         memory_mib,
-        LIMIT,
-    )?;
+        ..Size::default()
+    };
+    let guest = context.guest(start, name, size)?;
     let root = guest.shared().join(ROOT);
     fill(&root).with_context(|| format!("fill {}", root.display()))?;
     Ok(guest)
 }
 
-fn fill(root: &Path) -> Result<()> {
+pub fn fill(root: &Path) -> Result<()> {
     for below in ["bin", "proc", "sys", "dev", "tmp", "run"] {
         fs::create_dir_all(root.join(below))?;
     }
@@ -131,8 +133,7 @@ const HOGGED: u64 = 64 << 20;
 
 /// Containers without any limit take all processes, and all memory.
 fn fork_bombs_and_memory_hogs_leave_the_agent_alive(context: &Context) -> Result<()> {
-    context.only_bulkhead()?;
-    let guest = boot(context, "overload", 128)?;
+    let guest = guest(context, Start::Cold, "overload", 128)?;
     run(&guest, "neighbour", &["sleep", "9999"])?;
 
     run(
@@ -191,8 +192,7 @@ fn fork_bombs_and_memory_hogs_leave_the_agent_alive(context: &Context) -> Result
 }
 
 fn very_many_containers_and_processes_in_one_guest(context: &Context) -> Result<()> {
-    context.only_bulkhead()?;
-    let guest = boot(context, "many", 1024)?;
+    let guest = guest(context, Start::Cold, "many", 1024)?;
     let count = number(500, 25);
     let id = |number: usize| format!("c{number}");
     let begin = Instant::now();

@@ -9,22 +9,21 @@ use std::os::unix::net::UnixDatagram;
 use std::process::{Command, Stdio};
 
 use anyhow::{bail, Context as _, Result};
-use bulkhead_agent_protocol::{agent, oci, SHARED_MOUNT};
-use bulkhead_runtime::agent::Agent;
+use bulkhead_agent_protocol::agent;
 use bulkhead_tests::install::which;
+use bulkhead_tests::start::Start;
 use bulkhead_tests::vmm::Vmm;
 use bulkhead_vmm_api::{
-    BlkConfig, BlkEngine, Event, ExitReason, FsCache, FsConfig, NetConfig, PlugConfig, PmemConfig,
-    Rate, RateLimits,
+    BlkConfig, BlkEngine, FsCache, FsConfig, NetConfig, PlugConfig, PmemConfig, Rate, RateLimits,
 };
-use tokio::runtime::Runtime;
 
-use crate::context::{mentions, same, until, Context, LIMIT};
+use crate::context::{mentions, same, Context, LIMIT};
+use crate::plugged::{address, Guest};
 use crate::runner::{tests, Test};
 use crate::vmm::{runtime, Host};
 
 pub const TESTS: &[Test] = tests![
-    disks_come_and_go_while_a_guest_runs,
+    twice disks_come_and_go_while_a_guest_runs,
     disks_by_io_uring_come_and_go_while_a_guest_runs,
     a_disk_does_what_it_offers,
     a_disk_by_io_uring_does_what_it_offers,
@@ -33,278 +32,17 @@ pub const TESTS: &[Test] = tests![
     a_clone_has_what_was_plugged
 ];
 
-/// A guest with its agent.
-pub struct Guest {
-    pub host: Host,
-    pub vmm: Vmm,
-    pub runtime: Runtime,
-    pub agent: Agent,
-}
-
-/// A device as the guest sees it.
-#[derive(Debug)]
-struct Seen {
-    slot: u8,
-    driver: String,
-    node: agent::DeviceNode,
-}
-
-fn address(slot: u8) -> String {
-    format!("0000:00:{slot:02x}.0")
-}
-
-impl Guest {
-    fn boot(context: &Context, name: &str) -> Result<Self> {
-        Self::boot_with(context, name, bulkhead_agent_protocol::SHARED_TAG)
+/// Content that tells its place: a sector's number, and then the words' in it.
+/// Few steps a sector, for nobody optimises this.
+pub fn pattern(size: usize) -> Vec<u8> {
+    const SECTOR: usize = 512;
+    let words: Vec<u8> = (0..SECTOR as u32 / 4).flat_map(u32::to_le_bytes).collect();
+    let mut bytes = Vec::with_capacity(size);
+    for sector in 0..size / SECTOR {
+        bytes.extend_from_slice(&sector.to_le_bytes());
+        bytes.extend_from_slice(&words[size_of::<usize>()..]);
     }
-
-    pub fn boot_with(context: &Context, name: &str, tag: &str) -> Result<Self> {
-        context.only_bulkhead()?;
-        let host = Host::new(context, name)?;
-        let mut vmm = Vmm::start(&context.products, LIMIT)?;
-        vmm.boot(&context.products, &host.dir)?;
-        vmm.wait_ready()?;
-        let runtime = runtime()?;
-        let (agent, _) = host.set_up_with(&runtime, tag)?;
-        Ok(Self {
-            host,
-            vmm,
-            runtime,
-            agent,
-        })
-    }
-
-    /// A file of this guest's on the host.
-    fn file(&self, name: &str, size: u64) -> Result<File> {
-        let file = File::options()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .open(self.host.dir.join(name))?;
-        file.set_len(size)?;
-        Ok(file)
-    }
-
-    fn plug_disk(&mut self, id: &str, file: &File) -> Result<u8> {
-        self.plug_disk_by(BlkEngine::Sync, id, file)
-    }
-
-    fn plug_disk_by(&mut self, engine: BlkEngine, id: &str, file: &File) -> Result<u8> {
-        let config = BlkConfig {
-            id: id.into(),
-            file: 0,
-            read_only: false,
-            engine: Some(engine),
-            ..BlkConfig::default()
-        };
-        let fd: OwnedFd = file.try_clone()?.into();
-        self.vmm.plug(PlugConfig::Blk(config), fd)
-    }
-
-    /// Has the guest look at the bus; what it finds in these slots.
-    fn look(&self, slots: &[u8]) -> Result<Vec<Seen>> {
-        let request = agent::Empty::new();
-        let reply = self
-            .runtime
-            .block_on(self.agent.rescan_devices(request))
-            .with_context(|| self.host.console())?;
-        let mut seen = Vec::new();
-        for slot in slots {
-            let mut all = reply.devices.iter();
-            let device = all.find(|device| device.address == address(*slot));
-            let Some(device) = device else { continue };
-            seen.push(Seen {
-                slot: *slot,
-                driver: device.driver.clone(),
-                node: device.nodes.first().cloned().unwrap_or_default(),
-            });
-        }
-        Ok(seen)
-    }
-
-    /// What the guest finds in one slot, where something must be.
-    pub fn look_at(&self, slot: u8, driver: &str) -> Result<agent::DeviceNode> {
-        let mut found = None;
-        // What the device is for may come a little later than its driver: the
-        // kernel adds persistent memory in a thread of its own.
-        until(LIMIT, "the guest's driver", || {
-            let seen = self.look(&[slot])?.pop();
-            let seen =
-                seen.with_context(|| format!("nothing in slot {slot}: {}", self.host.console()))?;
-            same(seen.driver.as_str(), driver).with_context(|| self.host.console())?;
-            let complete = driver == "virtiofs" || !seen.node.name.is_empty();
-            found = complete.then_some(seen.node);
-            Ok(complete)
-        })?;
-        found.context("a device")
-    }
-
-    /// Has the guest let go of a device.
-    fn let_go(&self, slot: u8) -> Result<()> {
-        let request = agent::RemoveDeviceRequest {
-            address: address(slot),
-            ..Default::default()
-        };
-        self.runtime
-            .block_on(self.agent.remove_device(request))
-            .map(drop)
-            .map_err(anyhow::Error::from)
-    }
-
-    fn take_out(&mut self, slot: u8) -> Result<()> {
-        self.let_go(slot)?;
-        self.vmm.unplug(slot)?;
-        same(self.look(&[slot])?.len(), 0)
-    }
-
-    /// Starts a script in the guest, which finds the disk at /dev/disk and may
-    /// mount.
-    fn start(&self, id: &str, disk: Option<&agent::DeviceNode>, script: &str) -> Result<()> {
-        let rootfs = self.host.dir.join("shared").join(id);
-        for dir in ["bin", "dev", "proc", "sys", "mnt"] {
-            fs::create_dir_all(rootfs.join(dir))?;
-        }
-        let busybox = which("busybox").context("busybox is missing (package busybox-static)")?;
-        fs::copy(busybox, rootfs.join("bin/busybox"))?;
-        let spec = specification(id, disk, script);
-        let create = agent::CreateContainerRequest {
-            container_id: id.into(),
-            spec: Some(spec).into(),
-            stdio: Some(agent::Stdio::default()).into(),
-            ..Default::default()
-        };
-        let start = agent::StartContainerRequest {
-            container_id: id.into(),
-            ..Default::default()
-        };
-        self.runtime.block_on(async {
-            self.agent.create_container(create).await?;
-            self.agent.start_container(start).await?;
-            Ok(())
-        })
-    }
-
-    /// Waits for its end, and removes it; its exit code.
-    fn end(&self, id: &str) -> Result<u32> {
-        let wait = agent::WaitProcessRequest {
-            container_id: id.into(),
-            ..Default::default()
-        };
-        let delete = agent::ContainerRequest {
-            container_id: id.into(),
-            ..Default::default()
-        };
-        self.runtime.block_on(async {
-            let ended = tokio::time::timeout(LIMIT, self.agent.wait_process(wait)).await;
-            let ended = ended.with_context(|| format!("{id} does not end"))??;
-            self.agent.delete_container(delete).await?;
-            Ok(ended.exit_status)
-        })
-    }
-
-    /// What a script has left in a file of its root directory.
-    fn left(&self, id: &str, name: &str) -> String {
-        fs::read_to_string(self.host.dir.join("shared").join(id).join(name)).unwrap_or_default()
-    }
-
-    /// Runs a script to its good end.
-    fn run(&self, id: &str, disk: Option<&agent::DeviceNode>, script: &str) -> Result<()> {
-        self.start(id, disk, &format!("set -e; exec 2>/errors; {script}"))?;
-        match self.end(id)? {
-            0 => Ok(()),
-            code => bail!("{script}: {code}: {}", self.left(id, "errors")),
-        }
-    }
-
-    /// Waits until a script has made a file in its root directory.
-    fn wait_for(&self, id: &str, name: &str) -> Result<()> {
-        crate::context::until(LIMIT, name, || {
-            Ok(self.host.dir.join("shared").join(id).join(name).exists())
-        })
-        .with_context(|| self.left(id, "errors"))
-    }
-
-    fn stop(mut self) -> Result<()> {
-        let limit = std::time::Duration::from_secs(10);
-        // The answer may be lost; what counts is the end.
-        drop(self.runtime.block_on(self.agent.shutdown(limit)));
-        let console = self.host.console();
-        same(self.vmm.event()?, Event::Ended(ExitReason::PowerOff)).context(console)
-    }
-}
-
-fn specification(id: &str, disk: Option<&agent::DeviceNode>, script: &str) -> oci::Spec {
-    let mount = |destination: &str, kind: &str| oci::Mount {
-        destination: destination.into(),
-        type_: kind.into(),
-        source: kind.into(),
-        ..Default::default()
-    };
-    let names = ["CAP_SYS_ADMIN", "CAP_DAC_OVERRIDE", "CAP_NET_ADMIN"];
-    let capabilities = names.map(String::from).to_vec();
-    let devices = disk.map(|node| oci::Device {
-        path: "/dev/disk".into(),
-        type_: "b".into(),
-        major: node.major.into(),
-        minor: node.minor.into(),
-        file_mode: Some(0o600),
-        ..Default::default()
-    });
-    let namespaces = ["pid", "mount"].map(|kind| oci::Namespace {
-        type_: kind.into(),
-        ..Default::default()
-    });
-    oci::Spec {
-        version: "1.2.0".into(),
-        process: Some(oci::Process {
-            args: ["busybox", "sh", "-c", script].map(String::from).to_vec(),
-            env: vec!["PATH=/bin".into()],
-            cwd: "/".into(),
-            capabilities: Some(oci::Capabilities {
-                bounding: capabilities.clone(),
-                effective: capabilities.clone(),
-                permitted: capabilities,
-                ..Default::default()
-            })
-            .into(),
-            ..Default::default()
-        })
-        .into(),
-        root: Some(oci::Root {
-            path: format!("{SHARED_MOUNT}/{id}"),
-            ..Default::default()
-        })
-        .into(),
-        mounts: vec![
-            mount("/proc", "proc"),
-            mount("/dev", "tmpfs"),
-            mount("/sys", "sysfs"),
-        ],
-        linux: Some(oci::Linux {
-            namespaces: namespaces.to_vec(),
-            devices: devices.into_iter().collect(),
-            resources: Some(oci::Resources {
-                devices: vec![oci::DeviceRule {
-                    allow: true,
-                    access: "rwm".into(),
-                    ..Default::default()
-                }],
-                ..Default::default()
-            })
-            .into(),
-            ..Default::default()
-        })
-        .into(),
-        ..Default::default()
-    }
-}
-
-/// Content that tells its place.
-fn pattern(size: usize) -> Vec<u8> {
-    (0..size / 4)
-        .flat_map(|word| (word as u32).wrapping_mul(0x9e37_79b1).to_le_bytes())
-        .collect()
+    bytes
 }
 
 fn refused(result: Result<()>, words: &[&str]) -> Result<()> {
@@ -314,16 +52,16 @@ fn refused(result: Result<()>, words: &[&str]) -> Result<()> {
     }
 }
 
-fn disks_come_and_go_while_a_guest_runs(context: &Context) -> Result<()> {
-    disks_come_and_go(context, "hotplug-disks", BlkEngine::Sync)
+fn disks_come_and_go_while_a_guest_runs(context: &Context, start: Start) -> Result<()> {
+    disks_come_and_go(context, start, "hotplug-disks", BlkEngine::Sync)
 }
 
-fn disks_by_io_uring_come_and_go_while_a_guest_runs(context: &Context) -> Result<()> {
-    disks_come_and_go(context, "hotplug-rings", BlkEngine::IoUring)
+fn disks_by_io_uring_come_and_go_while_a_guest_runs(context: &Context, start: Start) -> Result<()> {
+    disks_come_and_go(context, start, "hotplug-rings", BlkEngine::IoUring)
 }
 
-fn disks_come_and_go(context: &Context, name: &str, engine: BlkEngine) -> Result<()> {
-    let mut guest = Guest::boot(context, name)?;
+fn disks_come_and_go(context: &Context, start: Start, name: &str, engine: BlkEngine) -> Result<()> {
+    let mut guest = Guest::up(context, start, name)?;
     let file = guest.file("disk", 4 << 20)?;
     file.write_all_at(&pattern(4 << 20), 0)?;
     let slot = guest.plug_disk_by(engine, "volume", &file)?;
@@ -399,17 +137,22 @@ fn disks_come_and_go(context: &Context, name: &str, engine: BlkEngine) -> Result
 
 /// Discards, zeroes, several queues, its name and its limits, as a real kernel
 /// uses them.
-fn a_disk_does_what_it_offers(context: &Context) -> Result<()> {
-    does_what_it_offers(context, "disk-features", BlkEngine::Sync)
+fn a_disk_does_what_it_offers(context: &Context, start: Start) -> Result<()> {
+    does_what_it_offers(context, start, "disk-features", BlkEngine::Sync)
 }
 
-fn a_disk_by_io_uring_does_what_it_offers(context: &Context) -> Result<()> {
-    does_what_it_offers(context, "ring-features", BlkEngine::IoUring)
+fn a_disk_by_io_uring_does_what_it_offers(context: &Context, start: Start) -> Result<()> {
+    does_what_it_offers(context, start, "ring-features", BlkEngine::IoUring)
 }
 
-fn does_what_it_offers(context: &Context, name: &str, engine: BlkEngine) -> Result<()> {
+fn does_what_it_offers(
+    context: &Context,
+    start: Start,
+    name: &str,
+    engine: BlkEngine,
+) -> Result<()> {
     const SIZE: u64 = 64 << 20;
-    let mut guest = Guest::boot(context, name)?;
+    let mut guest = Guest::up(context, start, name)?;
     let file = guest.file("disk", SIZE)?;
     file.write_all_at(&pattern(32 << 20), 0)?;
     file.sync_all()?;
@@ -467,7 +210,7 @@ fn does_what_it_offers(context: &Context, name: &str, engine: BlkEngine) -> Resu
     // What was discarded takes no space on the host.
     let mut head = vec![1; 16 << 20];
     file.read_exact_at(&mut head, 0)?;
-    same(head.iter().all(|byte| *byte == 0), true)?;
+    same(head == vec![0; 16 << 20], true)?;
     let after = file.metadata()?.blocks();
     if after + (15 << 20) / 512 > before {
         bail!("{before} blocks, and {after} after 16 MiB were discarded");
@@ -480,8 +223,8 @@ fn does_what_it_offers(context: &Context, name: &str, engine: BlkEngine) -> Resu
     guest.stop()
 }
 
-fn all_kinds_of_devices_come_and_go(context: &Context) -> Result<()> {
-    let mut guest = Guest::boot(context, "hotplug-kinds")?;
+fn all_kinds_of_devices_come_and_go(context: &Context, start: Start) -> Result<()> {
+    let mut guest = Guest::up(context, start, "hotplug-kinds")?;
     let file = guest.file("pmem", 16 << 20)?;
     file.write_all_at(&pattern(4096), 0)?;
     let shared = guest.host.dir.join("more");
@@ -561,8 +304,8 @@ fn all_kinds_of_devices_come_and_go(context: &Context) -> Result<()> {
     guest.stop()
 }
 
-fn the_bus_is_filled_and_emptied(context: &Context) -> Result<()> {
-    let mut guest = Guest::boot(context, "hotplug-many")?;
+fn the_bus_is_filled_and_emptied(context: &Context, start: Start) -> Result<()> {
+    let mut guest = Guest::up(context, start, "hotplug-many")?;
     let there = guest.vmm.status()?.devices.len();
     let file = guest.file("disk", 1 << 20)?;
     for _ in 0..2 {
@@ -602,13 +345,15 @@ fn the_bus_is_filled_and_emptied(context: &Context) -> Result<()> {
     guest.stop()
 }
 
-fn a_clone_has_what_was_plugged(context: &Context) -> Result<()> {
-    let mut guest = Guest::boot_with(context, "hotplug-template", "")?;
+fn a_clone_has_what_was_plugged(context: &Context, start: Start) -> Result<()> {
+    let mut guest = Guest::up_with(context, start, "hotplug-template", "")?;
     let file = guest.file("disk", 4 << 20)?;
     // A gap before the one that stays.
     let gap = guest.plug_disk("gap", &file)?;
     let slot = guest.plug_disk("volume", &file)?;
     guest.look_at(slot, "virtio_blk")?;
+    let ring = guest.plug_disk_by(BlkEngine::IoUring, "ring", &file)?;
+    guest.look_at(ring, "virtio_blk")?;
     guest.take_out(gap)?;
     let dir = guest.host.dir.clone();
     guest
@@ -626,20 +371,23 @@ fn a_clone_has_what_was_plugged(context: &Context) -> Result<()> {
     own.set_len(8 << 20)?;
     own.write_all_at(&pattern(4096), 0)?;
     let mut vmm = Vmm::start(&context.products, LIMIT)?;
-    let passed: OwnedFd = own.try_clone()?.into();
+    let passed: [OwnedFd; 2] = [own.try_clone()?.into(), own.try_clone()?.into()];
     vmm.clone_with(
         &dir.join("state"),
         &dir.join("memory"),
         &context.products,
         &host.dir,
         |devices, fds| {
-            fds.push(passed);
-            devices.blk.push(BlkConfig {
-                id: "own".into(),
-                file: fds.len() as u32 - 1,
-                read_only: false,
-                ..BlkConfig::default()
-            });
+            let engines = [BlkEngine::Sync, BlkEngine::IoUring];
+            for (passed, engine) in passed.into_iter().zip(engines) {
+                fds.push(passed);
+                devices.blk.push(BlkConfig {
+                    id: format!("own-{engine:?}"),
+                    file: fds.len() as u32 - 1,
+                    engine: Some(engine),
+                    ..BlkConfig::default()
+                });
+            }
         },
     )?;
     vmm.wait_clone().with_context(|| host.console())?;
@@ -651,18 +399,24 @@ fn a_clone_has_what_was_plugged(context: &Context) -> Result<()> {
         runtime,
         agent,
     };
-    let node = clone.look_at(slot, "virtio_blk")?;
-    clone.run(
-        "io",
-        Some(&node),
-        "busybox dd if=/dev/disk of=/copy bs=4096 count=1; \
-         busybox cat /sys/class/block/vd?/size > /size",
-    )?;
-    let copy = fs::read(clone.host.dir.join("shared/io/copy"))?;
-    same(copy == pattern(4096), true)?;
-    // The clone's disk is larger, and its guest knows.
-    same(clone.left("io", "size").as_str(), "16384\n")?;
-    clone.take_out(slot)?;
+    for (id, slot) in [("sync", slot), ("ring", ring)] {
+        let node = clone.look_at(slot, "virtio_blk")?;
+        let script = format!(
+            "busybox dd if=/dev/disk of=/copy bs=4096 count=1; \
+             busybox printf {id} | busybox dd of=/dev/disk bs=4096 seek=1 conv=sync,fsync; \
+             busybox cat /sys/class/block/{}/size > /size",
+            node.name
+        );
+        clone.run(id, Some(&node), &script)?;
+        let copy = fs::read(clone.host.dir.join("shared").join(id).join("copy"))?;
+        same(copy == pattern(4096), true)?;
+        let mut written = [0; 4];
+        own.read_exact_at(&mut written, 4096)?;
+        same(written, id.as_bytes())?;
+        // The clone's disk is larger, and its guest knows.
+        same(clone.left(id, "size").as_str(), "16384\n")?;
+        clone.take_out(slot)?;
+    }
     same(clone.plug_disk("new", &own)?, gap)?;
     clone.look_at(gap, "virtio_blk")?;
     clone.take_out(gap)?;

@@ -15,6 +15,7 @@ mod cli;
 mod conformance;
 mod context;
 mod cri;
+mod devices;
 mod disks;
 mod docker;
 mod exhaustion;
@@ -35,6 +36,7 @@ mod memory;
 mod merging;
 mod network;
 mod oci;
+mod plugged;
 mod pod;
 mod pods;
 mod ports;
@@ -87,6 +89,7 @@ fn all() -> Vec<Test> {
         pods::TESTS,
         ports::TESTS,
         hotplug::TESTS,
+        devices::TESTS,
         announce::TESTS,
         guest::TESTS,
         vsock::TESTS,

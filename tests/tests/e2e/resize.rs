@@ -7,20 +7,21 @@ use std::fs;
 use anyhow::{bail, Context as _, Result};
 use bulkhead_agent_protocol::agent;
 use bulkhead_runtime::agent::Agent;
-use bulkhead_tests::listing::by_program;
-use bulkhead_tests::vmm::Vmm;
-use bulkhead_vmm_api::{Call, MemConfig, MemoryTarget};
+use bulkhead_tests::start::Start;
+use bulkhead_tests::vmm::{Size, Vmm};
+use bulkhead_vmm_api::{Call, MemoryTarget};
 use serde_json::json;
 
 use crate::cli::with_config;
 use crate::context::{mentions, same, until, Context, LIMIT};
+use crate::memory::held_by_vmm;
 use crate::pod::Pod;
 use crate::runner::{tests, Test};
 use crate::vmm::{runtime, Host};
 
 pub const TESTS: &[Test] = tests![
-    a_guest_and_its_clone_grow_and_shrink,
-    a_pods_limits_change_its_machine,
+    a_pods_limits_change_its_machine;
+    twice a_guest_and_its_clone_grow_and_shrink,
 ];
 
 const EXTRA_MIB: u32 = 512;
@@ -49,12 +50,17 @@ fn use_cpus(runtime: &tokio::runtime::Runtime, agent: &Agent, count: u32) -> Res
     same((reply.online, reply.present), (count, 3))
 }
 
-fn a_guest_and_its_clone_grow_and_shrink(context: &Context) -> Result<()> {
+fn a_guest_and_its_clone_grow_and_shrink(context: &Context, start: Start) -> Result<()> {
     context.only_bulkhead()?;
     let host = Host::new(context, "growing")?;
     let mut vmm = Vmm::start(&context.products, LIMIT)?;
-    vmm.boot_to_grow(&context.products, &host.dir, 2, EXTRA_MIB)?;
-    vmm.wait_ready().with_context(|| host.console())?;
+    let size = Size {
+        extra_vcpus: 2,
+        extra_mib: EXTRA_MIB,
+        ..Size::default()
+    };
+    let up = context.bring_up(start, &mut vmm, &host.dir, size);
+    up.with_context(|| host.console())?;
     let exits = vmm.status()?.vcpus;
     same(exits.len(), 3)?;
     let runtime = runtime()?;
@@ -82,7 +88,7 @@ fn a_guest_and_its_clone_grow_and_shrink(context: &Context) -> Result<()> {
         &context.products,
         &host.dir,
         |devices, _| {
-            devices.mem = Some(MemConfig { max_mib: EXTRA_MIB });
+            size.apply(devices);
         },
     )?;
     vmm.wait_clone().with_context(|| host.console())?;
@@ -95,21 +101,6 @@ fn a_guest_and_its_clone_grow_and_shrink(context: &Context) -> Result<()> {
     }
     fs::remove_file(dir.join("memory"))?;
     Ok(())
-}
-
-/// MiB of the VMM's own.
-fn held() -> Result<u64> {
-    let vmms = by_program("bulkhead-vmm");
-    let [vmm] = &vmms[..] else {
-        bail!("{} VMMs", vmms.len());
-    };
-    let rollup = fs::read_to_string(format!("/proc/{}/smaps_rollup", vmm.pid))?;
-    let private = rollup.lines().filter(|line| line.starts_with("Private_"));
-    let kib = private.map(|line| {
-        let kib = line.split_whitespace().nth(1).context("no number")?;
-        Ok(kib.parse::<u64>()?)
-    });
-    Ok(kib.sum::<Result<u64>>()? / 1024)
 }
 
 /// Processors, and MiB of memory, as the container sees them.
@@ -157,7 +148,7 @@ fn resized(context: &Context) -> Result<()> {
         pod.cri.crictl(&args)?.ok().map(drop)
     };
 
-    let before = held()?;
+    let before = held_by_vmm()?;
     update(600, 250_000)?;
     let (cpus, grown) = seen(&pod, &container)?;
     same(cpus, 3)?;
@@ -166,14 +157,14 @@ fn resized(context: &Context) -> Result<()> {
     // More than all that it booted with, at once.
     let touched = "dd if=/dev/zero of=/dev/null bs=400M count=1 2>&1";
     mentions(&pod.sh(&container, touched)?, &["1+0 records out"])?;
-    let full = held()?;
+    let full = held_by_vmm()?;
     if full < before + 300 {
         bail!("{before} MiB, and {full} after 400 were used");
     }
 
     update(100, 50_000)?;
     same(seen(&pod, &container)?, (1, mib))?;
-    let after = held()?;
+    let after = held_by_vmm()?;
     if after + 250 > full {
         bail!("{full} MiB in use, and {after} after they were to be given back");
     }

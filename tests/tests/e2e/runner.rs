@@ -21,10 +21,30 @@ pub struct Test {
     pub run: fn(&Context) -> Result<()>,
 }
 
-/// `tests![a, b]`: the functions of a module as [`Test`]s.
+/// `tests![a, b; twice c, d]`: the functions of a module as [`Test`]s. Those
+/// behind `twice` are two tests each: with a machine that boots, and, with
+/// `_restored` behind the name, with one that is made of a snapshot.
 macro_rules! tests {
-    ($($name:ident),* $(,)?) => {
-        &[$($crate::runner::Test { name: stringify!($name), run: $name }),*]
+    ($($once:ident),* $(,)?) => {
+        $crate::runner::tests![$($once),*; twice]
+    };
+    (twice $($twice:ident),* $(,)?) => {
+        $crate::runner::tests![; twice $($twice),*]
+    };
+    ($($once:ident),*; twice $($twice:ident),* $(,)?) => {
+        &[
+            $($crate::runner::Test { name: stringify!($once), run: $once },)*
+            $(
+                $crate::runner::Test {
+                    name: stringify!($twice),
+                    run: |context| $twice(context, bulkhead_tests::start::Start::Cold),
+                },
+                $crate::runner::Test {
+                    name: concat!(stringify!($twice), "_restored"),
+                    run: |context| $twice(context, bulkhead_tests::start::Start::Restored),
+                },
+            )*
+        ]
     };
 }
 pub(crate) use tests;

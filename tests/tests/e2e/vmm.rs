@@ -10,14 +10,15 @@ use anyhow::{bail, Context as _, Result};
 use bulkhead_agent_protocol::{agent::SetupSandboxRequest, SHARED_TAG};
 use bulkhead_runtime::agent::Agent;
 use bulkhead_runtime::config;
-use bulkhead_tests::vmm::{agent_socket, Vmm};
+use bulkhead_tests::start::Start;
+use bulkhead_tests::vmm::{agent_socket, Size, Vmm};
 use bulkhead_vmm_api::{BalloonStatus, BalloonTarget, Call, Event, ExitReason};
 
 use crate::context::{mentions, same, until, Context, LIMIT};
 use crate::runner::{tests, Test};
 
 pub const TESTS: &[Test] = tests![
-    clones_of_a_booted_guest_serve,
+    twice clones_of_a_guest_serve,
     a_balloon_takes_what_it_is_asked_for,
     a_mounted_share_is_refused
 ];
@@ -30,7 +31,7 @@ pub struct Host {
 
 impl Host {
     pub fn new(context: &Context, name: &str) -> Result<Self> {
-        let dir = context.dir.join(name);
+        let dir = context.dir.join(context.id(name));
         fs::create_dir_all(&dir)?;
         let listener = UnixListener::bind(agent_socket(&dir))?;
         Ok(Self { dir, listener })
@@ -82,22 +83,21 @@ pub fn runtime() -> Result<tokio::runtime::Runtime> {
         .build()?)
 }
 
-/// Boots a guest up to its agent's call and writes it to files below `dir`.
-fn template(context: &Context, dir: &Path) -> Result<()> {
+/// Brings a guest up to its agent's call and writes it to files below `dir`.
+fn template(context: &Context, start: Start, dir: &Path) -> Result<()> {
     let host = Host::new(context, "template")?;
     let mut vmm = Vmm::start(&context.products, LIMIT)?;
-    vmm.boot(&context.products, &host.dir)?;
-    vmm.wait_ready()?;
+    context.bring_up(start, &mut vmm, &host.dir, Size::default())?;
     // At rest: the connection stands and nothing is on its way.
     std::thread::sleep(Duration::from_secs(2));
     vmm.snapshot(&dir.join("state"), &dir.join("memory"))
 }
 
-fn clones_of_a_booted_guest_serve(context: &Context) -> Result<()> {
+fn clones_of_a_guest_serve(context: &Context, start: Start) -> Result<()> {
     context.only_bulkhead()?;
-    let dir = context.dir.join("clones");
+    let dir = context.dir.join(context.id("clones"));
     fs::create_dir_all(&dir)?;
-    template(context, &dir)?;
+    template(context, start, &dir)?;
     let size = fs::metadata(dir.join("state"))?.len();
     if size > 64 << 10 {
         bail!("a state file of {size} bytes");
@@ -162,23 +162,21 @@ fn use_balloon(vmm: &mut Vmm) -> Result<()> {
     mentions(&error.to_string(), &["mib", "256"])
 }
 
-fn a_balloon_takes_what_it_is_asked_for(context: &Context) -> Result<()> {
+fn a_balloon_takes_what_it_is_asked_for(context: &Context, start: Start) -> Result<()> {
     context.only_bulkhead()?;
     let host = Host::new(context, "balloon")?;
     let mut vmm = Vmm::start(&context.products, LIMIT)?;
-    vmm.boot(&context.products, &host.dir)?;
-    vmm.wait_ready()?;
+    context.bring_up(start, &mut vmm, &host.dir, Size::default())?;
     use_balloon(&mut vmm).with_context(|| host.console())?;
     vmm.call(Call::Shutdown, &[])?;
     same(vmm.event()?, Event::Ended(ExitReason::Stopped))
 }
 
-fn a_mounted_share_is_refused(context: &Context) -> Result<()> {
+fn a_mounted_share_is_refused(context: &Context, start: Start) -> Result<()> {
     context.only_bulkhead()?;
     let host = Host::new(context, "mounted")?;
     let mut vmm = Vmm::start(&context.products, LIMIT)?;
-    vmm.boot(&context.products, &host.dir)?;
-    vmm.wait_ready()?;
+    context.bring_up(start, &mut vmm, &host.dir, Size::default())?;
     let runtime = runtime()?;
     let (agent, _) = host.set_up(&runtime)?;
     let refused = vmm.snapshot(&host.dir.join("state"), &host.dir.join("memory"));

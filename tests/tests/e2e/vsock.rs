@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Connections between guest and host: their bytes, and very many of them.
 
-use std::fs::{self, Permissions};
-use std::io::{Read, Write};
+use std::fs::{self, File, Permissions};
+use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{symlink, PermissionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::thread::{self, JoinHandle};
 
 use anyhow::{bail, ensure, Context as _, Result};
@@ -12,15 +13,18 @@ use bulkhead_agent_protocol::oci;
 use bulkhead_tests::boxed::hot::with_libraries;
 use bulkhead_tests::guest::{specification, Guest};
 use bulkhead_tests::install::which;
+use bulkhead_tests::start::Start;
+use nix::sys::socket::{setsockopt, shutdown, sockopt::ReceiveTimeout, Shutdown};
+use nix::sys::time::TimeVal;
 use serde_json::json;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use crate::context::{same, until, Context, LIMIT};
-use crate::guest::{boot, process, ROOT};
+use crate::guest::{guest, process, ROOT};
 use crate::runner::{tests, Test};
 
 pub const TESTS: &[Test] = tests![
-    vsock_carries_bytes_both_ways_at_once,
+    twice     vsock_carries_bytes_both_ways_at_once,
     a_thousand_vsock_connections_leave_nothing
 ];
 
@@ -79,9 +83,14 @@ const ANSWER: &str = "socket(L, 2, 1, 0) && setsockopt(L, 1, 2, 1) or die; \
     }";
 
 /// A guest whose containers have perl of this machine.
-pub fn boot_with_perl(context: &Context, name: &str) -> Result<Guest> {
-    context.only_bulkhead()?;
-    let guest = boot(context, name, 256)?;
+pub fn guest_with_perl(context: &Context, start: Start, name: &str) -> Result<Guest> {
+    let guest = guest(context, start, name, 256)?;
+    add_perl(&guest)?;
+    Ok(guest)
+}
+
+/// Adds it to a root file system.
+pub fn add_perl(guest: &Guest) -> Result<()> {
     let root = guest.shared().join(ROOT);
     fs::create_dir_all(root.join("perl"))?;
     let perl = which("perl").context("perl is missing (package perl-base)")?;
@@ -92,7 +101,7 @@ pub fn boot_with_perl(context: &Context, name: &str) -> Result<Guest> {
     for name in ["ls", "wc"] {
         symlink("busybox", root.join("bin").join(name))?;
     }
-    Ok(guest)
+    Ok(())
 }
 
 /// A script in perl, and what it is given.
@@ -125,19 +134,25 @@ fn listen(guest: &Guest, port: u32) -> Result<UnixListener> {
 fn block(number: usize, first: u64) -> Vec<u8> {
     let words = (BLOCK / 8) as u64;
     let begin = number as u64 * words + first;
-    (begin..begin + words).flat_map(u64::to_le_bytes).collect()
+    let mut bytes = Vec::with_capacity(BLOCK);
+    for word in begin..begin + words {
+        bytes.extend_from_slice(&word.to_le_bytes());
+    }
+    bytes
 }
 
-fn exchange(stream: UnixStream) -> Result<()> {
-    let mut writer = stream.try_clone()?;
+/// The host's side of [`EXCHANGE`], at a stream's end.
+fn exchange(stream: OwnedFd) -> Result<()> {
+    let patience = TimeVal::new(LIMIT.as_secs().try_into()?, 0);
+    setsockopt(&stream, ReceiveTimeout, &patience)?;
+    let mut writer = File::from(stream.try_clone()?);
     let sends: JoinHandle<Result<()>> = thread::spawn(move || {
         for number in 0..BLOCKS {
             writer.write_all(&block(number, HOST_FIRST))?;
         }
-        Ok(writer.shutdown(std::net::Shutdown::Write)?)
+        Ok(shutdown(writer.as_raw_fd(), Shutdown::Write)?)
     });
-    let mut reader = stream;
-    reader.set_read_timeout(Some(LIMIT))?;
+    let mut reader = File::from(stream);
     let mut got = vec![0; BLOCK];
     for number in 0..BLOCKS {
         reader
@@ -152,12 +167,25 @@ fn exchange(stream: UnixStream) -> Result<()> {
     }
 }
 
-fn vsock_carries_bytes_both_ways_at_once(context: &Context) -> Result<()> {
-    let guest = boot_with_perl(context, "vsock-bulk")?;
+fn vsock_carries_bytes_both_ways_at_once(context: &Context, start: Start) -> Result<()> {
+    let guest = guest_with_perl(context, start, "vsock-bulk")?;
     let listener = listen(&guest, PORT)?;
-    let host = thread::spawn(move || exchange(listener.accept()?.0));
-    let script = format!("{CONNECT}{EXCHANGE}");
-    let numbers = [PORT.to_string(), BLOCKS.to_string(), HOST_FIRST.to_string()];
+    both_ways(&guest, CONNECT, PORT, move || {
+        Ok(listener.accept()?.0.into())
+    })
+}
+
+/// Exchanges bytes with a guest that has perl: it connects as `connect` says to
+/// a port, and `accept` gives the host's end.
+pub fn both_ways(
+    guest: &Guest,
+    connect: &str,
+    port: u32,
+    accept: impl FnOnce() -> io::Result<OwnedFd> + Send + 'static,
+) -> Result<()> {
+    let host = thread::spawn(move || exchange(accept()?));
+    let script = format!("{connect}{EXCHANGE}");
+    let numbers = [port.to_string(), BLOCKS.to_string(), HOST_FIRST.to_string()];
     let arguments = numbers.each_ref().map(String::as_str);
     let spec = open_spec("exchange", &perl(&script, &arguments))?;
     let (_, done) = guest.run("exchange", spec)?;
@@ -205,8 +233,8 @@ async fn knock(guest: &Guest, number: u32) -> Result<()> {
     same(stream.read(&mut bytes).await?, 0)
 }
 
-fn a_thousand_vsock_connections_leave_nothing(context: &Context) -> Result<()> {
-    let guest = boot_with_perl(context, "vsock-many")?;
+fn a_thousand_vsock_connections_leave_nothing(context: &Context, start: Start) -> Result<()> {
+    let guest = guest_with_perl(context, start, "vsock-many")?;
     let port = TCP_PORT.to_string();
     guest.create("open", open_spec("open", &perl(ANSWER, &[&port]))?)?;
     guest.start("open")?;
