@@ -9,12 +9,14 @@
 /// pages: in a large one, the kernel takes 2 MiB for it and keeps 4 MiB of notes
 /// of which control group each piece of that is charged to. A guest of one
 /// processor keeps its lock prefixes, which cost it little: to take them out at
-/// thousands of places costs its boot more. PCI is not looked for
+/// thousands of places costs its boot more. What waits for RCU has its grace
+/// period at once, and not after some ticks, of which there are a hundred a second. PCI is not looked for
 /// by ports, which on AMD's processors takes 230 accesses, before the ACPI tables
 /// say where it is; the kernel takes that for an error, and says so, which would
 /// take a hundred: hence the log level, which the agent sets to 4.
 const BASE: &str = "console=ttyS0 quiet loglevel=3 reboot=k panic=-1 cryptomgr.notests \
-    pci=noearly percpu_alloc=page noreplace-smp dummy.numdummies=0 root=/dev/pmem0 rootfstype=erofs ro rootflags=dax=always rootwait=5 \
+    pci=noearly percpu_alloc=page noreplace-smp rcupdate.rcu_expedited=1 dummy.numdummies=0 \
+    root=/dev/pmem0 rootfstype=erofs ro rootflags=dax=always rootwait=5 \
     init=/sbin/init";
 
 /// What a guest is to know of what it may get later.

@@ -89,6 +89,8 @@ fn sum(smaps: &str) -> (u64, u64) {
                 block.add_to(&mut own, &mut guest);
                 block = Block {
                     rights: rights.to_owned(),
+                    // A file that is not copied is the guest's image.
+                    image: rights.ends_with('s') && rest.contains(" /"),
                     ..Block::default()
                 };
             }
@@ -115,11 +117,13 @@ struct Block {
     rights: String,
     size: u64,
     private: u64,
+    image: bool,
 }
 
 impl Block {
     fn add_to(&self, own: &mut u64, guest: &mut u64) {
-        *if self.size >= GUEST { guest } else { own } += self.private;
+        let is_guests = self.image || self.size >= GUEST;
+        *if is_guests { guest } else { own } += self.private;
     }
 }
 
@@ -140,7 +144,9 @@ mod tests {
         let smaps = "7f0000000000-7f0001000000 rw-p 00000000 00:00 0\nSize:  16384 kB\nPrivate_Clean: 0 kB\nPrivate_Dirty: 10000 kB\n\
             7f0001000000-7f0010000000 rw-p 00000000 00:00 0\nSize:  245760 kB\nPrivate_Dirty: 20000 kB\n\
             7f0010000000-7f0010100000 r--p 00000000 00:00 0\nSize:  1024 kB\nPrivate_Dirty: 1 kB\n\
-            7f0020000000-7f0020100000 r-xp 00000000 00:00 0 /bin/x\nSize: 1024 kB\nPrivate_Clean: 300 kB\nPrivate_Dirty: 4 kB\nVmFlags: rd\n";
-        assert_eq!(sum(smaps), (305, 30000));
+            7f0020000000-7f0020100000 r-xp 00000000 00:00 0 /bin/x\nSize: 1024 kB\nPrivate_Clean: 300 kB\nPrivate_Dirty: 4 kB\nVmFlags: rd\n\
+            7f0030000000-7f0030400000 r--s 00000000 fe:00 7 /x.erofs\nSize: 4096 kB\nPrivate_Clean: 2000 kB\n\
+            7f0030400000-7f0030401000 rw-s 00000000 00:0e 54 anon_inode:kvm-vcpu:0\nSize: 4 kB\nPrivate_Dirty: 4 kB\n";
+        assert_eq!(sum(smaps), (309, 32000));
     }
 }
