@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The first serial port (16550): what the guest writes goes to a descriptor,
 //! nothing comes back. Never blocks a vCPU: what cannot be written at once is
-//! dropped and counted.
+//! dropped and counted, and so is what a file is not to grow by any more.
 
 use std::{
     fs::File,
@@ -20,6 +20,13 @@ use crate::{arch::x86_64::layout, bus::BusDevice, pci::host::NotifyRegistrar};
 
 /// Bytes gathered before they are written: one line in most cases.
 const BUFFER: usize = 512;
+
+/// Bytes that a file gets of one machine: a guest writes all day if it likes.
+/// Pipes and terminals have somebody who reads them.
+pub const FILE_LIMIT: u64 = 16 << 20;
+/// What follows these bytes.
+const FULL: &[u8] =
+    b"\n[bulkhead-vmm: 16 MiB of the guest's console are here; the rest is not kept]\n";
 
 /// The first of those registers that do nothing by being written: control of
 /// buffers, lines and modem, and scratch.
@@ -51,6 +58,8 @@ struct Console {
     output: Option<File>,
     buffer: Vec<u8>,
     dropped: u64,
+    /// Bytes that the output may yet get; none: as many as there are.
+    left: Option<u64>,
 }
 
 /// The port's registers, to be saved.
@@ -67,17 +76,35 @@ pub struct SerialRegisters {
 
 impl Console {
     fn new(output: Option<File>) -> Self {
+        let found = output.as_ref().map(File::metadata);
+        let is_file = matches!(found, Some(Ok(found)) if found.is_file());
         Self {
             output,
             buffer: Vec::with_capacity(BUFFER),
             dropped: 0,
+            left: is_file.then_some(FILE_LIMIT),
         }
     }
 
     fn drain(&mut self) {
         if let Some(output) = &mut self.output {
-            let written = output.write(&self.buffer).unwrap_or_default();
+            let left = self.left.unwrap_or(u64::MAX);
+            let allowed = self
+                .buffer
+                .len()
+                .min(usize::try_from(left).unwrap_or(usize::MAX));
+            let written = match allowed {
+                0 => 0,
+                _ => output.write(&self.buffer[..allowed]).unwrap_or_default(),
+            };
             self.dropped += (self.buffer.len() - written) as u64;
+            if let Some(left) = &mut self.left {
+                *left -= written as u64;
+                if *left == 0 && written > 0 {
+                    // As what cannot be written: nobody is told.
+                    let _ = output.write(FULL);
+                }
+            }
         }
         self.buffer.clear();
     }
@@ -226,6 +253,34 @@ mod tests {
             port.write(0, b"x");
         }
         assert!(port.dropped() > 0);
+    }
+
+    #[test]
+    fn a_file_does_not_grow_without_end() {
+        let file = vmm_sys_util::tempfile::TempFile::new().unwrap();
+        let output = file.as_file().try_clone().unwrap();
+        let mut console = Console::new(Some(output));
+        let line = [&[b'x'; 1000][..], b"\n"].concat();
+        let mut said = 0;
+        for _ in 0..20_000 {
+            console.write_all(&line).unwrap();
+            said += line.len() as u64;
+        }
+        console.drain();
+        let length = file.as_file().metadata().unwrap().len();
+        assert_eq!(length, FILE_LIMIT + FULL.len() as u64);
+        assert_eq!(console.dropped, said - FILE_LIMIT);
+        let bytes = std::fs::read(file.as_path()).unwrap();
+        let told = format!("{} MiB", FILE_LIMIT >> 20);
+        let last = std::str::from_utf8(&bytes[FILE_LIMIT as usize..]).unwrap();
+        assert!(last.starts_with('\n') && last.ends_with('\n'), "{last:?}");
+        assert!(last.contains(&told), "{last:?}");
+        // A pipe is read by somebody.
+        let (_theirs, ours) = UnixStream::pair().unwrap();
+        assert_eq!(
+            Console::new(Some(File::from(OwnedFd::from(ours)))).left,
+            None
+        );
     }
 
     #[test]

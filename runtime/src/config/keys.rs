@@ -82,7 +82,7 @@ keys! {
     runtime.state_dir, ANY, any, false, "Where sandboxes keep their state: on a tmpfs, a short path.";
     runtime.log_level, ANY, any, false, "What is logged: error, warn, info, debug or trace.";
     runtime.log_kept_kib, 0..=65_536, any, false, "How much of a shim's log is kept beside the pod, for `bulkhead logs`.";
-    runtime.guest_console, ANY, absolute, false, "Prefix of the files for guests' consoles, the pod's id follows; empty: the end is kept in memory.";
+    runtime.guest_console, ANY, absolute, false, "Prefix of the files for guests' consoles, the pod's id follows, 16 MiB of each at most; empty: the end is kept in memory.";
     runtime.console_kept_kib, 1..=1024, any, false, "How much of a guest's console is kept in memory.";
     runtime.events_kept, 0..=10_000, any, false, "How many events of a pod are kept for `bulkhead events`.";
     runtime.watched_directories, 0..=1_048_576, any, false, "How many directories of a pod's volumes are watched for changes of the host's, which are told to programs in the guest that watch them; 0: none.";

@@ -85,8 +85,8 @@ pub struct Runtime {
     /// What is logged.
     pub log_level: LogLevel,
     /// Prefix of the files that guests' consoles are written to, the sandbox's
-    /// id follows; empty: only the end is kept in memory, for the error when a
-    /// guest dies.
+    /// id follows, 16 MiB of each at most; empty: only the end is kept in memory,
+    /// for the error when a guest dies.
     pub guest_console: String,
     /// How much of that end is kept, KiB.
     pub console_kept_kib: usize,

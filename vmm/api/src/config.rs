@@ -27,7 +27,8 @@ pub struct VmConfig {
     /// What to boot.
     pub kernel: KernelConfig,
     /// Where the first serial port writes; none: nowhere. Never blocks the
-    /// guest: what cannot be written at once is dropped and counted.
+    /// guest: what cannot be written at once is dropped and counted. A file gets
+    /// 16 MiB, and then a line that says so.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serial: Option<FdIndex>,
     /// What is on the PCI bus.
