@@ -4,6 +4,9 @@
 //! the `bulkhead-vmm` binary, driven over the control socket of
 //! `bulkhead-vmm-api`. It knows nothing of containers.
 
+#[macro_use]
+mod log;
+
 pub mod arch;
 pub mod builder;
 pub mod bus;

@@ -195,7 +195,7 @@ impl Growth {
             memory::advise_region(&region, &[huge]);
             if self.backing.merge {
                 if let Err(error) = memory::merge_region(&region) {
-                    tracing::warn!(%error, "guest memory cannot be merged");
+                    limited!(warn, %error, "guest memory cannot be merged");
                 }
             }
         }
@@ -217,7 +217,7 @@ impl Growth {
         };
         if let Err(error) = self.vm.unmap_window(slot) {
             // KVM uses it still, and nobody forgets where it is.
-            tracing::error!(index, "memory not taken back");
+            limited!(error, index, "memory not taken back");
             return Err(error.into());
         }
         let memory = self.ram.memory();

@@ -77,7 +77,7 @@ impl EventHandler for Blk {
         set_off(active, &mut self.ring);
         if let (false, Some(timer)) = (longest.is_zero(), &mut active.timer) {
             if let Err(error) = timer.reset(longest, None) {
-                tracing::error!(%error, "a disk's timer cannot be set");
+                limited!(error, %error, "a disk's timer cannot be set");
                 active.queues.break_device();
             }
         }
@@ -99,7 +99,7 @@ fn set_off(active: &mut Active, ring: &mut Option<Ring>) {
             }
         }
         _ => {
-            tracing::error!(%error, "a disk's requests cannot be submitted");
+            limited!(error, %error, "a disk's requests cannot be submitted");
             active.queues.break_device();
         }
     }

@@ -192,7 +192,7 @@ impl Drop for Ring {
     /// The kernel is not to write to memory that is not the guest's any more.
     fn drop(&mut self) {
         if let Err(error) = self.finish() {
-            tracing::error!(%error, "a disk's requests cannot be waited for");
+            limited!(error, %error, "a disk's requests cannot be waited for");
             // What they are at stays mapped.
             std::mem::forget(std::mem::take(&mut self.flights));
         }

@@ -135,7 +135,7 @@ impl Fs {
         let cleared = self.window.as_mut().map_or(Ok(()), Window::clear);
         if let Err(error) = cleared {
             // The next one clears it, or the machine's end.
-            tracing::error!(%error, "DAX window not cleared");
+            limited!(error, %error, "DAX window not cleared");
         }
     }
 

@@ -38,7 +38,7 @@ impl EventHandler for Fs {
             return;
         };
         if let Err(error) = &prepared {
-            tracing::error!(%error, "shared directory cannot be opened again");
+            limited!(error, %error, "shared directory cannot be opened again");
             active.queues.break_device();
         }
         if active.queues.notified(index) {
@@ -76,7 +76,7 @@ fn serve(
         Ok(length) => u32::try_from(length).map_err(|_| Broken),
         Err(error) => {
             counters.error();
-            tracing::debug!(%error, "virtio-fs request not understood");
+            limited!(debug, %error, "virtio-fs request not understood");
             refuse(memory, chain)
         }
     }

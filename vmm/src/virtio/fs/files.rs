@@ -96,7 +96,7 @@ impl FileSystem for Files {
 
     fn destroy(&self) {
         if let Err(error) = self.inner.clear() {
-            tracing::error!(%error, "shared directory cannot be looked into again");
+            limited!(error, %error, "shared directory cannot be looked into again");
         }
         self.mounted.store(false, Ordering::SeqCst);
     }

@@ -139,6 +139,6 @@ impl Mem {
         self.blocks.set(range.clone(), false);
         let addresses = self.addresses(&range);
         let bytes = memory::discard(guest, addresses);
-        tracing::trace!(bytes, "unplugged");
+        limited!(trace, bytes, "unplugged");
     }
 }

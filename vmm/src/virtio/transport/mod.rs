@@ -352,7 +352,7 @@ impl VirtioPci {
                 continue;
             }
             let Some(queue) = setup.build(&memory, registers.event_idx()) else {
-                tracing::warn!(queue = index, "driver set a queue up wrongly");
+                limited!(warn, queue = index, "driver set a queue up wrongly");
                 self.lines.device_broken();
                 return;
             };
@@ -365,7 +365,7 @@ impl VirtioPci {
             let kick = match kick {
                 Ok(kick) => kick,
                 Err(error) => {
-                    tracing::error!(%error, "no notifications of a queue");
+                    limited!(error, %error, "no notifications of a queue");
                     self.lines.device_broken();
                     return;
                 }
@@ -383,7 +383,7 @@ impl VirtioPci {
         };
         let mut device = self.device();
         if let Err(error) = device.activate(activation) {
-            tracing::error!(device = device.name(), %error, "device not activated");
+            limited!(error, device = device.name(), %error, "device not activated");
             self.lines.device_broken();
         }
     }

@@ -44,7 +44,7 @@ impl VirtioPci {
             }
             if let Err(error) = self.raise(index, kick) {
                 // The next one comes this way as well.
-                tracing::warn!(%error, "notifications leave the guest");
+                limited!(warn, %error, "notifications leave the guest");
             }
             drop(registers);
         }
@@ -60,7 +60,7 @@ impl VirtioPci {
             }
             let address = self.at.notify(index);
             if let Err(error) = self.notify.unregister_notify(kick, address) {
-                tracing::error!(%error, "notification not taken back");
+                limited!(error, %error, "notification not taken back");
             }
         }
     }

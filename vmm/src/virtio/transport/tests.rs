@@ -70,3 +70,82 @@ fn shared_memory_is_a_whole_bar() {
     assert_eq!(body[1..6], [8, 4, 3, 0, 0]);
     assert_eq!(words(&body[6..]), [0, 0x20_0000, 0, 5]);
 }
+
+/// Nobody whom messages and notifications reach.
+struct Nobody;
+
+impl Messages for Nobody {
+    fn send(&self, _: crate::pci::host::Message) -> io::Result<()> {
+        Ok(())
+    }
+    fn trap_tables(&self) {}
+}
+
+impl NotifyRegistrar for Nobody {
+    fn register_notify(&self, _: &EventFd, _: u64) -> io::Result<()> {
+        Ok(())
+    }
+    fn unregister_notify(&self, _: &EventFd, _: u64) -> io::Result<()> {
+        Ok(())
+    }
+    fn gather_writes(&self, _: u64, _: u32) {}
+    fn gather_port_writes(&self, _: u16, _: u32) {}
+}
+
+#[test]
+fn a_driver_that_is_wrong_again_and_again_does_not_fill_the_log() {
+    const TIMES: usize = 10_000;
+    let memory = vm_memory::GuestMemoryMmap::from_ranges(&[(vm_memory::GuestAddress(0), 1 << 20)]);
+    let event_loop =
+        crate::event::EventLoop::spawn("test", crate::confine::seccomp::Worker::Devices).unwrap();
+    let device = Arc::new(Mutex::new(crate::virtio::rng::Rng::new()));
+    let as_handler: Arc<Mutex<dyn crate::event::EventHandler>> = device.clone();
+    let wiring = Wiring {
+        messages: Arc::new(Nobody),
+        table: Page::alone().unwrap(),
+        config: Page::alone().unwrap(),
+        notify: Arc::new(Nobody),
+        memory: vm_memory::GuestMemoryAtomic::new(memory.unwrap()),
+        event_loop: event_loop.handle(),
+    };
+    let handler = Arc::downgrade(&as_handler);
+    let function = VirtioPci::new(device, handler, AT, 0, wiring).unwrap();
+    let write = |offset, bytes: &[u8]| function.write_bar(COMMON + offset, bytes);
+    let begin = || {
+        for status in [0, 1, 3] {
+            write(0x14, &[status]);
+        }
+        // VIRTIO_F_VERSION_1.
+        write(0x08, &1_u32.to_le_bytes());
+        write(0x0c, &1_u32.to_le_bytes());
+        write(0x14, &[11]);
+    };
+    let end = |lines: &mut usize| {
+        write(0x14, &[15]);
+        let mut status = [0];
+        function.read_bar(COMMON + 0x14, &mut status);
+        assert_eq!(status[0] & status::NEEDS_RESET, status::NEEDS_RESET);
+        *lines += 1;
+    };
+    let mut wrong = 0;
+    let lines = crate::log::tests::lines(|| {
+        for _ in 0..TIMES {
+            begin();
+            // A queue that lies beyond the end of memory.
+            write(0x16, &[0, 0]);
+            write(0x20, &(1_u64 << 40).to_le_bytes());
+            write(0x1c, &[1, 0]);
+            end(&mut wrong);
+            // And none at all.
+            begin();
+            end(&mut wrong);
+        }
+    });
+    assert_eq!(wrong, 2 * TIMES);
+    // Two places; a slow machine sees some of them anew.
+    assert!(lines.len() >= 2, "{lines:#?}");
+    assert!(
+        lines.len() <= 2 * 2 * crate::log::BURST as usize,
+        "{lines:#?}"
+    );
+}

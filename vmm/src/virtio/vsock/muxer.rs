@@ -146,13 +146,14 @@ impl Muxer {
         match sent {
             Sent::Packet(header, data) => self.on_packet(&header, Some(data)),
             Sent::Truncated(header) => self.on_packet(&header, None),
-            Sent::Short => tracing::debug!("guest sent a vsock packet without a header"),
+            Sent::Short => limited!(debug, "guest sent a vsock packet without a header"),
         }
     }
 
     fn on_packet(&mut self, header: &Header, data: Option<Span<'_>>) {
         if header.src_cid != self.guest_cid || header.dst_cid != HOST_CID {
-            tracing::debug!(
+            limited!(
+                debug,
                 source = header.src_cid,
                 destination = header.dst_cid,
                 "guest sent a vsock packet that is not from it to the host"
@@ -221,7 +222,7 @@ impl Muxer {
 
     fn on_request(&mut self, key: Key, header: &Header) {
         if self.len() >= MAX_CONNECTIONS {
-            tracing::debug!(port = key.host, "too many vsock connections");
+            limited!(debug, port = key.host, "too many vsock connections");
             self.reset(header);
             return;
         }
@@ -237,7 +238,7 @@ impl Muxer {
                 self.settle(slot);
             }
             Err(error) => {
-                tracing::debug!(port = key.host, %error, "guest's vsock connection refused");
+                limited!(debug, port = key.host, %error, "guest's vsock connection refused");
                 self.reset(header);
             }
         }
@@ -251,13 +252,13 @@ impl Muxer {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => {
-                    tracing::warn!(%error, "vsock client not accepted");
+                    limited!(warn, %error, "vsock client not accepted");
                     return;
                 }
             };
             if self.len() >= MAX_CONNECTIONS {
                 // Closed: that is how a client learns of a refusal.
-                tracing::warn!("vsock client refused: too many connections");
+                limited!(warn, "vsock client refused: too many connections");
                 continue;
             }
             let slot = self.allocate();
@@ -401,7 +402,7 @@ impl Muxer {
         } else if !self.timer_armed {
             // Stops the descriptor from being ready.
             if let Err(error) = self.timer.clear() {
-                tracing::warn!(%error, "vsock timer not cleared");
+                limited!(warn, %error, "vsock timer not cleared");
             }
         }
     }
@@ -458,7 +459,7 @@ fn arm(timer: &mut TimerFd, after: Duration) -> bool {
     match timer.reset(after.max(Duration::from_millis(1)), None) {
         Ok(()) => true,
         Err(error) => {
-            tracing::warn!(%error, "vsock timer not set");
+            limited!(warn, %error, "vsock timer not set");
             false
         }
     }
