@@ -24,7 +24,7 @@ use crate::{
     confine::{self, seccomp::Worker},
     event::EventLoop,
     kvm::{
-        state::{msrs_to_save, xsave_size, VcpuState, VmState},
+        state::{check_features, msrs_to_save, xsave_size, VcpuState, VmState},
         vcpu::{ExitCounters, Shared, VcpuThread},
         vm::{supported_cpuid, Vm},
     },
@@ -134,6 +134,7 @@ impl Machine {
         stamps: Arc<Stamps>,
     ) -> Result<Self, BuildError> {
         let state = snapshot::state::read(&resources.state)?;
+        check_features(&state.vcpus, &host.kvm).map_err(SnapshotError::from)?;
         let items = plug::arrange(resources.devices, &state, &resources.memory)?;
         let grown = plug::grown(&items);
         let memory = memory::map_snapshot(state.memory_size, grown, &resources.memory)?;

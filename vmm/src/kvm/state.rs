@@ -17,7 +17,8 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 
-use super::{failed, KvmError};
+use super::{failed, vm::supported_cpuid, KvmError};
+use crate::arch::x86_64::features;
 
 const MSR_TSC: u32 = 0x10;
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
@@ -76,6 +77,40 @@ pub fn xsave_size(kvm: &Kvm) -> usize {
     usize::try_from(kvm.check_extension_int(Cap::Xsave2))
         .unwrap_or(0)
         .max(XSAVE_WORDS * 4)
+}
+
+/// Refuses vCPUs that have features which this host has not.
+///
+/// # Errors
+/// It has not; KVM does not say.
+pub fn check_features(vcpus: &[VcpuState], kvm: &Kvm) -> Result<(), KvmError> {
+    let mut all = vcpus.iter().map(|vcpu| &vcpu.cpuid);
+    let Some(first) = all.next() else {
+        return Ok(());
+    };
+    // All have the same, if nobody has changed the file.
+    let others = all.filter(|other| {
+        let here = |leaf, subleaf| features::find(first, leaf, subleaf);
+        features::missing(other, here).is_some()
+    });
+    for cpuid in std::iter::once(first).chain(others) {
+        if features::missing(cpuid, features::of_processor).is_none() {
+            continue;
+        }
+        let supported = supported_cpuid(kvm)?;
+        let here = |leaf, subleaf| {
+            let mut all = features::of_processor(leaf, subleaf);
+            let made_up = features::find(supported.as_slice(), leaf, subleaf);
+            all.iter_mut()
+                .zip(made_up)
+                .for_each(|(all, bits)| *all |= bits);
+            all
+        };
+        if let Some(missing) = features::missing(cpuid, here) {
+            return Err(KvmError::unfit("CPUID", missing.to_string()));
+        }
+    }
+    Ok(())
 }
 
 impl VcpuState {

@@ -6,6 +6,7 @@ mod bzimage;
 mod configuration;
 mod engines;
 mod exits;
+mod features;
 mod golden;
 mod guest;
 mod hotplug;

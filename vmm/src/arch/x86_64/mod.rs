@@ -4,6 +4,7 @@
 pub mod acpi;
 pub mod boot;
 pub mod cpuid;
+pub mod features;
 mod image;
 pub mod layout;
 pub mod regs;
