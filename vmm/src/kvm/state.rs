@@ -6,6 +6,9 @@
 //! one: the local APIC before the MSRs, or the deadline timer is lost; the
 //! deadline after the time stamp counter it is compared with.
 
+#[cfg(test)]
+mod tests;
+
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use kvm_bindings::{
