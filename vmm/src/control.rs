@@ -23,6 +23,7 @@ use crate::{
     config::{self, Devices, Resources, RestoreResources},
     confine::jail,
     timeline::{Moment, Stamps},
+    virtio::fs,
 };
 
 /// How the machine ended, and a descriptor that says that it has, or that it
@@ -370,6 +371,9 @@ impl Server {
             None => Arc::new(Host::open()?),
         };
         self.host = Some(Arc::clone(&host));
+        if !devices.fs.is_empty() {
+            fs::allow_descriptors();
+        }
         jail::enter(devices)?;
         Ok(host)
     }

@@ -133,7 +133,6 @@ fn serve(socket: OwnedFd, stamps: std::sync::Arc<Stamps>) -> ! {
         .init();
     control::end_on_panic();
     allocate_plainly();
-    bulkhead_vmm::virtio::fs::allow_descriptors();
     let reason = match Server::new(Channel::from_fd(socket), stamps) {
         Ok(server) => server.run(),
         Err(error) => {

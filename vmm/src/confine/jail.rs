@@ -36,7 +36,7 @@ use rustix::{
     process::{chdir, fchdir, pivot_root},
 };
 
-use super::{sys, User, POLICY};
+use super::{limits, sys, User, POLICY};
 use crate::config::Devices;
 
 /// A step that failed.
@@ -132,6 +132,10 @@ pub fn enter(devices: &mut Devices) -> Result<(), JailError> {
     }
     sys::no_new_privileges_no_dumps().map_err(|source| JailError::System {
         step: "no new privileges, no dumps",
+        source,
+    })?;
+    limits::set(policy.user, !devices.fs.is_empty()).map_err(|source| JailError::System {
+        step: "limits",
         source,
     })?;
     // While the host can be seen.

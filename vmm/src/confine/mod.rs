@@ -18,6 +18,7 @@
 
 mod filter;
 pub mod jail;
+mod limits;
 pub mod rules;
 pub mod seccomp;
 mod sys;

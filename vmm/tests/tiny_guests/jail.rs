@@ -262,17 +262,57 @@ fn the_process_is_in_jail_once_the_guest_runs() {
     assert_eq!(mounts.lines().count(), 5, "{mounts}");
     let error = std::fs::write(root.join("new"), "").unwrap_err();
     assert_eq!(error.raw_os_error(), Some(libc::EROFS), "{error}");
-    let limits = std::fs::read_to_string(process.join("limits")).unwrap();
-    let core = limits
-        .lines()
-        .find(|line| line.contains("core file"))
-        .unwrap();
-    assert_eq!(
-        core.split_whitespace().collect::<Vec<_>>()[4..6],
-        ["0", "0"]
-    );
     assert_eq!(
         std::fs::read_link(process.join("cwd")).unwrap(),
         Path::new("/")
     );
+}
+
+/// Soft and hard, as the kernel tells them.
+fn limit(process: &Path, name: &str) -> [String; 2] {
+    let limits = std::fs::read_to_string(process.join("limits")).unwrap();
+    let line = limits.lines().find_map(|line| line.strip_prefix(name));
+    let mut numbers = line.expect(name).split_whitespace();
+    [(); 2].map(|()| numbers.next().unwrap().to_owned())
+}
+
+#[test]
+fn the_process_can_take_little_of_the_host() {
+    const TEST: &str = "the_process_can_take_little_of_the_host";
+    if !kvm(TEST) {
+        return;
+    }
+    if !is_root() {
+        println!("SKIPPED: {TEST}: not root");
+        return;
+    }
+    let directory = TempDir::new().unwrap();
+    let ours = Path::new("/proc/self");
+    let many = limit(ours, "Max open files")[1].clone();
+    assert!(many.parse::<u64>().is_ok_and(|many| many > 4096), "{many}");
+    for (user, files) in [
+        ("own", false),
+        ("own", true),
+        ("4711", false),
+        ("kept", false),
+    ] {
+        let vmm = Vmm::spawn_as(&["--user", user], &[]);
+        let (_vmm, process) = start(vmm, &directory, files);
+        let is = |name: &str, wanted: &str| {
+            assert_eq!(limit(&process, name), [wanted; 2], "{name}: {user} {files}");
+        };
+        is("Max core file size", "0");
+        is("Max locked memory", "8388608");
+        is("Max msgqueue size", "0");
+        // Each file that a guest knows takes a descriptor.
+        is("Max open files", if files { &many } else { "4096" });
+        // Nobody else is that user; others have processes of their own.
+        match user {
+            "own" => is("Max processes", "1024"),
+            _ => assert_eq!(
+                limit(&process, "Max processes"),
+                limit(ours, "Max processes")
+            ),
+        }
+    }
 }
