@@ -206,6 +206,59 @@ impl Code {
             .bytes(&[0x49, 0x75, 0xfd])
     }
 
+    /// Lets the local APIC's timer interrupt after so many cycles of the time
+    /// stamp counter, prints a byte and a newline, and sleeps until then; prints another for
+    /// ever once it is woken. Must be the first.
+    pub fn sleep(self, cycles: u32, asleep: u8, woken: u8) -> Self {
+        const SEGMENTS: u32 = 0x5000;
+        const INTERRUPTS: u32 = 0x6000;
+        const TABLES: u32 = 0x5100;
+        const STACK: u32 = 0x8000;
+        const VECTOR: u32 = 0x55;
+        const APIC: u32 = 0xfee0_0000;
+        let handler = Self::new().print_for_ever(woken).0;
+        let skip = u8::try_from(handler.len()).unwrap();
+        // A short jump before it.
+        let handler_at = ENTRY + self.0.len() as u32 + 2;
+        let gate = INTERRUPTS + VECTOR * 8;
+        self.bytes(&[0xeb, skip])
+            .bytes(&handler)
+            // Flat segments of code and data, where the selectors point to that
+            // the guest was started with.
+            .store32(SEGMENTS + 0x10, 0x0000_ffff)
+            .store32(SEGMENTS + 0x14, 0x00cf_9b00)
+            .store32(SEGMENTS + 0x18, 0x0000_ffff)
+            .store32(SEGMENTS + 0x1c, 0x00cf_9300)
+            .store16(TABLES, 0x1f)
+            .store32(TABLES + 2, SEGMENTS)
+            // An interrupt gate.
+            .store32(gate, 0x10 << 16 | handler_at & 0xffff)
+            .store32(gate + 4, handler_at & 0xffff_0000 | 0x8e00)
+            .store16(TABLES + 8, 0x7ff)
+            .store32(TABLES + 10, INTERRUPTS)
+            // lgdt, lidt; mov esp, STACK
+            .bytes(&[0x0f, 0x01, 0x15])
+            .bytes(&TABLES.to_le_bytes())
+            .bytes(&[0x0f, 0x01, 0x1d])
+            .bytes(&(TABLES + 8).to_le_bytes())
+            .bytes(&[0xbc])
+            .bytes(&STACK.to_le_bytes())
+            // On, without the interrupts of older controllers (a clone is told
+            // that it is one by such a line), its timer in the mode of deadlines.
+            .store32(APIC + 0xf0, 0x1ff)
+            .store32(APIC + 0x350, 1 << 16)
+            .store32(APIC + 0x320, 2 << 17 | VECTOR)
+            // rdtsc; add eax, cycles; adc edx, 0; mov ecx, 0x6e0; wrmsr
+            .bytes(&[0x0f, 0x31, 0x05])
+            .bytes(&cycles.to_le_bytes())
+            .bytes(&[0x83, 0xd2, 0])
+            .bytes(&[0xb9, 0xe0, 0x06, 0, 0, 0x0f, 0x30])
+            .out(SERIAL, asleep)
+            .out(SERIAL, b'\n')
+            // sti; 1: hlt; jmp 1b
+            .bytes(&[0xfb, 0xf4, 0xeb, 0xfd])
+    }
+
     /// Sleeps for ever.
     pub fn halt(self) -> Self {
         // 1: cli; hlt; jmp 1b

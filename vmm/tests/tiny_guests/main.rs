@@ -15,4 +15,5 @@ mod lifecycle;
 mod resize;
 mod rules;
 mod snapshot;
+mod timers;
 mod vmm;
