@@ -332,12 +332,16 @@ impl VirtioPci {
             return;
         }
         registers.status = value & !status::NEEDS_RESET;
+        if added & status::DRIVER_OK == 0 {
+            return;
+        }
         let ready = status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK | status::DRIVER_OK;
-        if added & status::DRIVER_OK != 0
-            && registers.status & ready == ready
-            && registers.status & status::FAILED == 0
-        {
+        if registers.status & ready == ready && registers.status & status::FAILED == 0 {
             self.activate(registers, false);
+        } else {
+            // Too early, or too late: as if it had not been said, so that the
+            // status tells, also when it is restored, whether there is a driver.
+            registers.status &= !status::DRIVER_OK;
         }
     }
 

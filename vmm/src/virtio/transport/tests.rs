@@ -92,14 +92,19 @@ impl NotifyRegistrar for Nobody {
     fn gather_port_writes(&self, _: u16, _: u32) {}
 }
 
-#[test]
-fn a_driver_that_is_wrong_again_and_again_does_not_fill_the_log() {
-    const TIMES: usize = 10_000;
+/// An entropy device's function, with what must stay meanwhile.
+struct Machine {
+    function: VirtioPci,
+    _handler: Arc<Mutex<dyn crate::event::EventHandler>>,
+    _event_loop: crate::event::EventLoop,
+}
+
+fn machine() -> Machine {
     let memory = vm_memory::GuestMemoryMmap::from_ranges(&[(vm_memory::GuestAddress(0), 1 << 20)]);
     let event_loop =
         crate::event::EventLoop::spawn("test", crate::confine::seccomp::Worker::Devices).unwrap();
     let device = Arc::new(Mutex::new(crate::virtio::rng::Rng::new()));
-    let as_handler: Arc<Mutex<dyn crate::event::EventHandler>> = device.clone();
+    let handler: Arc<Mutex<dyn crate::event::EventHandler>> = device.clone();
     let wiring = Wiring {
         messages: Arc::new(Nobody),
         table: Page::alone().unwrap(),
@@ -108,8 +113,39 @@ fn a_driver_that_is_wrong_again_and_again_does_not_fill_the_log() {
         memory: vm_memory::GuestMemoryAtomic::new(memory.unwrap()),
         event_loop: event_loop.handle(),
     };
-    let handler = Arc::downgrade(&as_handler);
-    let function = VirtioPci::new(device, handler, AT, 0, wiring).unwrap();
+    let weak = Arc::downgrade(&handler);
+    Machine {
+        function: VirtioPci::new(device, weak, AT, 0, wiring).unwrap(),
+        _handler: handler,
+        _event_loop: event_loop,
+    }
+}
+
+#[test]
+fn a_driver_that_starts_at_the_wrong_time_has_not_started() {
+    // Before it has agreed on features, and when it has given up.
+    for early in [&[4_u8][..], &[1, 5], &[1, 3, 7], &[1, 3, 131, 135]] {
+        let machine = machine();
+        let write = |value: u8| machine.function.write_bar(COMMON + 0x14, &[value]);
+        early.iter().for_each(|status| write(*status));
+        let mut status = [0];
+        machine.function.read_bar(COMMON + 0x14, &mut status);
+        let last = early.last().unwrap();
+        assert_eq!(status[0], last & !status::DRIVER_OK, "{early:?}");
+        // And so it is after a restore.
+        let state = machine.function.save().unwrap();
+        let clone = self::machine();
+        clone.function.restore(&state).unwrap();
+        let mut again = [0];
+        clone.function.read_bar(COMMON + 0x14, &mut again);
+        assert_eq!(again, status, "{early:?}");
+    }
+}
+
+#[test]
+fn a_driver_that_is_wrong_again_and_again_does_not_fill_the_log() {
+    const TIMES: usize = 10_000;
+    let Machine { function, .. } = &machine();
     let write = |offset, bytes: &[u8]| function.write_bar(COMMON + offset, bytes);
     let begin = || {
         for status in [0, 1, 3] {
