@@ -6,6 +6,7 @@ mod credit;
 mod guest_connects;
 mod host_connects;
 mod hostile;
+mod properties;
 
 use std::{
     collections::VecDeque,
