@@ -4,7 +4,7 @@
 
 use std::{fs::File, os::fd::OwnedFd};
 
-use bulkhead_vmm::config::{snapshot_files, Resources, RestoreResources};
+use bulkhead_vmm::config::{snapshot_files, Devices, Resources, RestoreResources};
 use bulkhead_vmm_api::{Call, Request};
 use libfuzzer_sys::fuzz_target;
 
@@ -20,6 +20,7 @@ fuzz_target!(|data: &[u8]| {
         Call::Configure(config) => drop(Resources::new(*config, fds)),
         Call::Restore(config) => drop(RestoreResources::new(*config, fds)),
         Call::Snapshot(files) => drop(snapshot_files(&files, fds)),
+        Call::Plug(config) => drop(Devices::plugged(*config, fds)),
         _ => {}
     }
 });
