@@ -9,7 +9,7 @@ use std::{
 };
 
 use bulkhead_vmm_api::{
-    Call, Channel, ChannelError, Event, ExitReason, Exits, Failure, FailureKind, FromVmm, Outcome,
+    Call, Channel, ChannelError, Event, ExitReason, Failure, FailureKind, FromVmm, Outcome,
     PlugConfig, PluggedDevice, Reply, Request, RestoreConfig, SnapshotFiles, Status, VmState,
 };
 use nix::{
@@ -233,15 +233,10 @@ impl Server {
             Stage::Unconfigured | Stage::Configured(_) => None,
         };
         let vcpus = machine.map(|machine| machine.exits()).unwrap_or_default();
-        let total = |kind: fn(&Exits) -> u64| vcpus.iter().map(kind).sum();
         Status {
             state: self.stage.state(),
             timeline: self.stamps.read(),
-            exits: Exits {
-                pio: total(|exits| exits.pio),
-                mmio: total(|exits| exits.mmio),
-                other: total(|exits| exits.other),
-            },
+            exits: vcpus.iter().copied().sum(),
             vcpus,
             vcpu_threads: machine
                 .map(|machine| machine.vcpu_threads())
@@ -375,6 +370,7 @@ impl Server {
             fs::allow_descriptors();
         }
         jail::enter(devices)?;
+        self.stamps.set(Moment::Jailed);
         Ok(host)
     }
 

@@ -24,6 +24,10 @@ pub fn now() -> u64 {
 pub struct Stamps {
     vmm_start: AtomicU64,
     configured: AtomicU64,
+    jailed: AtomicU64,
+    memory_mapped: AtomicU64,
+    assembled: AtomicU64,
+    restored: AtomicU64,
     kernel_entry: AtomicU64,
     guest_ready: AtomicU64,
     generation_read: AtomicU64,
@@ -36,6 +40,14 @@ pub enum Moment {
     VmmStart,
     /// The configuration was accepted.
     Configured,
+    /// The jail was entered.
+    Jailed,
+    /// Guest memory is there.
+    MemoryMapped,
+    /// So are vCPUs and devices.
+    Assembled,
+    /// They have the snapshot's state.
+    Restored,
     /// Before the first KVM_RUN.
     KernelEntry,
     /// First connection to the ready port.
@@ -54,6 +66,10 @@ impl Stamps {
         match moment {
             Moment::VmmStart => &self.vmm_start,
             Moment::Configured => &self.configured,
+            Moment::Jailed => &self.jailed,
+            Moment::MemoryMapped => &self.memory_mapped,
+            Moment::Assembled => &self.assembled,
+            Moment::Restored => &self.restored,
             Moment::KernelEntry => &self.kernel_entry,
             Moment::GuestReady => &self.guest_ready,
             Moment::GenerationRead => &self.generation_read,
@@ -76,6 +92,10 @@ impl Stamps {
         Timeline {
             vmm_start: get(Moment::VmmStart),
             configured: get(Moment::Configured),
+            jailed: get(Moment::Jailed),
+            memory_mapped: get(Moment::MemoryMapped),
+            assembled: get(Moment::Assembled),
+            restored: get(Moment::Restored),
             kernel_entry: get(Moment::KernelEntry),
             guest_ready: get(Moment::GuestReady),
             generation_read: get(Moment::GenerationRead),

@@ -245,6 +245,18 @@ pub struct Timeline {
     pub vmm_start: Option<u64>,
     /// The configuration was accepted.
     pub configured: Option<u64>,
+    /// The process sees and may do no more of the host than its devices need.
+    #[serde(default)]
+    pub jailed: Option<u64>,
+    /// Guest memory is there: new, or a snapshot's.
+    #[serde(default)]
+    pub memory_mapped: Option<u64>,
+    /// So are vCPUs and devices; and the kernel, where one is booted.
+    #[serde(default)]
+    pub assembled: Option<u64>,
+    /// They have the snapshot's state, where there is one.
+    #[serde(default)]
+    pub restored: Option<u64>,
     /// Just before the first KVM_RUN: the kernel's entry.
     pub kernel_entry: Option<u64>,
     /// First connection to the ready port.
@@ -254,7 +266,8 @@ pub struct Timeline {
     pub generation_read: Option<u64>,
 }
 
-/// vCPU exits handled in user space, by kind.
+/// vCPU exits handled in user space, by kind. Triple faults, most of KVM's events,
+/// failed entries and errors end the VM: its log says more of them.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Exits {
@@ -262,6 +275,52 @@ pub struct Exits {
     pub pio: u64,
     /// Memory-mapped I/O.
     pub mmio: u64,
+    /// A signal took it out of the guest: a pause, say.
+    #[serde(default)]
+    pub interrupted: u64,
+    /// It was not to run yet (EAGAIN).
+    #[serde(default)]
+    pub again: u64,
+    /// It waits for an interrupt; only where KVM does not do that itself.
+    #[serde(default)]
+    pub halts: u64,
+    /// It can take an interrupt now.
+    #[serde(default)]
+    pub irq_windows: u64,
+    /// Triple faults.
+    #[serde(default)]
+    pub shutdowns: u64,
+    /// The guest's powering off, resets and crashes, told by KVM.
+    #[serde(default)]
+    pub system_events: u64,
+    /// The processor did not enter the guest.
+    #[serde(default)]
+    pub failed_entries: u64,
+    /// KVM could not emulate what the guest did.
+    #[serde(default)]
+    pub internal_errors: u64,
+    /// KVM_RUN failed.
+    #[serde(default)]
+    pub errors: u64,
     /// All others.
     pub other: u64,
+}
+
+impl std::iter::Sum for Exits {
+    fn sum<I: Iterator<Item = Self>>(all: I) -> Self {
+        all.fold(Self::default(), |sum, exits| Self {
+            pio: sum.pio + exits.pio,
+            mmio: sum.mmio + exits.mmio,
+            interrupted: sum.interrupted + exits.interrupted,
+            again: sum.again + exits.again,
+            halts: sum.halts + exits.halts,
+            irq_windows: sum.irq_windows + exits.irq_windows,
+            shutdowns: sum.shutdowns + exits.shutdowns,
+            system_events: sum.system_events + exits.system_events,
+            failed_entries: sum.failed_entries + exits.failed_entries,
+            internal_errors: sum.internal_errors + exits.internal_errors,
+            errors: sum.errors + exits.errors,
+            other: sum.other + exits.other,
+        })
+    }
 }

@@ -22,8 +22,9 @@ use crate::{
     bus::{Bus, BusDevice},
     generation::GenerationId,
     kvm::{
+        exits::ExitCounters,
         gathered::Gathered,
-        vcpu::{self, Buses, ExitCounters, Rest, Shared},
+        vcpu::{self, Buses, Rest, Shared},
         vm::Vm,
     },
     memory::WindowAllocator,

@@ -24,8 +24,9 @@ use crate::{
     confine::{self, seccomp::Worker},
     event::EventLoop,
     kvm::{
+        exits::ExitCounters,
         state::{check_features, msrs_to_save, xsave_size, VcpuState, VmState},
-        vcpu::{ExitCounters, Shared, VcpuThread},
+        vcpu::{Shared, VcpuThread},
         vm::{supported_cpuid, Vm},
     },
     memory,
@@ -85,6 +86,7 @@ impl Machine {
                 tracing::warn!(%error, "guest memory cannot be merged");
             }
         }
+        stamps.set(Moment::MemoryMapped);
         let vm = Arc::new(Vm::new(&host.kvm, &memory)?);
         let entry = boot::load(
             &memory,
@@ -123,6 +125,7 @@ impl Machine {
         let machine = parts.assemble(items, callbacks, stamps)?;
         let tables = acpi::tables(resources.vcpus, &machine.board.dax_windows());
         boot::write_tables(&memory, &tables)?;
+        machine.stamps.set(Moment::Assembled);
         Ok(machine)
     }
 
@@ -138,6 +141,7 @@ impl Machine {
         let items = plug::arrange(resources.devices, &state, &resources.memory)?;
         let grown = plug::grown(&items);
         let memory = memory::map_snapshot(state.memory_size, grown, &resources.memory)?;
+        stamps.set(Moment::MemoryMapped);
         let vm = Arc::new(Vm::new(&host.kvm, &memory)?);
         let interrupt = serial_interrupt(&vm)?;
         let serial = SerialPort::restore(
@@ -163,7 +167,9 @@ impl Machine {
             backing: Backing::default(),
         };
         let machine = parts.assemble(items, callbacks, stamps)?;
+        machine.stamps.set(Moment::Assembled);
         machine.restore_state(&state)?;
+        machine.stamps.set(Moment::Restored);
         Ok(machine)
     }
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The kernel's virtual machine: memory slots, interrupts, vCPUs.
 
+pub mod exits;
 pub mod gathered;
 pub mod state;
 pub mod vcpu;

@@ -4,20 +4,20 @@
 use std::{
     io,
     sync::{
-        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
         Arc, Condvar, Mutex, MutexGuard,
     },
     thread::JoinHandle,
     time::{Duration, Instant},
 };
 
-use bulkhead_vmm_api::{ExitReason, Exits};
+use bulkhead_vmm_api::ExitReason;
 use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use nix::unistd::gettid;
 use vmm_sys_util::signal::{register_signal_handler, Killable, SIGRTMIN};
 
-use super::gathered::Gathered;
+use super::{exits::ExitCounters, gathered::Gathered};
 use crate::{
     bus::Bus,
     confine::{self, seccomp::Worker},
@@ -35,25 +35,6 @@ pub struct Buses {
     pub pio: Bus,
     /// Memory-mapped I/O.
     pub mmio: Bus,
-}
-
-/// Counters of the exits that came to user space.
-#[derive(Debug, Default)]
-pub struct ExitCounters {
-    pio: AtomicU64,
-    mmio: AtomicU64,
-    other: AtomicU64,
-}
-
-impl ExitCounters {
-    /// The figures now.
-    pub fn read(&self) -> Exits {
-        Exits {
-            pio: self.pio.load(Ordering::Relaxed),
-            mmio: self.mmio.load(Ordering::Relaxed),
-            other: self.other.load(Ordering::Relaxed),
-        }
-    }
 }
 
 /// What all vCPU threads share.
@@ -249,9 +230,6 @@ fn finish_exit(vcpu: &mut VcpuFd) {
 
 fn run(shared_vcpu: &Mutex<VcpuFd>, shared: &Shared, exits: &ExitCounters) {
     let mut vcpu = lock(shared_vcpu);
-    let count = |counter: &AtomicU64| {
-        counter.fetch_add(1, Ordering::Relaxed);
-    };
     let reason = loop {
         if shared.stop.load(Ordering::SeqCst) {
             return;
@@ -266,24 +244,22 @@ fn run(shared_vcpu: &Mutex<VcpuFd>, shared: &Shared, exits: &ExitCounters) {
             let _ = vcpu.kvmclock_ctrl();
             continue;
         }
-        match vcpu.run() {
+        let exit = vcpu.run();
+        exits.count(&exit);
+        match exit {
             Ok(VcpuExit::IoIn(port, data)) => {
-                count(&exits.pio);
                 shared.drain();
                 shared.buses.pio.read(u64::from(port), data);
             }
             Ok(VcpuExit::IoOut(port, data)) => {
-                count(&exits.pio);
                 shared.drain();
                 shared.buses.pio.write(u64::from(port), data);
             }
             Ok(VcpuExit::MmioRead(address, data)) => {
-                count(&exits.mmio);
                 shared.drain();
                 shared.buses.mmio.read(address, data);
             }
             Ok(VcpuExit::MmioWrite(address, data)) => {
-                count(&exits.mmio);
                 shared.drain();
                 shared.buses.mmio.write(address, data);
             }
@@ -294,15 +270,13 @@ fn run(shared_vcpu: &Mutex<VcpuFd>, shared: &Shared, exits: &ExitCounters) {
                 KVM_SYSTEM_EVENT_CRASH => break ExitReason::Panic,
                 _ => break ExitReason::KvmError,
             },
-            Ok(VcpuExit::Intr | VcpuExit::Hlt | VcpuExit::IrqWindowOpen) => {
-                count(&exits.other);
-            }
+            Ok(VcpuExit::Intr | VcpuExit::Hlt | VcpuExit::IrqWindowOpen) => {}
             Ok(exit) => {
                 tracing::error!(exit = ?exit, "vCPU cannot go on");
                 break ExitReason::KvmError;
             }
             Err(error) => match error.errno() {
-                libc::EINTR | libc::EAGAIN => count(&exits.other),
+                libc::EINTR | libc::EAGAIN => {}
                 _ => {
                     tracing::error!(%error, "KVM_RUN failed");
                     break ExitReason::KvmError;

@@ -216,3 +216,27 @@ fn a_snapshot_has_what_was_gathered() {
     vmm.call(Call::Resume).unwrap();
     assert_eq!(read(&mut ours, 4)[..2], [3, 0]);
 }
+
+#[test]
+fn exits_that_are_no_accesses_are_told_apart() {
+    if !kvm("exits_that_are_no_accesses_are_told_apart") {
+        return;
+    }
+    let mut setup = Setup::new(Code::new().print("up\n").spin().kernel());
+    let mut serial = setup.serial();
+    let mut vmm = Vmm::run(&setup);
+    serial.read_exact(&mut [0; 3]).unwrap();
+    assert_eq!(vmm.status().exits, vmm.status().vcpus[0]);
+    // It does nothing that leaves the guest: it is taken out of it.
+    let before = vmm.status().exits;
+    vmm.call(Call::Pause).unwrap();
+    let after = vmm.status().exits;
+    assert!(after.interrupted > before.interrupted, "{after:?}");
+    let interrupted = after.interrupted;
+    let expected = Exits {
+        pio: 3,
+        interrupted,
+        ..Exits::default()
+    };
+    assert_eq!(after, expected);
+}

@@ -47,10 +47,13 @@ fn a_vm_is_configured_booted_asked_and_stopped() {
     let stamps = [
         timeline.vmm_start,
         timeline.configured,
+        timeline.jailed,
+        timeline.memory_mapped,
+        timeline.assembled,
         timeline.kernel_entry,
     ];
     assert!(stamps.iter().all(Option::is_some) && stamps.is_sorted());
-    assert_eq!(timeline.guest_ready, None);
+    assert_eq!((timeline.guest_ready, timeline.restored), (None, None));
     vmm.call(Call::Shutdown).unwrap();
     assert_eq!(vmm.end(), (vec![Event::Ended(ExitReason::Stopped)], 0));
 }

@@ -99,6 +99,18 @@ fn clones_go_on_where_the_snapshot_was_taken() {
     second.call(Call::Resume).unwrap();
     assert_eq!(next_byte(&mut first_serial), b's');
     assert_eq!(next_byte(&mut second_serial), b's');
+    let timeline = first.status().timeline;
+    let stamps = [
+        timeline.vmm_start,
+        timeline.configured,
+        timeline.jailed,
+        timeline.memory_mapped,
+        timeline.assembled,
+        timeline.restored,
+        timeline.kernel_entry,
+    ];
+    let in_order = stamps.iter().all(Option::is_some) && stamps.is_sorted();
+    assert!(in_order, "{timeline:?}");
     // One of them as a snapshot again.
     let again = first.snapshot().unwrap();
     drop((first, second));
