@@ -186,7 +186,8 @@ fn ramdisk_end(memory_size: u64) -> u64 {
     memory_size.min(layout::MMIO_START)
 }
 
-/// Puts the ramdisk at the end of `room`.
+/// Puts the ramdisk at the end of `room`, and never where the machine is
+/// described: a kernel may lie below that.
 fn load_ramdisk(
     memory: &GuestMemoryMmap,
     room: Range<u64>,
@@ -196,11 +197,12 @@ fn load_ramdisk(
         return Ok(None);
     };
     let size = file.metadata().map_err(BootError::Initrd)?.len();
+    let start = room.start.max(layout::HIGH_MEMORY);
     let address = room
         .end
         .checked_sub(size)
         .map(|address| address & !(PAGE - 1))
-        .filter(|address| *address >= room.start)
+        .filter(|address| *address >= start)
         .ok_or(BootError::InitrdTooLarge { size })?;
     memory
         .read_exact_volatile_from(GuestAddress(address), file, size as usize)
@@ -261,5 +263,27 @@ mod tests {
             let parts = dense(memory_size, &kernel, ramdisk);
             assert_eq!(parts, [0..0, expected]);
         }
+    }
+
+    #[test]
+    fn a_ramdisk_lies_above_what_describes_the_machine() {
+        const SIZE: u64 = 32 << 20;
+        let memory = memory::allocate(SIZE).unwrap();
+        let load = |start, size| {
+            let mut file = TempFile::new().unwrap().into_file();
+            file.set_len(size).unwrap();
+            load_ramdisk(&memory, start..SIZE, Some(&mut file))
+        };
+        let room = SIZE - layout::HIGH_MEMORY;
+        for start in [0, 0x5000, layout::HIGH_MEMORY] {
+            let all = load(start, room).unwrap().unwrap();
+            assert_eq!((all.address, all.size), (layout::HIGH_MEMORY, room));
+            let refused = load(start, room + 1);
+            let expected =
+                matches!(refused, Err(BootError::InitrdTooLarge { size }) if size == room + 1);
+            assert!(expected, "{start:#x}");
+        }
+        let small = load(layout::HIGH_MEMORY, 1).unwrap().unwrap();
+        assert_eq!(small.address, SIZE - PAGE);
     }
 }
