@@ -7,7 +7,10 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context as _, Result};
-use bulkhead_agent_protocol::{agent::SetupSandboxRequest, SHARED_TAG};
+use bulkhead_agent_protocol::{
+    agent::{SetupSandboxReply, SetupSandboxRequest},
+    SHARED_TAG,
+};
 use bulkhead_runtime::agent::Agent;
 use bulkhead_runtime::config;
 use bulkhead_tests::start::Start;
@@ -52,6 +55,16 @@ impl Host {
         runtime: &tokio::runtime::Runtime,
         tag: &str,
     ) -> Result<(Agent, String)> {
+        let (agent, reply) = self.answer(runtime, tag)?;
+        Ok((agent, reply.kernel_release))
+    }
+
+    /// As [`Self::set_up_with`], with all of the answer.
+    fn answer(
+        &self,
+        runtime: &tokio::runtime::Runtime,
+        tag: &str,
+    ) -> Result<(Agent, SetupSandboxReply)> {
         self.listener.set_nonblocking(true)?;
         let request = SetupSandboxRequest {
             sandbox_id: "clone".into(),
@@ -72,7 +85,7 @@ impl Host {
             let agent = Agent::new(stream, &patient);
             let reply = agent.setup_sandbox(request).await;
             let reply = reply.with_context(|| self.console())?;
-            Ok((agent, reply.kernel_release))
+            Ok((agent, reply))
         })
     }
 }
@@ -83,21 +96,36 @@ pub fn runtime() -> Result<tokio::runtime::Runtime> {
         .build()?)
 }
 
-/// Brings a guest up to its agent's call and writes it to files below `dir`.
-fn template(context: &Context, start: Start, dir: &Path) -> Result<()> {
+/// Brings a guest up to its agent's call and writes it to files below `dir`; when
+/// it was let run.
+fn template(context: &Context, start: Start, dir: &Path) -> Result<Duration> {
     let host = Host::new(context, "template")?;
     let mut vmm = Vmm::start(&context.products, LIMIT)?;
     context.bring_up(start, &mut vmm, &host.dir, Size::default())?;
     // At rest: the connection stands and nothing is on its way.
     std::thread::sleep(Duration::from_secs(2));
-    vmm.snapshot(&dir.join("state"), &dir.join("memory"))
+    let entered = vmm.status()?.timeline.kernel_entry;
+    vmm.snapshot(&dir.join("state"), &dir.join("memory"))?;
+    Ok(Duration::from_micros(entered.context("no kernel entry")?))
 }
+
+/// The clock of the stamps.
+fn now() -> Result<Duration> {
+    Ok(nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)?.into())
+}
+
+/// How long the template is a file before the clones, and how much the guest's
+/// idea of the time may be off: it begins to count some time after its kernel was
+/// entered.
+const AS_A_FILE: Duration = Duration::from_secs(6);
+const OFF_BY: Duration = Duration::from_secs(3);
 
 fn clones_of_a_guest_serve(context: &Context, start: Start) -> Result<()> {
     context.only_bulkhead()?;
     let dir = context.dir.join(context.id("clones"));
     fs::create_dir_all(&dir)?;
-    template(context, start, &dir)?;
+    let entered = template(context, start, &dir)?;
+    std::thread::sleep(AS_A_FILE);
     let size = fs::metadata(dir.join("state"))?.len();
     if size > 64 << 10 {
         bail!("a state file of {size} bytes");
@@ -107,6 +135,7 @@ fn clones_of_a_guest_serve(context: &Context, start: Start) -> Result<()> {
     for name in ["first", "second"] {
         let host = Host::new(context, name)?;
         let begin = Instant::now();
+        let started = now()?;
         let mut vmm = Vmm::start(&context.products, LIMIT)?;
         vmm.clone_of(
             &dir.join("state"),
@@ -120,12 +149,21 @@ fn clones_of_a_guest_serve(context: &Context, start: Start) -> Result<()> {
             "    {name} clone: restored after {restored:.0?}, its agent called after {:.0?}",
             begin.elapsed()
         );
-        clones.push((host, vmm));
+        clones.push((host, vmm, started..now()?));
     }
     // Both live, and each answers for itself.
-    for (host, vmm) in &mut clones {
+    for (host, vmm, called) in &mut clones {
         use_balloon(vmm)?;
-        let (agent, release) = host.set_up(&runtime)?;
+        let (agent, answer) = host.answer(&runtime, SHARED_TAG)?;
+        // When it called, by its own clock: that went on while it was a file.
+        let clock = Duration::from_nanos(answer.agent_ready_ns);
+        // That of a template which is a clone itself has had a life before.
+        let (first, last) = (called.start - entered, called.end - entered);
+        let late = start == Start::Cold && clock > last;
+        if clock < first.saturating_sub(OFF_BY) || late {
+            bail!("the clone's clock was at {clock:?} between {first:?} and {last:?}");
+        }
+        let release = answer.kernel_release;
         if release == bulkhead_tests::inside::release()? {
             bail!("the host's kernel answered");
         }
