@@ -135,7 +135,6 @@ const EVERYBODY: &[Rule] = &[
     ),
     any(libc::SYS_sigaltstack, "starting and ending threads"),
     any(libc::SYS_clock_gettime, "clocks where the vDSO has none"),
-    any(libc::SYS_gettid, "the runtime's panic message, abort"),
     any(libc::SYS_getpid, "sending signals to threads, abort"),
     tested(
         libc::SYS_tgkill,
@@ -143,17 +142,9 @@ const EVERYBODY: &[Rule] = &[
         "taking vCPUs out of the guest, abort",
     ),
     tested(
-        libc::SYS_rt_sigaction,
-        &[&[Is(0, libc::SIGABRT as u64)]],
-        "abort",
-    ),
-    tested(
         libc::SYS_fcntl,
-        &[
-            &[Is(1, libc::F_GETFD as u64)],
-            &[Is(1, libc::F_DUPFD_CLOEXEC as u64)],
-        ],
-        "unoptimised builds look at what they close; copies of eventfds",
+        &[&[Is(1, libc::F_GETFD as u64)]],
+        "unoptimised builds look at what they close",
     ),
     tested(libc::SYS_ioctl, &[&[Is(1, kvm::SIGNAL_MSI)]], "interrupts"),
     // The panic hook's event to the client.
@@ -264,6 +255,11 @@ const CONTROL: &[Rule] = &[
         ],
         "plugging: taps do not block",
     ),
+    tested(
+        libc::SYS_fcntl,
+        &[&[Is(1, libc::F_DUPFD_CLOEXEC as u64)]],
+        "plugging: pmem that can be flushed",
+    ),
     any(libc::SYS_epoll_ctl, "unplugging: nothing is watched"),
     any(libc::SYS_io_uring_setup, "plugging: a disk's ring"),
     any(
@@ -277,6 +273,7 @@ const CONTROL: &[Rule] = &[
 ];
 
 const VCPU: &[Rule] = &[
+    any(libc::SYS_gettid, "whose priority the client may set"),
     tested(
         libc::SYS_ioctl,
         &[
@@ -292,6 +289,11 @@ const VCPU: &[Rule] = &[
         libc::SYS_eventfd2,
         &[&[Is(0, 0)]],
         "notifications that a driver uses for the first time",
+    ),
+    tested(
+        libc::SYS_fcntl,
+        &[&[Is(1, libc::F_DUPFD_CLOEXEC as u64)]],
+        "a device that starts has notifications",
     ),
     any(libc::SYS_epoll_ctl, "a device that starts is watched"),
     any(
@@ -377,6 +379,11 @@ const FILES: &[Rule] = &[
         libc::SYS_fcntl,
         &[&[Is(1, libc::F_SETFL as u64)]],
         "read and write, when the guest changed an open file's flags",
+    ),
+    tested(
+        libc::SYS_fcntl,
+        &[&[Is(1, libc::F_DUPFD_CLOEXEC as u64)]],
+        "readdir",
     ),
     // Never executable, shared with the file, and where it is said to be.
     tested(

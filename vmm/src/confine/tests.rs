@@ -64,13 +64,11 @@ const ELSEWHERE: &[(i64, &str)] = &[
     ),
     (
         libc::SYS_ioctl,
-        "drivers' interrupts: every end-to-end test",
+        "drivers' interrupts: tests/tiny_guests/rules.rs",
     ),
     // A panic's last words: tests/panic.rs.
-    (libc::SYS_gettid, "a panic"),
     (libc::SYS_getpid, "a panic"),
     (libc::SYS_tgkill, "a panic"),
-    (libc::SYS_rt_sigaction, "a panic"),
     (libc::SYS_exit_group, "a panic"),
     (libc::SYS_sendmsg, "a panic's event; data to a Unix socket"),
     // A vCPU's signal, which any thread of the process may get.

@@ -54,6 +54,14 @@ pub fn table(slot: u32, offset: u32) -> u32 {
     TABLES + (slot << 12) + offset
 }
 
+/// Where a driver has the rings of a device's queue.
+fn rings(slot: u32, queue: u32) -> u32 {
+    0x40_0000 + (slot * 16 + queue) * 0x3000
+}
+/// The parts of them behind the descriptors.
+const AVAILABLE: u32 = 0x1000;
+const USED: u32 = 0x2000;
+
 /// Machine code under construction.
 #[derive(Clone, Default)]
 pub struct Code(Vec<u8>);
@@ -188,6 +196,74 @@ impl Code {
     pub fn acknowledge_device(self, slot: u32) -> Self {
         // ACKNOWLEDGE | DRIVER
         self.store8(register(slot, 0x14), 3)
+    }
+
+    /// Sets a virtio device's first queues up, and starts it: with room for eight
+    /// buffers, of which there are none, and one interrupt for everything (virtio
+    /// 1.2 §3.1.1 and §4.1.4.3).
+    pub fn start_device(self, slot: u32, queues: u32) -> Self {
+        let at = |offset| register(slot, offset);
+        let code = self
+            // Reset, then somebody who knows it, with VIRTIO_F_VERSION_1.
+            .store8(at(0x14), 0)
+            .acknowledge_device(slot)
+            .store32(at(0x08), 1)
+            .store32(at(0x0c), 1)
+            .store8(at(0x14), 11)
+            .store16(at(0x10), 0);
+        let code = (0..queues).fold(code, |code, queue| {
+            let rings = rings(slot, queue);
+            code.store16(at(0x16), queue as u16)
+                .store16(at(0x18), 8)
+                .store32(at(0x20), rings)
+                .store32(at(0x28), rings + AVAILABLE)
+                .store32(at(0x30), rings + USED)
+                .store16(at(0x1a), 0)
+                .store16(at(0x1c), 1)
+        });
+        code.store8(at(0x14), 15)
+    }
+
+    /// Has a device interrupt the first processor by its vector 0.
+    pub fn allow_interrupts(self, slot: u32) -> Self {
+        /// Where the control word is of the function's MSI-X capability.
+        const CONTROL: u32 = 0x86;
+        [0xfee0_0000, 0, 0x40, 0]
+            .into_iter()
+            .zip((0..).step_by(4))
+            .fold(self, |code, (word, offset)| {
+                code.store32(table(slot, offset), word)
+            })
+            .store16(configuration(slot, CONTROL), 0x8000)
+    }
+
+    /// Gives a device a buffer to write to in its first queue, and waits until it
+    /// has.
+    pub fn have_written(self, slot: u32) -> Self {
+        const BUFFER: u32 = 0x30_0000;
+        const WRITABLE: u32 = 2;
+        let rings = rings(slot, 0);
+        self.store32(rings, BUFFER)
+            .store32(rings + 8, 64)
+            .store32(rings + 12, WRITABLE)
+            // One of it, after the flags.
+            .store32(rings + AVAILABLE, 1 << 16)
+            .notify_device(slot)
+            .wait_for32(rings + USED, 1 << 16)
+    }
+
+    /// Notifies a device of its first queue.
+    pub fn notify_device(self, slot: u32) -> Self {
+        self.store16(register(slot, 0x3000), 0)
+    }
+
+    /// Does what `code` does again and again.
+    pub fn for_ever(self, code: Self) -> Self {
+        let back = -(code.0.len() as i32 + 5);
+        // ; jmp to its begin
+        self.bytes(&code.0)
+            .bytes(&[0xe9])
+            .bytes(&back.to_le_bytes())
     }
 
     /// Keeps a byte in memory, and prints it again and again from there.

@@ -188,6 +188,28 @@ impl Vmm {
         done(self.request(call, &[]))
     }
 
+    /// As [`Self::call`], and an event that comes of it, before the answer or after.
+    pub fn call_for(&mut self, call: Call) -> Event {
+        let id = self.next;
+        self.next += 1;
+        self.channel().send(&Request { id, call }, &[]).unwrap();
+        let mut told = None;
+        let mut answered = false;
+        loop {
+            match (told.take(), answered) {
+                (Some(event), true) => return event,
+                (waiting, _) => told = waiting,
+            }
+            match self.receive().unwrap() {
+                FromVmm::Reply(reply) => {
+                    assert_eq!((reply.id, reply.outcome), (id, Outcome::Done));
+                    answered = true;
+                }
+                FromVmm::Event(event) => assert_eq!(told.replace(event), None),
+            }
+        }
+    }
+
     pub fn configure(&mut self, setup: &Setup) -> Result<(), Failure> {
         let call = Call::Configure(Box::new(setup.config.clone()));
         done(self.request(call, &setup.fds))
@@ -223,6 +245,16 @@ impl Vmm {
         change: impl FnOnce(&mut RestoreConfig, &mut Vec<OwnedFd>),
     ) -> Result<Self, Failure> {
         let mut vmm = Self::spawn();
+        vmm.restore_from(snapshot, change)?;
+        Ok(vmm)
+    }
+
+    /// The same, of a VMM that has no VM yet.
+    pub fn restore_from(
+        &mut self,
+        snapshot: &Snapshot,
+        change: impl FnOnce(&mut RestoreConfig, &mut Vec<OwnedFd>),
+    ) -> Result<(), Failure> {
         let mut fds = snapshot.fds();
         let mut config = RestoreConfig {
             snapshot: SnapshotFiles {
@@ -236,8 +268,7 @@ impl Vmm {
             },
         };
         change(&mut config, &mut fds);
-        done(vmm.request(Call::Restore(Box::new(config)), &fds))?;
-        Ok(vmm)
+        done(self.request(Call::Restore(Box::new(config)), &fds))
     }
 
     pub fn status(&mut self) -> Status {
