@@ -173,12 +173,37 @@ impl Vmm {
         self.boot_with(products, dir, Size::default(), merge_group)
     }
 
+    /// As [`Self::boot`], of a machine that `change` makes another, with its
+    /// descriptors.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn boot_changed(
+        &mut self,
+        products: &Products,
+        dir: &Path,
+        change: impl FnOnce(&mut VmConfig, &mut Vec<OwnedFd>),
+    ) -> Result<()> {
+        self.boot_all(products, dir, Size::default(), None, change)
+    }
+
     fn boot_with(
         &mut self,
         products: &Products,
         dir: &Path,
         size: Size,
         merge_group: Option<OwnedFd>,
+    ) -> Result<()> {
+        self.boot_all(products, dir, size, merge_group, |_, _| {})
+    }
+
+    fn boot_all(
+        &mut self,
+        products: &Products,
+        dir: &Path,
+        size: Size,
+        merge_group: Option<OwnedFd>,
+        change: impl FnOnce(&mut VmConfig, &mut Vec<OwnedFd>),
     ) -> Result<()> {
         let mut devices = Devices::new(products, dir)?;
         let later = Later {
@@ -194,7 +219,7 @@ impl Vmm {
             fds.push(held);
             kernel + 1
         });
-        let config = VmConfig {
+        let mut config = VmConfig {
             vcpus: 1 + size.extra_vcpus,
             memory_mib: size.memory_mib,
             huge_pages: false,
@@ -207,6 +232,7 @@ impl Vmm {
             serial: Some(0),
             devices: devices.config,
         };
+        change(&mut config, &mut fds);
         self.call(Call::Configure(Box::new(config)), &fds)?;
         self.call(Call::Boot, &[])?;
         Ok(())

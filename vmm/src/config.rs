@@ -7,12 +7,16 @@ use std::{
 };
 
 use bulkhead_vmm_api::{
-    BalloonConfig, BlkConfig, DeviceConfigs, FailureKind, FdIndex, FsConfig, MemConfig, NetConfig,
-    PlugConfig, PmemConfig, RestoreConfig, SnapshotFiles, VmConfig, VsockConfig,
+    BalloonConfig, BlkConfig, ConsoleConfig, DeviceConfigs, FailureKind, FdIndex, FsConfig,
+    MemConfig, NetConfig, PlugConfig, PmemConfig, RestoreConfig, SnapshotFiles, VmConfig,
+    VsockConfig,
 };
 use nix::fcntl::{fcntl, FcntlArg, OFlag};
 
-use crate::{arch::x86_64::layout, virtio::mem::SLOT};
+use crate::{
+    arch::x86_64::layout,
+    virtio::{console, mem::SLOT},
+};
 
 /// Most vCPUs.
 pub const MAX_VCPUS: u8 = 64;
@@ -106,6 +110,8 @@ pub struct Devices {
     pub balloon: Option<BalloonConfig>,
     /// Memory that comes and goes.
     pub mem: Option<MemConfig>,
+    /// What a console and a log are connected to.
+    pub console: Option<console::Outputs>,
 }
 
 struct Descriptors(Vec<Option<OwnedFd>>);
@@ -117,11 +123,38 @@ impl Descriptors {
 
     /// Where the serial port writes; never blocks.
     fn serial(&mut self, index: Option<FdIndex>) -> Result<Option<File>, ConfigError> {
-        let serial = index.map(|index| self.file(index, "serial")).transpose()?;
-        if let Some(serial) = &serial {
-            set_nonblocking(serial).map_err(|error| unusable("serial", error.to_string()))?;
+        self.nonblocking(index, "serial")
+    }
+
+    /// What never blocks.
+    fn nonblocking(
+        &mut self,
+        index: Option<FdIndex>,
+        field: &str,
+    ) -> Result<Option<File>, ConfigError> {
+        let file = index.map(|index| self.file(index, field)).transpose()?;
+        if let Some(file) = &file {
+            set_nonblocking(file).map_err(|error| unusable(field, error.to_string()))?;
         }
-        Ok(serial)
+        Ok(file)
+    }
+
+    fn console(&mut self, wanted: ConsoleConfig) -> Result<console::Outputs, ConfigError> {
+        let console = self.nonblocking(wanted.console, "console.console")?;
+        if wanted.input {
+            let kind = console.as_ref().and_then(|file| file.metadata().ok());
+            if kind.is_none_or(|kind| kind.is_file() || kind.is_dir()) {
+                return Err(invalid(
+                    "console.input",
+                    "console is not a descriptor from which input comes: pass a terminal or a socket",
+                ));
+            }
+        }
+        Ok(console::Outputs {
+            console,
+            input: wanted.input,
+            log: self.nonblocking(wanted.log, "console.log")?,
+        })
     }
 
     fn take(&mut self, index: FdIndex, field: &str) -> Result<OwnedFd, ConfigError> {
@@ -351,6 +384,10 @@ impl Devices {
             rng: wanted.rng,
             balloon: wanted.balloon,
             mem: wanted.mem,
+            console: wanted
+                .console
+                .map(|console| fds.console(console))
+                .transpose()?,
         })
     }
 }
@@ -423,6 +460,19 @@ mod tests {
         for max_mib in [0, 100, 1 << 21] {
             let text = refused(|c| c.devices.mem = Some(MemConfig { max_mib }));
             assert!(text.starts_with("mem.max_mib:"), "{text}");
+        }
+        for (console, input, log, field) in [
+            (Some(1), false, None, "console.console:"),
+            (None, true, None, "console.input:"),
+            (None, false, Some(1), "console.log:"),
+        ] {
+            let console = ConsoleConfig {
+                console,
+                input,
+                log,
+            };
+            let text = refused(|c| c.devices.console = Some(console));
+            assert!(text.starts_with(field), "{text}");
         }
         assert!(refused(|c| {
             c.devices.vsock = Some(VsockConfig {

@@ -13,6 +13,7 @@ mod boxed;
 mod cgroups;
 mod cli;
 mod conformance;
+mod console;
 mod context;
 mod cri;
 mod devices;
@@ -96,6 +97,7 @@ fn all() -> Vec<Test> {
         fio::TESTS,
         iperf::TESTS,
         conformance::TESTS,
+        console::TESTS,
         listener::TESTS,
         resize::TESTS,
         ksm::TESTS,

@@ -63,6 +63,9 @@ pub struct DeviceConfigs {
     /// Memory that comes and goes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mem: Option<MemConfig>,
+    /// A console and a log.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub console: Option<ConsoleConfig>,
 }
 
 impl Default for DeviceConfigs {
@@ -77,6 +80,7 @@ impl Default for DeviceConfigs {
             rng: yes(),
             balloon: None,
             mem: None,
+            console: None,
         }
     }
 }
@@ -297,6 +301,30 @@ impl Default for BalloonConfig {
 pub struct MemConfig {
     /// MiB that it can become, a multiple of 128. A restored VM has what it had.
     pub max_mib: u32,
+}
+
+/// virtio-console (virtio 1.2 §5.3) with two ports: a console (`hvc0` of Linux) and
+/// one named `log` (`/dev/vport*p1`), by which the guest only writes. What it
+/// writes to one without a descriptor is nobody's.
+///
+/// The descriptors are made non-blocking. How much the guest writes to them is
+/// not limited.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ConsoleConfig {
+    /// Where the console's output goes: a file, pipe, terminal or socket. What it
+    /// does not take at once is dropped and counted ([`DeviceMetrics::errors`](crate::DeviceMetrics::errors)), as of
+    /// [`VmConfig::serial`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub console: Option<FdIndex>,
+    /// Whether what can be read there is the console's input: of a terminal or
+    /// socket. It waits there for as long as the guest takes none.
+    #[serde(default)]
+    pub input: bool,
+    /// Where the log goes. What it does not take at once waits in the guest, as do
+    /// those who write more; it is dropped and counted once nobody can read it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub log: Option<FdIndex>,
 }
 
 /// A device to plug, with the descriptors of its configuration.
