@@ -13,8 +13,8 @@ use bulkhead_agent_protocol::{AGENT_PORT, SHARED_TAG, STREAM_PORT};
 use bulkhead_runtime::hypervisor::cmdline::{self, Later};
 use bulkhead_vmm_api::{
     BalloonConfig, Call, Channel, DeviceConfigs, Event, FromVmm, FsCache, FsConfig, KernelConfig,
-    MemConfig, Outcome, PlugConfig, PmemConfig, Request, RestoreConfig, SnapshotFiles, Status,
-    UnplugTarget, VmConfig, VsockConfig,
+    MemConfig, Outcome, Pages, PlugConfig, PmemConfig, Request, RestoreConfig, SnapshotFiles,
+    Status, UnplugTarget, VmConfig, VsockConfig,
 };
 use nix::fcntl::{fcntl, FcntlArg, FdFlag};
 use nix::sys::socket::{setsockopt, sockopt::ReceiveTimeout};
@@ -222,7 +222,7 @@ impl Vmm {
         let mut config = VmConfig {
             vcpus: 1 + size.extra_vcpus,
             memory_mib: size.memory_mib,
-            huge_pages: false,
+            pages: Pages::Small,
             merge_group,
             kernel: KernelConfig {
                 image: kernel,

@@ -8,7 +8,7 @@ use std::{
 
 use bulkhead_vmm_api::{
     BalloonConfig, BlkConfig, ConsoleConfig, DeviceConfigs, FailureKind, FdIndex, FsConfig,
-    MemConfig, NetConfig, PlugConfig, PmemConfig, RestoreConfig, SnapshotFiles, VmConfig,
+    MemConfig, NetConfig, Pages, PlugConfig, PmemConfig, RestoreConfig, SnapshotFiles, VmConfig,
     VsockConfig,
 };
 use nix::fcntl::{fcntl, FcntlArg, OFlag};
@@ -62,8 +62,8 @@ pub struct Resources {
     pub vcpus: u8,
     /// Bytes of memory.
     pub memory_size: u64,
-    /// Whether all of it may be huge pages.
-    pub huge_pages: bool,
+    /// What pages it is in.
+    pub pages: Pages,
     /// What to hold while guest memory is mergeable; none: it is not.
     pub merge_group: Option<OwnedFd>,
     /// Kernel image.
@@ -192,6 +192,9 @@ impl Resources {
                 ),
             ));
         }
+        if config.pages == Pages::Huge {
+            check_huge(&config)?;
+        }
         let cmdline = config.kernel.cmdline;
         if cmdline.len() >= layout::CMDLINE_SIZE || cmdline.contains(['\0', '\n']) {
             return Err(invalid(
@@ -212,7 +215,7 @@ impl Resources {
         Ok(Self {
             vcpus: config.vcpus,
             memory_size: u64::from(config.memory_mib) << 20,
-            huge_pages: config.huge_pages,
+            pages: config.pages,
             merge_group: config
                 .merge_group
                 .map(|index| fds.take(index, "merge_group"))
@@ -224,6 +227,28 @@ impl Resources {
             devices: Devices::new(config.devices, &mut fds)?,
         })
     }
+}
+
+/// What cannot be of a machine in pages that are its own for good.
+fn check_huge(config: &VmConfig) -> Result<(), ConfigError> {
+    if config.memory_mib % 2 != 0 {
+        let problem = format!("{} is not a multiple of 2 (pages: huge)", config.memory_mib);
+        return Err(invalid("memory_mib", problem));
+    }
+    if config.merge_group.is_some() {
+        return Err(invalid(
+            "merge_group",
+            "memory in reserved huge pages is never merged: choose other pages, or no group",
+        ));
+    }
+    let balloon = config.devices.balloon.as_ref();
+    if balloon.is_some_and(|balloon| balloon.free_page_reporting) {
+        return Err(invalid(
+            "balloon.free_page_reporting",
+            "nothing of reserved huge pages is given back: choose other pages, or false",
+        ));
+    }
+    Ok(())
 }
 
 impl RestoreResources {
@@ -420,7 +445,7 @@ mod tests {
         VmConfig {
             vcpus: 1,
             memory_mib: 128,
-            huge_pages: false,
+            pages: Pages::Small,
             merge_group: None,
             kernel: KernelConfig {
                 image: 0,
@@ -455,6 +480,20 @@ mod tests {
         assert!(refused(|c| c.kernel.image = 7).contains("descriptor 7 of 1"));
         assert!(refused(|c| c.kernel.initrd = Some(0)).contains("used twice"));
         assert!(refused(|c| c.merge_group = Some(1)).starts_with("merge_group: descriptor 1"));
+        for (change, field) in [
+            ((|c| c.memory_mib = 129) as fn(&mut VmConfig), "memory_mib:"),
+            (|c| c.merge_group = Some(0), "merge_group: memory in"),
+            (
+                |c| c.devices.balloon = Some(BalloonConfig::default()),
+                "balloon.free_page_reporting:",
+            ),
+        ] {
+            let text = refused(|c| {
+                c.pages = Pages::Huge;
+                change(c);
+            });
+            assert!(text.starts_with(field), "{text}");
+        }
         assert!(refused(|c| c.kernel.cmdline = "a\nb".into()).starts_with("kernel.cmdline:"));
         assert!(refused(|c| c.kernel.cmdline = "a".repeat(2048)).starts_with("kernel.cmdline:"));
         for max_mib in [0, 100, 1 << 21] {

@@ -4,9 +4,10 @@
 
 use std::{collections::BTreeMap, fs::File, io, ops::Range};
 
+use bulkhead_vmm_api::Pages;
 use vm_memory::{
-    Address, FileOffset, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion,
-    GuestRegionMmap, MmapRegion,
+    mmap::MmapRegionError, Address, FileOffset, GuestAddress, GuestMemory, GuestMemoryMmap,
+    GuestMemoryRegion, GuestRegionMmap, MmapRegion,
 };
 
 use crate::arch::x86_64::layout;
@@ -15,6 +16,8 @@ const PAGE: usize = 4096;
 /// A huge page. A guest has one as such only where its guest-physical address
 /// and the host's are multiples of this.
 const HUGE_PAGE: usize = 2 << 20;
+/// How they are asked for, by themselves.
+const HUGE_FLAGS: libc::c_int = libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | libc::MAP_HUGE_2MB;
 
 /// Why guest memory could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -26,7 +29,16 @@ pub enum MemoryError {
         size: u64,
         /// Why.
         #[source]
-        source: vm_memory::mmap::MmapRegionError,
+        source: MmapRegionError,
+    },
+    /// The host keeps too few huge pages, or none.
+    #[error("pages: guest memory takes {count} huge pages of 2 MiB, and the host has not so many left: raise /proc/sys/vm/nr_hugepages")]
+    HugePages {
+        /// Pages asked for.
+        count: u64,
+        /// Why.
+        #[source]
+        source: MmapRegionError,
     },
     /// The regions do not fit together.
     #[error("guest memory regions do not fit together")]
@@ -58,20 +70,54 @@ pub fn ranges(size: u64) -> Vec<(u64, u64)> {
     ranges
 }
 
-/// Maps `size` bytes of guest memory. Nothing is populated.
-pub fn allocate(size: u64) -> Result<GuestMemoryMmap, MemoryError> {
-    map(size, libc::MAP_ANONYMOUS, |_| Ok(None))
+/// Maps `size` bytes of guest memory. Nothing is populated; huge pages are
+/// reserved.
+pub fn allocate(size: u64, pages: Pages) -> Result<GuestMemoryMmap, MemoryError> {
+    map(size, flags(pages), |_| Ok(None)).map_err(|error| match error {
+        // All of it, not the region that was one too many.
+        MemoryError::HugePages { source, .. } => MemoryError::HugePages {
+            count: huge_pages(size),
+            source,
+        },
+        other => other,
+    })
+}
+
+fn flags(pages: Pages) -> libc::c_int {
+    match pages {
+        Pages::Small | Pages::Transparent => libc::MAP_ANONYMOUS,
+        Pages::Huge => HUGE_FLAGS,
+    }
+}
+
+/// How many huge pages so many bytes take.
+fn huge_pages(size: u64) -> u64 {
+    size.div_ceil(HUGE_PAGE as u64)
+}
+
+/// Whether memory is in pages that are its own for good.
+pub fn is_reserved(memory: &GuestMemoryMmap) -> bool {
+    memory.iter().any(region_is_reserved)
+}
+
+fn region_is_reserved(region: &GuestRegionMmap) -> bool {
+    region.flags() & libc::MAP_HUGETLB != 0
 }
 
 /// Says how the host is to back guest memory, before it is touched: by small
 /// pages, but for the guest-physical ranges in `huge`, which are used as a whole.
 /// Advice: a host without huge pages has nothing to follow.
+///
+/// Of reserved huge pages there is nothing to say.
 pub fn advise(memory: &GuestMemoryMmap, huge: &[Range<u64>]) {
     memory.iter().for_each(|region| advise_region(region, huge));
 }
 
 /// As [`advise`], of one region.
 pub fn advise_region(region: &GuestRegionMmap, huge: &[Range<u64>]) {
+    if region_is_reserved(region) {
+        return;
+    }
     let start = region.start_addr().raw_value();
     let whole = start..start + region.len();
     let parts: Vec<Range<u64>> = huge
@@ -123,7 +169,9 @@ fn try_madvise(region: &GuestRegionMmap, range: Range<u64>, advice: libc::c_int)
 
 /// Gives the whole pages of a guest-physical range back to the host; the guest
 /// finds zeros there from now on. Returns how many bytes: what is not memory is
-/// left alone, and so is what the host refuses to take.
+/// left alone, and so is what the host refuses to take, and what is in reserved
+/// huge pages: one that was given back would be anybody's, and the guest that
+/// touches it again would end when none is left.
 pub fn discard(memory: &GuestMemoryMmap, range: Range<u64>) -> u64 {
     let mut discarded = 0;
     for region in memory.iter() {
@@ -139,6 +187,9 @@ pub fn discard(memory: &GuestMemoryMmap, range: Range<u64>) -> u64 {
 
 /// Whole pages of one region.
 fn discard_in(region: &GuestRegionMmap, range: Range<u64>) -> bool {
+    if region_is_reserved(region) {
+        return false;
+    }
     let length = (range.end - range.start) as usize;
     // SAFETY: the caller's range is of this region, which it holds.
     let start = unsafe { region.as_ptr().add(range.start as usize) }.cast();
@@ -201,14 +252,15 @@ fn map(
 }
 
 /// Maps one region at guest-physical addresses: of a snapshot's memory file
-/// from an offset on, or new.
+/// from an offset on, or new, in such pages.
 pub fn region(
     addresses: Range<u64>,
     file: Option<FileOffset>,
+    pages: Pages,
 ) -> Result<GuestRegionMmap, MemoryError> {
     let flags = match file {
         Some(_) => 0,
-        None => libc::MAP_ANONYMOUS,
+        None => flags(pages),
     };
     map_region(addresses, flags, file)
 }
@@ -219,11 +271,19 @@ fn map_region(
     backing: Option<FileOffset>,
 ) -> Result<GuestRegionMmap, MemoryError> {
     let size = addresses.end - addresses.start;
-    let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE | flags;
+    let huge = flags & libc::MAP_HUGETLB != 0;
+    // The host answers for huge pages now, or the guest would find out.
+    let unreserved = if huge { 0 } else { libc::MAP_NORESERVE };
+    let flags = libc::MAP_PRIVATE | unreserved | flags;
     let protection = libc::PROT_READ | libc::PROT_WRITE;
     let build = |file| {
-        MmapRegion::build(file, size as usize, protection, flags)
-            .map_err(|source| MemoryError::Map { size, source })
+        MmapRegion::build(file, size as usize, protection, flags).map_err(|source| match huge {
+            true => MemoryError::HugePages {
+                count: huge_pages(size),
+                source,
+            },
+            false => MemoryError::Map { size, source },
+        })
     };
     let anonymous = backing.is_none();
     let mut mapping = build(backing)?;
@@ -380,7 +440,7 @@ mod tests {
         // As large as a mapping that Linux does not align by itself.
         let size = (8 << 20) + PAGE as u64;
         let aligned = (0..16).filter(|_| {
-            let memory = allocate(size).unwrap();
+            let memory = allocate(size, Pages::Small).unwrap();
             let region = memory.iter().next().unwrap();
             region.as_ptr() as usize % HUGE_PAGE == 0
         });
@@ -390,7 +450,7 @@ mod tests {
 
     #[test]
     fn whole_pages_that_are_discarded_are_zero() {
-        let memory = allocate(4 << 20).unwrap();
+        let memory = allocate(4 << 20, Pages::Small).unwrap();
         fill(&memory, 0..0x5000, 7);
         assert_eq!(discard(&memory, 0x1001..0x3fff), 0x1000);
         assert_eq!(byte(&memory, 0x1fff), 7);
@@ -421,6 +481,23 @@ mod tests {
         assert_eq!(byte(&other, 0x1000), 9);
     }
 
+    #[test]
+    fn reserved_pages_are_there_or_the_error_tells_how() {
+        let size = 1 << 40;
+        let error = allocate(size, Pages::Huge).unwrap_err().to_string();
+        for word in ["524288 huge pages", "/proc/sys/vm/nr_hugepages"] {
+            assert!(error.contains(word), "{error}");
+        }
+        let Ok(memory) = allocate(4 << 20, Pages::Huge) else {
+            println!("SKIPPED: reserved_pages_are_there_or_the_error_tells_how: this host has no huge pages: the end-to-end tests reserve some");
+            return;
+        };
+        assert!(is_reserved(&memory));
+        fill(&memory, 0..4 << 20, 7);
+        assert_eq!(discard(&memory, 0..4 << 20), 0);
+        assert_eq!(byte(&memory, 1 << 20), 7);
+    }
+
     /// Whether the kernel says of the mapping at `address` that it has `flag`.
     fn has_flag(address: usize, flag: &str) -> bool {
         let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
@@ -432,7 +509,7 @@ mod tests {
 
     #[test]
     fn memory_is_mergeable_only_when_told() {
-        let memory = allocate(4 << 20).unwrap();
+        let memory = allocate(4 << 20, Pages::Small).unwrap();
         let region = memory.iter().next().unwrap();
         advise(&memory, &[]);
         let address = region.as_ptr() as usize;
@@ -446,7 +523,7 @@ mod tests {
 
     #[test]
     fn memory_is_mapped_and_windows_lie_above_it() {
-        let memory = allocate(64 << 20).unwrap();
+        let memory = allocate(64 << 20, Pages::Small).unwrap();
         assert_eq!(memory.num_regions(), 1);
         let mut windows = WindowAllocator::new(5 << 30);
         let first = windows.reserve(3 << 20);

@@ -10,7 +10,7 @@ pub(crate) mod tail;
 use std::{fmt, os::fd::OwnedFd, path::PathBuf, time::Duration};
 
 use async_trait::async_trait;
-use bulkhead_vmm_api::{ExitReason, Timeline};
+use bulkhead_vmm_api::{ExitReason, Pages, Timeline};
 use tokio::sync::watch;
 
 pub use self::error::HypervisorError;
@@ -24,8 +24,8 @@ pub struct Machine {
     pub memory_mib: u32,
     /// MiB that it may become more; 0: it stays as it is.
     pub extra_memory_mib: u32,
-    /// Whether the host may back all of it by huge pages.
-    pub huge_pages: bool,
+    /// Which of the host's pages it is in.
+    pub pages: Pages,
     /// Whether the guest has a balloon that gives free memory back.
     pub free_page_reporting: bool,
     /// MiB of the shared directory's DAX window; 0: none.

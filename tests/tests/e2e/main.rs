@@ -37,6 +37,7 @@ mod memory;
 mod merging;
 mod network;
 mod oci;
+mod pages;
 mod plugged;
 mod pod;
 mod pods;
@@ -73,6 +74,7 @@ fn all() -> Vec<Test> {
         logger::TESTS,
         lifecycle::TESTS,
         memory::TESTS,
+        pages::TESTS,
         merging::TESTS,
         network::TESTS,
         oci::TESTS,

@@ -13,15 +13,14 @@ pub struct VmConfig {
     pub vcpus: u8,
     /// Guest memory in MiB, 32 to 1,048,576.
     pub memory_mib: u32,
-    /// Whether the host may back all of the guest's memory by huge pages
-    /// (transparent ones): a little faster, and a page the guest touches costs
-    /// 2 MiB. The kernel's image, which is used as a whole, may be in any case.
+    /// Which of the host's pages guest memory is in.
     #[serde(default)]
-    pub huge_pages: bool,
+    pub pages: Pages,
     /// Marks guest memory as mergeable (KSM). The descriptor is whatever makes
     /// sure that nobody else's memory is merged with it, a lock say: it stays
     /// open for as long as the memory is there. Then no part is in huge pages
-    /// unless `huge_pages` says so. None: not mergeable.
+    /// unless `pages` says so; reserved ones are never merged, and refused. None: not
+    /// mergeable.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub merge_group: Option<FdIndex>,
     /// What to boot.
@@ -33,6 +32,41 @@ pub struct VmConfig {
     /// What is on the PCI bus.
     #[serde(default)]
     pub devices: DeviceConfigs,
+}
+
+/// Which of the host's pages guest memory is in.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Pages {
+    /// Of 4 KiB. What the guest's boot fills, the kernel's image and the end of
+    /// memory, may be in huge ones as by `Transparent`, unless memory is mergeable.
+    #[default]
+    Small,
+    /// Huge ones where the host has some (transparent huge pages): a little faster,
+    /// and a page that the guest touches costs 2 MiB. Needs `madvise` or `always` in
+    /// `/sys/kernel/mm/transparent_hugepage/enabled`.
+    Transparent,
+    /// Huge ones of 2 MiB that the host keeps for this (hugetlb pages,
+    /// `/proc/sys/vm/nr_hugepages`): all of them are the VM's from its start on, or
+    /// it does not start. Memory is a multiple of 2 MiB. None of it goes back to
+    /// the host while the VM is there: free page reporting is refused, and so are
+    /// a balloon's targets. The [`MemConfig`] device's parts are in such pages, too,
+    /// and go back as a whole.
+    Huge,
+}
+
+impl Pages {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Small, Self::Transparent, Self::Huge];
+
+    /// Its name in a configuration.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Small => "small",
+            Self::Transparent => "transparent",
+            Self::Huge => "huge",
+        }
+    }
 }
 
 /// The devices on the PCI bus, in this order.
@@ -106,6 +140,12 @@ pub struct SnapshotFiles {
 /// must be as many of each kind, those plugged later included, and those of a
 /// kind in the order of their slots; names, paths, taps, files and directories
 /// may be others.
+///
+/// Its memory is a private mapping of the snapshot's memory file, whatever pages
+/// the snapshot's VM had: of the file's pages (huge ones only where the file lies
+/// on a file system that has them, a tmpfs with `huge=`), and of small ones where
+/// the guest has written, of which the host's kernel makes no huge ones. Hence no
+/// [`Pages`] can be chosen here.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RestoreConfig {

@@ -5,6 +5,7 @@
 use std::io::{Seek, Write};
 
 use bulkhead_vmm::{arch::x86_64::boot, memory};
+use bulkhead_vmm_api::Pages;
 use libfuzzer_sys::fuzz_target;
 use vmm_sys_util::tempfile::TempFile;
 
@@ -15,7 +16,7 @@ fuzz_target!(|data: &[u8]| {
     file.write_all(data).expect("room");
     file.rewind().expect("a file");
     let _ = boot::extent(&file);
-    let memory = memory::allocate(MEMORY).expect("memory");
+    let memory = memory::allocate(MEMORY, Pages::Small).expect("memory");
     if let Ok(boot::Entry::Linux(entry)) = boot::load(&memory, MEMORY, &file, "quiet", None) {
         assert!(u64::from(entry) < MEMORY, "entered where it was loaded");
     }

@@ -16,7 +16,7 @@ use bulkhead_vmm::confine::{
 };
 use bulkhead_vmm_api::{
     BalloonConfig, BalloonTarget, BlkConfig, BlkEngine, Call, FsCache, FsConfig, MemConfig,
-    MemoryTarget, NetConfig, PlugConfig, PmemConfig, UnplugTarget,
+    MemoryTarget, NetConfig, Pages, PlugConfig, PmemConfig, UnplugTarget,
 };
 use vmm_sys_util::tempdir::TempDir;
 
@@ -153,7 +153,7 @@ fn life(vmm: &mut Vmm) {
     let _serial = setup.serial();
     let index = setup.pass(shared());
     setup.config.vcpus = 2;
-    setup.config.huge_pages = true;
+    setup.config.pages = Pages::Transparent;
     setup.config.devices.fs.push(fs("first", index));
     setup.config.devices.mem = Some(MemConfig { max_mib: 256 });
     setup.config.devices.balloon = Some(BalloonConfig::default());
