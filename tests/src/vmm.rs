@@ -389,6 +389,7 @@ impl Devices {
                     directory: 2,
                     cache: FsCache::Auto,
                     dax_mib: 0,
+                    host_locks: false,
                 }],
                 vsock: Some(VsockConfig {
                     cid: 3,

@@ -73,6 +73,7 @@ fn main() -> Result<()> {
                     directory: index,
                     cache: FsCache::Auto,
                     dax_mib: 0,
+                    host_locks: false,
                 });
             }
             "--vsock" => {

@@ -43,6 +43,8 @@ pub struct Hypervisor {
     /// from the host's page cache instead of copies of their own (the DAX window
     /// of virtio-fs), MiB.
     pub dax_mib: u32,
+    /// Whether what containers lock in shared directories is locked on the host.
+    pub host_locks: bool,
     /// The pods among which the host may merge identical pages of memory (KSM);
     /// none: no pod's memory is merged unless its annotation says so.
     pub merge_group: Option<Name>,
@@ -216,6 +218,7 @@ impl Default for Hypervisor {
             pages: Pages::Small,
             free_page_reporting: true,
             dax_mib: 0,
+            host_locks: false,
             merge_group: None,
             allowed_merge_groups: Vec::new(),
             kernel_params: String::new(),

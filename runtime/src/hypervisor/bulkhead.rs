@@ -366,6 +366,7 @@ fn describe(machine: &Machine) -> (VmConfig, Vec<&OwnedFd>) {
                 directory: pass(&machine.shared),
                 cache: FsCache::Auto,
                 dax_mib: machine.dax_mib,
+                host_locks: machine.host_locks,
             }],
             vsock: Some(VsockConfig {
                 cid: GUEST_CID,

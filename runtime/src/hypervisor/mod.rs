@@ -30,6 +30,8 @@ pub struct Machine {
     pub free_page_reporting: bool,
     /// MiB of the shared directory's DAX window; 0: none.
     pub dax_mib: u32,
+    /// Whether locks of files of the shared directory are the host's.
+    pub host_locks: bool,
     /// What is to stay open while guest memory is mergeable; none: it is not.
     pub merge_group: Option<OwnedFd>,
     /// The guest kernel's command line.

@@ -251,6 +251,7 @@ async fn boot(
         pages: config.hypervisor.pages,
         free_page_reporting: config.hypervisor.free_page_reporting,
         dax_mib: config.hypervisor.dax_mib.next_multiple_of(2),
+        host_locks: config.hypervisor.host_locks,
         merge_group: merging.take_held(),
         cmdline: cmdline::build_for(
             Later {

@@ -32,6 +32,7 @@ mod kill;
 mod ksm;
 mod lifecycle;
 mod listener;
+mod locks;
 mod logger;
 mod memory;
 mod merging;
@@ -85,6 +86,7 @@ fn all() -> Vec<Test> {
         cgroups::TESTS,
         vmm::TESTS,
         volumes::TESTS,
+        locks::TESTS,
         programs::TESTS,
         posix::TESTS,
         cri::TESTS,

@@ -204,6 +204,16 @@ pub struct FsConfig {
     /// mounted with `dax=always`.
     #[serde(default)]
     pub dax_mib: u32,
+    /// Whether what the guest's processes lock (`fcntl` and `flock`) is locked on the
+    /// host: others that have the directory, guests or the host's programs, are
+    /// kept out, and keep out. False: locks hold within the guest, and cost no
+    /// request.
+    ///
+    /// Locks that wait are tried again up to 160 ms after others of the host let go;
+    /// nobody looks for deadlocks. A process of Linux that waits for a lock cannot be
+    /// killed before it has it: its driver tells nobody of signals.
+    #[serde(default)]
+    pub host_locks: bool,
 }
 
 /// virtio-fs cache policy.

@@ -296,7 +296,7 @@ const VCPU: &[Rule] = &[
     any(libc::SYS_epoll_ctl, "a device that starts is watched"),
     any(
         libc::SYS_timerfd_create,
-        "a vsock device, or a disk with limits, that starts",
+        "a vsock device, a disk with limits, or a directory with locks, that starts",
     ),
     any(
         libc::SYS_io_uring_enter,
@@ -378,6 +378,16 @@ const FILES: &[Rule] = &[
         &[&[Is(1, libc::F_SETFL as u64)]],
         "read and write, when the guest changed an open file's flags",
     ),
+    tested(
+        libc::SYS_fcntl,
+        &[
+            &[Is(1, libc::F_OFD_GETLK as u64)],
+            &[Is(1, libc::F_OFD_SETLK as u64)],
+        ],
+        "getlk, setlk",
+    ),
+    any(libc::SYS_flock, "setlk of a whole file"),
+    any(libc::SYS_timerfd_settime, "setlkw: trying again"),
     // Never executable, shared with the file, and where it is said to be.
     tested(
         libc::SYS_mmap,

@@ -148,6 +148,7 @@ fn life(vmm: &mut Vmm) {
         directory,
         cache: FsCache::Auto,
         dax_mib: 0,
+        host_locks: false,
     };
     let mut setup = Setup::new(Code::new().print_for_ever(b'r').kernel());
     let _serial = setup.serial();

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 mod known;
+mod locks;
 mod requests;
 mod window;
 
@@ -70,6 +71,7 @@ fn config(tag: &str) -> FsConfig {
         directory: 0,
         cache: FsCache::Auto,
         dax_mib: 0,
+        host_locks: false,
     }
 }
 
@@ -84,9 +86,13 @@ impl Guest {
     }
 
     fn with_window(window: Option<Window>) -> Self {
+        Self::with_config(&config("shared"), window)
+    }
+
+    fn with_config(config: &FsConfig, window: Option<Window>) -> Self {
         let directory = TempDir::new().unwrap();
         fs::write(directory.as_path().join("file"), b"0123456789").unwrap();
-        let device = Fs::new(&config("shared"), open(directory.as_path())).unwrap();
+        let device = Fs::new(config, open(directory.as_path())).unwrap();
         let device = device.with_window(window);
         let mut guest = Self {
             driver: Driver::new(device),
