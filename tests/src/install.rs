@@ -6,6 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{bail, Context, Result};
+use bulkhead_vmm_api::Pages;
 
 use crate::boxed::hot::with_libraries;
 
@@ -165,7 +166,7 @@ impl Products {
             state_dir: state_dir.to_owned(),
             guest_console: None,
             merge_groups: Vec::new(),
-            huge_pages: false,
+            pages: Pages::Small,
         }
     }
 }
@@ -185,8 +186,8 @@ pub struct Config {
     pub guest_console: Option<PathBuf>,
     /// Merge groups that a pod's annotation may name.
     pub merge_groups: Vec<String>,
-    /// Whether guests' memory may be in huge pages.
-    pub huge_pages: bool,
+    /// What pages guests' memory is in.
+    pub pages: Pages,
 }
 
 /// How long the agent may take, in milliseconds, for its first call and for an
@@ -198,12 +199,12 @@ impl Config {
     pub fn toml(&self) -> String {
         let quote = |path: &Path| format!("{:?}", path.to_string_lossy());
         let mut text = format!(
-            "[hypervisor]\npath = {}\nkernel = {}\nimage = {}\nallowed_merge_groups = {:?}\nhuge_pages = {}\n\n[agent]\nready_timeout_ms = {}\nrpc_timeout_ms = {}\n\n[runtime]\nstate_dir = {}\nlog_level = \"info\"\n",
+            "[hypervisor]\npath = {}\nkernel = {}\nimage = {}\nallowed_merge_groups = {:?}\npages = {:?}\n\n[agent]\nready_timeout_ms = {}\nrpc_timeout_ms = {}\n\n[runtime]\nstate_dir = {}\nlog_level = \"info\"\n",
             quote(&self.vmm),
             quote(&self.kernel),
             quote(&self.image),
             self.merge_groups,
-            self.huge_pages,
+            self.pages.name(),
             AGENT_PATIENCE.0,
             AGENT_PATIENCE.1,
             quote(&self.state_dir),

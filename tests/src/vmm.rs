@@ -13,8 +13,8 @@ use bulkhead_agent_protocol::{AGENT_PORT, SHARED_TAG, STREAM_PORT};
 use bulkhead_runtime::hypervisor::cmdline::{self, Later};
 use bulkhead_vmm_api::{
     BalloonConfig, Call, Channel, DeviceConfigs, Event, FromVmm, FsCache, FsConfig, KernelConfig,
-    MemConfig, Outcome, PlugConfig, PmemConfig, Request, RestoreConfig, SnapshotFiles, Status,
-    UnplugTarget, VmConfig, VsockConfig,
+    MemConfig, Outcome, Pages, PlugConfig, PmemConfig, Request, RestoreConfig, SnapshotFiles,
+    Status, UnplugTarget, VmConfig, VsockConfig,
 };
 use nix::fcntl::{fcntl, FcntlArg, FdFlag};
 use nix::sys::socket::{setsockopt, sockopt::ReceiveTimeout};
@@ -173,12 +173,37 @@ impl Vmm {
         self.boot_with(products, dir, Size::default(), merge_group)
     }
 
+    /// As [`Self::boot`], of a machine that `change` makes another, with its
+    /// descriptors.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn boot_changed(
+        &mut self,
+        products: &Products,
+        dir: &Path,
+        change: impl FnOnce(&mut VmConfig, &mut Vec<OwnedFd>),
+    ) -> Result<()> {
+        self.boot_all(products, dir, Size::default(), None, change)
+    }
+
     fn boot_with(
         &mut self,
         products: &Products,
         dir: &Path,
         size: Size,
         merge_group: Option<OwnedFd>,
+    ) -> Result<()> {
+        self.boot_all(products, dir, size, merge_group, |_, _| {})
+    }
+
+    fn boot_all(
+        &mut self,
+        products: &Products,
+        dir: &Path,
+        size: Size,
+        merge_group: Option<OwnedFd>,
+        change: impl FnOnce(&mut VmConfig, &mut Vec<OwnedFd>),
     ) -> Result<()> {
         let mut devices = Devices::new(products, dir)?;
         let later = Later {
@@ -194,10 +219,10 @@ impl Vmm {
             fds.push(held);
             kernel + 1
         });
-        let config = VmConfig {
+        let mut config = VmConfig {
             vcpus: 1 + size.extra_vcpus,
             memory_mib: size.memory_mib,
-            huge_pages: false,
+            pages: Pages::Small,
             merge_group,
             kernel: KernelConfig {
                 image: kernel,
@@ -207,6 +232,7 @@ impl Vmm {
             serial: Some(0),
             devices: devices.config,
         };
+        change(&mut config, &mut fds);
         self.call(Call::Configure(Box::new(config)), &fds)?;
         self.call(Call::Boot, &[])?;
         Ok(())
@@ -363,6 +389,7 @@ impl Devices {
                     directory: 2,
                     cache: FsCache::Auto,
                     dax_mib: 0,
+                    host_locks: false,
                 }],
                 vsock: Some(VsockConfig {
                     cid: 3,

@@ -18,7 +18,7 @@ use std::{
 use anyhow::{bail, Context, Result};
 use bulkhead_vmm_api::{
     Call, Channel, ChannelError, DeviceConfigs, FromVmm, FsCache, FsConfig, KernelConfig, Outcome,
-    PmemConfig, Request, VmConfig, VsockConfig,
+    Pages, PmemConfig, Request, VmConfig, VsockConfig,
 };
 
 fn main() -> Result<()> {
@@ -26,7 +26,7 @@ fn main() -> Result<()> {
     let mut config = VmConfig {
         vcpus: 1,
         memory_mib: 256,
-        huge_pages: false,
+        pages: Pages::Small,
         merge_group: None,
         kernel: KernelConfig {
             image: 0,
@@ -73,6 +73,7 @@ fn main() -> Result<()> {
                     directory: index,
                     cache: FsCache::Auto,
                     dax_mib: 0,
+                    host_locks: false,
                 });
             }
             "--vsock" => {

@@ -1,18 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
 //! A configuration with its descriptors, checked: what the builder works from.
 
+#[cfg(test)]
+mod tests;
+
 use std::{
     fs::File,
     os::fd::{AsRawFd, OwnedFd},
 };
 
 use bulkhead_vmm_api::{
-    BalloonConfig, BlkConfig, DeviceConfigs, FailureKind, FdIndex, FsConfig, MemConfig, NetConfig,
-    PlugConfig, PmemConfig, RestoreConfig, SnapshotFiles, VmConfig, VsockConfig,
+    BalloonConfig, BlkConfig, ConsoleConfig, DeviceConfigs, FailureKind, FdIndex, FsConfig,
+    MemConfig, NetConfig, Pages, PlugConfig, PmemConfig, RestoreConfig, SnapshotFiles, VmConfig,
+    VsockConfig,
 };
 use nix::fcntl::{fcntl, FcntlArg, OFlag};
 
-use crate::{arch::x86_64::layout, virtio::mem::SLOT};
+use crate::{
+    arch::x86_64::layout,
+    virtio::{console, mem::SLOT},
+};
 
 /// Most vCPUs.
 pub const MAX_VCPUS: u8 = 64;
@@ -58,8 +65,8 @@ pub struct Resources {
     pub vcpus: u8,
     /// Bytes of memory.
     pub memory_size: u64,
-    /// Whether all of it may be huge pages.
-    pub huge_pages: bool,
+    /// What pages it is in.
+    pub pages: Pages,
     /// What to hold while guest memory is mergeable; none: it is not.
     pub merge_group: Option<OwnedFd>,
     /// Kernel image.
@@ -106,6 +113,8 @@ pub struct Devices {
     pub balloon: Option<BalloonConfig>,
     /// Memory that comes and goes.
     pub mem: Option<MemConfig>,
+    /// What a console and a log are connected to.
+    pub console: Option<console::Outputs>,
 }
 
 struct Descriptors(Vec<Option<OwnedFd>>);
@@ -117,11 +126,38 @@ impl Descriptors {
 
     /// Where the serial port writes; never blocks.
     fn serial(&mut self, index: Option<FdIndex>) -> Result<Option<File>, ConfigError> {
-        let serial = index.map(|index| self.file(index, "serial")).transpose()?;
-        if let Some(serial) = &serial {
-            set_nonblocking(serial).map_err(|error| unusable("serial", error.to_string()))?;
+        self.nonblocking(index, "serial")
+    }
+
+    /// What never blocks.
+    fn nonblocking(
+        &mut self,
+        index: Option<FdIndex>,
+        field: &str,
+    ) -> Result<Option<File>, ConfigError> {
+        let file = index.map(|index| self.file(index, field)).transpose()?;
+        if let Some(file) = &file {
+            set_nonblocking(file).map_err(|error| unusable(field, error.to_string()))?;
         }
-        Ok(serial)
+        Ok(file)
+    }
+
+    fn console(&mut self, wanted: ConsoleConfig) -> Result<console::Outputs, ConfigError> {
+        let console = self.nonblocking(wanted.console, "console.console")?;
+        if wanted.input {
+            let kind = console.as_ref().and_then(|file| file.metadata().ok());
+            if kind.is_none_or(|kind| kind.is_file() || kind.is_dir()) {
+                return Err(invalid(
+                    "console.input",
+                    "console is not a descriptor from which input comes: pass a terminal or a socket",
+                ));
+            }
+        }
+        Ok(console::Outputs {
+            console,
+            input: wanted.input,
+            log: self.nonblocking(wanted.log, "console.log")?,
+        })
     }
 
     fn take(&mut self, index: FdIndex, field: &str) -> Result<OwnedFd, ConfigError> {
@@ -159,6 +195,9 @@ impl Resources {
                 ),
             ));
         }
+        if config.pages == Pages::Huge {
+            check_huge(&config)?;
+        }
         let cmdline = config.kernel.cmdline;
         if cmdline.len() >= layout::CMDLINE_SIZE || cmdline.contains(['\0', '\n']) {
             return Err(invalid(
@@ -179,7 +218,7 @@ impl Resources {
         Ok(Self {
             vcpus: config.vcpus,
             memory_size: u64::from(config.memory_mib) << 20,
-            huge_pages: config.huge_pages,
+            pages: config.pages,
             merge_group: config
                 .merge_group
                 .map(|index| fds.take(index, "merge_group"))
@@ -191,6 +230,28 @@ impl Resources {
             devices: Devices::new(config.devices, &mut fds)?,
         })
     }
+}
+
+/// What cannot be of a machine in pages that are its own for good.
+fn check_huge(config: &VmConfig) -> Result<(), ConfigError> {
+    if config.memory_mib % 2 != 0 {
+        let problem = format!("{} is not a multiple of 2 (pages: huge)", config.memory_mib);
+        return Err(invalid("memory_mib", problem));
+    }
+    if config.merge_group.is_some() {
+        return Err(invalid(
+            "merge_group",
+            "memory in reserved huge pages is never merged: choose other pages, or no group",
+        ));
+    }
+    let balloon = config.devices.balloon.as_ref();
+    if balloon.is_some_and(|balloon| balloon.free_page_reporting) {
+        return Err(invalid(
+            "balloon.free_page_reporting",
+            "nothing of reserved huge pages is given back: choose other pages, or false",
+        ));
+    }
+    Ok(())
 }
 
 impl RestoreResources {
@@ -351,6 +412,10 @@ impl Devices {
             rng: wanted.rng,
             balloon: wanted.balloon,
             mem: wanted.mem,
+            console: wanted
+                .console
+                .map(|console| fds.console(console))
+                .transpose()?,
         })
     }
 }
@@ -371,67 +436,4 @@ fn size_of(file: &File) -> std::io::Result<u64> {
     file.seek(SeekFrom::Start(0))?;
     tracing::trace!(fd = file.as_raw_fd(), size, "file");
     Ok(size)
-}
-
-#[cfg(test)]
-mod tests {
-    use bulkhead_vmm_api::KernelConfig;
-
-    use super::*;
-
-    fn config() -> VmConfig {
-        VmConfig {
-            vcpus: 1,
-            memory_mib: 128,
-            huge_pages: false,
-            merge_group: None,
-            kernel: KernelConfig {
-                image: 0,
-                cmdline: String::new(),
-                initrd: None,
-            },
-            serial: None,
-            devices: DeviceConfigs {
-                rng: false,
-                ..DeviceConfigs::default()
-            },
-        }
-    }
-
-    fn null() -> OwnedFd {
-        File::open("/dev/null").unwrap().into()
-    }
-
-    fn refused(change: impl FnOnce(&mut VmConfig)) -> String {
-        let mut config = config();
-        change(&mut config);
-        Resources::new(config, vec![null()])
-            .unwrap_err()
-            .to_string()
-    }
-
-    #[test]
-    fn errors_name_the_field() {
-        assert!(Resources::new(config(), vec![null()]).is_ok());
-        assert!(refused(|c| c.vcpus = 0).starts_with("vcpus:"));
-        assert!(refused(|c| c.memory_mib = 1).starts_with("memory_mib:"));
-        assert!(refused(|c| c.kernel.image = 7).contains("descriptor 7 of 1"));
-        assert!(refused(|c| c.kernel.initrd = Some(0)).contains("used twice"));
-        assert!(refused(|c| c.merge_group = Some(1)).starts_with("merge_group: descriptor 1"));
-        assert!(refused(|c| c.kernel.cmdline = "a\nb".into()).starts_with("kernel.cmdline:"));
-        assert!(refused(|c| c.kernel.cmdline = "a".repeat(2048)).starts_with("kernel.cmdline:"));
-        for max_mib in [0, 100, 1 << 21] {
-            let text = refused(|c| c.devices.mem = Some(MemConfig { max_mib }));
-            assert!(text.starts_with("mem.max_mib:"), "{text}");
-        }
-        assert!(refused(|c| {
-            c.devices.vsock = Some(VsockConfig {
-                cid: 2,
-                listener: None,
-                uds_path: "/x".into(),
-                ready_port: None,
-            });
-        })
-        .starts_with("vsock.cid:"));
-    }
 }

@@ -2,19 +2,25 @@
 //! Guest memory: private and anonymous, so that KSM, free page return and
 //! copy-on-write templates work on it.
 
-use std::{collections::BTreeMap, fs::File, io, ops::Range};
+mod windows;
 
+use std::{fs::File, io, ops::Range};
+
+use bulkhead_vmm_api::Pages;
 use vm_memory::{
-    Address, FileOffset, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion,
-    GuestRegionMmap, MmapRegion,
+    mmap::MmapRegionError, Address, FileOffset, GuestAddress, GuestMemory, GuestMemoryMmap,
+    GuestMemoryRegion, GuestRegionMmap, MmapRegion,
 };
 
+pub use self::windows::WindowAllocator;
 use crate::arch::x86_64::layout;
 
 const PAGE: usize = 4096;
 /// A huge page. A guest has one as such only where its guest-physical address
 /// and the host's are multiples of this.
 const HUGE_PAGE: usize = 2 << 20;
+/// How they are asked for, by themselves.
+const HUGE_FLAGS: libc::c_int = libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | libc::MAP_HUGE_2MB;
 
 /// Why guest memory could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -26,7 +32,16 @@ pub enum MemoryError {
         size: u64,
         /// Why.
         #[source]
-        source: vm_memory::mmap::MmapRegionError,
+        source: MmapRegionError,
+    },
+    /// The host keeps too few huge pages, or none.
+    #[error("pages: guest memory takes {count} huge pages of 2 MiB, and the host has not so many left: raise /proc/sys/vm/nr_hugepages")]
+    HugePages {
+        /// Pages asked for.
+        count: u64,
+        /// Why.
+        #[source]
+        source: MmapRegionError,
     },
     /// The regions do not fit together.
     #[error("guest memory regions do not fit together")]
@@ -58,20 +73,54 @@ pub fn ranges(size: u64) -> Vec<(u64, u64)> {
     ranges
 }
 
-/// Maps `size` bytes of guest memory. Nothing is populated.
-pub fn allocate(size: u64) -> Result<GuestMemoryMmap, MemoryError> {
-    map(size, libc::MAP_ANONYMOUS, |_| Ok(None))
+/// Maps `size` bytes of guest memory. Nothing is populated; huge pages are
+/// reserved.
+pub fn allocate(size: u64, pages: Pages) -> Result<GuestMemoryMmap, MemoryError> {
+    map(size, flags(pages), |_| Ok(None)).map_err(|error| match error {
+        // All of it, not the region that was one too many.
+        MemoryError::HugePages { source, .. } => MemoryError::HugePages {
+            count: huge_pages(size),
+            source,
+        },
+        other => other,
+    })
+}
+
+fn flags(pages: Pages) -> libc::c_int {
+    match pages {
+        Pages::Small | Pages::Transparent => libc::MAP_ANONYMOUS,
+        Pages::Huge => HUGE_FLAGS,
+    }
+}
+
+/// How many huge pages so many bytes take.
+fn huge_pages(size: u64) -> u64 {
+    size.div_ceil(HUGE_PAGE as u64)
+}
+
+/// Whether memory is in pages that are its own for good.
+pub fn is_reserved(memory: &GuestMemoryMmap) -> bool {
+    memory.iter().any(region_is_reserved)
+}
+
+fn region_is_reserved(region: &GuestRegionMmap) -> bool {
+    region.flags() & libc::MAP_HUGETLB != 0
 }
 
 /// Says how the host is to back guest memory, before it is touched: by small
 /// pages, but for the guest-physical ranges in `huge`, which are used as a whole.
 /// Advice: a host without huge pages has nothing to follow.
+///
+/// Of reserved huge pages there is nothing to say.
 pub fn advise(memory: &GuestMemoryMmap, huge: &[Range<u64>]) {
     memory.iter().for_each(|region| advise_region(region, huge));
 }
 
 /// As [`advise`], of one region.
 pub fn advise_region(region: &GuestRegionMmap, huge: &[Range<u64>]) {
+    if region_is_reserved(region) {
+        return;
+    }
     let start = region.start_addr().raw_value();
     let whole = start..start + region.len();
     let parts: Vec<Range<u64>> = huge
@@ -123,7 +172,9 @@ fn try_madvise(region: &GuestRegionMmap, range: Range<u64>, advice: libc::c_int)
 
 /// Gives the whole pages of a guest-physical range back to the host; the guest
 /// finds zeros there from now on. Returns how many bytes: what is not memory is
-/// left alone, and so is what the host refuses to take.
+/// left alone, and so is what the host refuses to take, and what is in reserved
+/// huge pages: one that was given back would be anybody's, and the guest that
+/// touches it again would end when none is left.
 pub fn discard(memory: &GuestMemoryMmap, range: Range<u64>) -> u64 {
     let mut discarded = 0;
     for region in memory.iter() {
@@ -139,6 +190,9 @@ pub fn discard(memory: &GuestMemoryMmap, range: Range<u64>) -> u64 {
 
 /// Whole pages of one region.
 fn discard_in(region: &GuestRegionMmap, range: Range<u64>) -> bool {
+    if region_is_reserved(region) {
+        return false;
+    }
     let length = (range.end - range.start) as usize;
     // SAFETY: the caller's range is of this region, which it holds.
     let start = unsafe { region.as_ptr().add(range.start as usize) }.cast();
@@ -201,14 +255,15 @@ fn map(
 }
 
 /// Maps one region at guest-physical addresses: of a snapshot's memory file
-/// from an offset on, or new.
+/// from an offset on, or new, in such pages.
 pub fn region(
     addresses: Range<u64>,
     file: Option<FileOffset>,
+    pages: Pages,
 ) -> Result<GuestRegionMmap, MemoryError> {
     let flags = match file {
         Some(_) => 0,
-        None => libc::MAP_ANONYMOUS,
+        None => flags(pages),
     };
     map_region(addresses, flags, file)
 }
@@ -219,11 +274,19 @@ fn map_region(
     backing: Option<FileOffset>,
 ) -> Result<GuestRegionMmap, MemoryError> {
     let size = addresses.end - addresses.start;
-    let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE | flags;
+    let huge = flags & libc::MAP_HUGETLB != 0;
+    // The host answers for huge pages now, or the guest would find out.
+    let unreserved = if huge { 0 } else { libc::MAP_NORESERVE };
+    let flags = libc::MAP_PRIVATE | unreserved | flags;
     let protection = libc::PROT_READ | libc::PROT_WRITE;
     let build = |file| {
-        MmapRegion::build(file, size as usize, protection, flags)
-            .map_err(|source| MemoryError::Map { size, source })
+        MmapRegion::build(file, size as usize, protection, flags).map_err(|source| match huge {
+            true => MemoryError::HugePages {
+                count: huge_pages(size),
+                source,
+            },
+            false => MemoryError::Map { size, source },
+        })
     };
     let anonymous = backing.is_none();
     let mut mapping = build(backing)?;
@@ -286,70 +349,6 @@ fn unmap(start: usize, end: usize) {
     }
 }
 
-/// Hands out guest-physical windows above all memory (virtio-pmem).
-#[derive(Debug)]
-pub struct WindowAllocator {
-    base: u64,
-    /// Start and size of what is taken.
-    taken: BTreeMap<u64, u64>,
-}
-
-impl WindowAllocator {
-    /// Where windows end: what 46 bits of physical address reach.
-    const END: u64 = 1 << 46;
-
-    /// For a guest with `memory_size` bytes of memory.
-    pub fn new(memory_size: u64) -> Self {
-        let end = ranges(memory_size)
-            .last()
-            .map_or(layout::HIGH_RAM, |(base, length)| base + length)
-            .max(layout::HIGH_RAM);
-        Self {
-            base: end.next_multiple_of(1 << 30),
-            taken: BTreeMap::new(),
-        }
-    }
-
-    /// Reserves `size` bytes at the lowest place for them; the guest-physical
-    /// address, or none when there is no such place.
-    pub fn reserve(&mut self, size: u64) -> Option<u64> {
-        self.reserve_aligned(size, layout::WINDOW_ALIGN)
-    }
-
-    /// As [`Self::reserve`], at a multiple of `align`, which is one of windows'
-    /// alignment.
-    pub fn reserve_aligned(&mut self, size: u64, align: u64) -> Option<u64> {
-        let mut at = self.base.checked_next_multiple_of(align)?;
-        for (start, taken) in &self.taken {
-            if start.checked_sub(at).is_some_and(|room| room >= size) {
-                break;
-            }
-            at = at.max((start + taken).checked_next_multiple_of(align)?);
-        }
-        self.reserve_at(at, size).then_some(at)
-    }
-
-    /// Reserves a place of which the guest knows already; false when it cannot
-    /// be had.
-    pub fn reserve_at(&mut self, at: u64, size: u64) -> bool {
-        let Some(end) = at.checked_add(size).filter(|end| *end <= Self::END) else {
-            return false;
-        };
-        let below = self.taken.range(..end).next_back();
-        let free = below.is_none_or(|(start, taken)| start + taken <= at);
-        let fits = size > 0 && at >= self.base && at % layout::WINDOW_ALIGN == 0;
-        if fits && free {
-            self.taken.insert(at, size);
-        }
-        fits && free
-    }
-
-    /// Takes one back.
-    pub fn release(&mut self, at: u64) {
-        self.taken.remove(&at);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use vm_memory::Bytes;
@@ -380,7 +379,7 @@ mod tests {
         // As large as a mapping that Linux does not align by itself.
         let size = (8 << 20) + PAGE as u64;
         let aligned = (0..16).filter(|_| {
-            let memory = allocate(size).unwrap();
+            let memory = allocate(size, Pages::Small).unwrap();
             let region = memory.iter().next().unwrap();
             region.as_ptr() as usize % HUGE_PAGE == 0
         });
@@ -390,7 +389,7 @@ mod tests {
 
     #[test]
     fn whole_pages_that_are_discarded_are_zero() {
-        let memory = allocate(4 << 20).unwrap();
+        let memory = allocate(4 << 20, Pages::Small).unwrap();
         fill(&memory, 0..0x5000, 7);
         assert_eq!(discard(&memory, 0x1001..0x3fff), 0x1000);
         assert_eq!(byte(&memory, 0x1fff), 7);
@@ -421,6 +420,23 @@ mod tests {
         assert_eq!(byte(&other, 0x1000), 9);
     }
 
+    #[test]
+    fn reserved_pages_are_there_or_the_error_tells_how() {
+        let size = 1 << 40;
+        let error = allocate(size, Pages::Huge).unwrap_err().to_string();
+        for word in ["524288 huge pages", "/proc/sys/vm/nr_hugepages"] {
+            assert!(error.contains(word), "{error}");
+        }
+        let Ok(memory) = allocate(4 << 20, Pages::Huge) else {
+            println!("SKIPPED: reserved_pages_are_there_or_the_error_tells_how: this host has no huge pages: the end-to-end tests reserve some");
+            return;
+        };
+        assert!(is_reserved(&memory));
+        fill(&memory, 0..4 << 20, 7);
+        assert_eq!(discard(&memory, 0..4 << 20), 0);
+        assert_eq!(byte(&memory, 1 << 20), 7);
+    }
+
     /// Whether the kernel says of the mapping at `address` that it has `flag`.
     fn has_flag(address: usize, flag: &str) -> bool {
         let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
@@ -432,7 +448,7 @@ mod tests {
 
     #[test]
     fn memory_is_mergeable_only_when_told() {
-        let memory = allocate(4 << 20).unwrap();
+        let memory = allocate(4 << 20, Pages::Small).unwrap();
         let region = memory.iter().next().unwrap();
         advise(&memory, &[]);
         let address = region.as_ptr() as usize;
@@ -445,62 +461,8 @@ mod tests {
     }
 
     #[test]
-    fn memory_is_mapped_and_windows_lie_above_it() {
-        let memory = allocate(64 << 20).unwrap();
+    fn memory_is_mapped() {
+        let memory = allocate(64 << 20, Pages::Small).unwrap();
         assert_eq!(memory.num_regions(), 1);
-        let mut windows = WindowAllocator::new(5 << 30);
-        let first = windows.reserve(3 << 20);
-        assert_eq!(first, Some(6 << 30));
-        assert_eq!(windows.reserve(1), first.map(|at| at + (4 << 20)));
-        assert_eq!(WindowAllocator::new(1 << 20).reserve(1), Some(4 << 30));
-    }
-
-    #[test]
-    fn a_window_has_its_place_or_none() {
-        let mut windows = WindowAllocator::new(1 << 20);
-        let base = 4 << 30;
-        assert!(!windows.reserve_at(base - (2 << 20), 2 << 20));
-        assert!(!windows.reserve_at(base + 4096, 2 << 20));
-        assert!(!windows.reserve_at(base, 0));
-        assert!(!windows.reserve_at(1 << 46, 1));
-        assert!(!windows.reserve_at(u64::MAX << 21, 4 << 20));
-        assert!(windows.reserve_at(base + (4 << 20), 2 << 20));
-        assert!(!windows.reserve_at(base + (2 << 20), 4 << 20));
-        assert_eq!(windows.reserve(4 << 20), Some(base));
-        assert_eq!(windows.reserve(4 << 20), Some(base + (6 << 20)));
-        assert_eq!(windows.reserve(u64::MAX), None);
-        let mut windows = WindowAllocator::new(1 << 20);
-        assert_eq!(windows.reserve(2 << 20), Some(base));
-        let aligned = windows.reserve_aligned(1 << 30, 128 << 20);
-        assert_eq!(aligned, Some(base + (128 << 20)));
-        // Between the two.
-        assert_eq!(windows.reserve(4 << 20), Some(base + (2 << 20)));
-        assert_eq!(
-            windows.reserve_aligned(4 << 20, 1 << 30),
-            Some(base + (2 << 30))
-        );
-    }
-
-    proptest::proptest! {
-        /// Whatever comes and goes, no two windows overlap.
-        #[test]
-        fn windows_never_overlap(steps in proptest::collection::vec((0_u64..64 << 20, 0..4_usize), 1..80)) {
-            let mut windows = WindowAllocator::new(1 << 20);
-            let mut there: Vec<(u64, u64)> = Vec::new();
-            for (size, step) in steps {
-                if step == 0 && !there.is_empty() {
-                    let (at, _) = there.remove(size as usize % there.len());
-                    windows.release(at);
-                } else if let Some(at) = windows.reserve(size) {
-                    proptest::prop_assert!(at >= 4 << 30 && at % layout::WINDOW_ALIGN == 0);
-                    for (other, length) in &there {
-                        proptest::prop_assert!(at + size <= *other || other + length <= at);
-                    }
-                    there.push((at, size));
-                } else {
-                    proptest::prop_assert_eq!(size, 0);
-                }
-            }
-        }
     }
 }

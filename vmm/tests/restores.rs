@@ -16,7 +16,7 @@ use bulkhead_vmm::{
     timeline::Stamps,
 };
 use bulkhead_vmm_api::{
-    BalloonConfig, BlkConfig, DeviceConfigs, FdIndex, KernelConfig, MemConfig, PmemConfig,
+    BalloonConfig, BlkConfig, DeviceConfigs, FdIndex, KernelConfig, MemConfig, Pages, PmemConfig,
     RestoreConfig, SnapshotFiles, VmConfig, VsockConfig,
 };
 use vmm_sys_util::tempfile::TempFile;
@@ -95,7 +95,7 @@ fn template(host: &Arc<Host>, kernel: File) -> (File, File) {
     let config = VmConfig {
         vcpus: 2,
         memory_mib: 32,
-        huge_pages: false,
+        pages: Pages::Small,
         merge_group: None,
         kernel: KernelConfig {
             image: 0,

@@ -4,6 +4,7 @@
 use std::path::PathBuf;
 
 use bulkhead_ksm_throttler::group::{BadName, Name};
+use bulkhead_vmm_api::Pages;
 use serde::Deserialize as _;
 use toml::Value;
 
@@ -109,6 +110,24 @@ impl Field for LogLevel {
         let name = text(value)?;
         *self = Self::deserialize(value.clone())
             .map_err(|_| format!("{name:?} is none of: error, warn, info, debug, trace"))?;
+        Ok(())
+    }
+}
+
+impl Field for Pages {
+    fn show(&self) -> Value {
+        Value::String(self.name().into())
+    }
+
+    fn put(&mut self, value: &Value) -> Result<(), String> {
+        let name = text(value)?;
+        let mut all = Self::ALL.into_iter();
+        *self = all.find(|pages| pages.name() == name).ok_or_else(|| {
+            format!(
+                "{name:?} is none of: {}",
+                Self::ALL.map(Self::name).join(", ")
+            )
+        })?;
         Ok(())
     }
 }

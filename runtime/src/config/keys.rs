@@ -65,9 +65,10 @@ keys! {
     hypervisor.extra_vcpus, 0..=*VCPUS.end(), any, true, "Virtual processors that a running pod gets when its limits are raised, beyond those it starts with.";
     hypervisor.extra_memory_mib, 0..=*MEMORY_MIB.end(), any, true, "Guest memory that a running pod gets when its limits are raised, beyond what it starts with, in MiB.";
     hypervisor.overhead_mib, 16..=4096, any, false, "What the guest's kernel and agent get beside a pod's memory limit, in MiB.";
-    hypervisor.huge_pages, ANY, any, true, "Back guest memory by huge pages: a little faster, 2 MiB of the host's for each page touched.";
+    hypervisor.pages, ANY, any, true, "What guest memory is in: small pages; transparent huge ones where the host has some, a little faster, 2 MiB for each page touched; or huge ones that the host has reserved (vm.nr_hugepages), all of them the pod's from its start to its end.";
     hypervisor.free_page_reporting, ANY, any, true, "Have the guest give back memory that it does not use.";
     hypervisor.dax_mib, 0..=16_384, any, true, "Window, in MiB, through which containers have shared files from the host's page cache instead of copies; each 64 MiB of it take 1 MiB of guest memory. 0: none.";
+    hypervisor.host_locks, ANY, any, true, "Lock files of volumes on the host when containers lock them (fcntl, flock), so that other pods and the host are kept out; each lock takes a request then.";
     hypervisor.merge_group, ANY, any, true, "Pods with the same name here may share identical pages (KSM); empty: none.";
     hypervisor.allowed_merge_groups, ANY, any, false, "Further groups that a pod's annotation may choose.";
     hypervisor.kernel_params, ANY, one_line, true, "Appended to the guest's command line.";

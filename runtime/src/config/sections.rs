@@ -4,6 +4,7 @@
 use std::{path::PathBuf, time::Duration};
 
 use bulkhead_ksm_throttler::group::Name;
+use bulkhead_vmm_api::Pages;
 use serde::Deserialize;
 
 use crate::fault;
@@ -33,9 +34,8 @@ pub struct Hypervisor {
     pub extra_memory_mib: u32,
     /// What the guest's kernel and agent need beside the containers, MiB.
     pub overhead_mib: u32,
-    /// Whether the host may back all of it by transparent huge pages: a little
-    /// faster, at the price of 2 MiB for every page that the guest touches.
-    pub huge_pages: bool,
+    /// Which of the host's pages it is in.
+    pub pages: Pages,
     /// Whether the guest tells which memory it does not use, so that the host
     /// has it back (virtio-balloon).
     pub free_page_reporting: bool,
@@ -43,6 +43,8 @@ pub struct Hypervisor {
     /// from the host's page cache instead of copies of their own (the DAX window
     /// of virtio-fs), MiB.
     pub dax_mib: u32,
+    /// Whether what containers lock in shared directories is locked on the host.
+    pub host_locks: bool,
     /// The pods among which the host may merge identical pages of memory (KSM);
     /// none: no pod's memory is merged unless its annotation says so.
     pub merge_group: Option<Name>,
@@ -213,9 +215,10 @@ impl Default for Hypervisor {
             extra_vcpus: 0,
             extra_memory_mib: 0,
             overhead_mib: 64,
-            huge_pages: false,
+            pages: Pages::Small,
             free_page_reporting: true,
             dax_mib: 0,
+            host_locks: false,
             merge_group: None,
             allowed_merge_groups: Vec::new(),
             kernel_params: String::new(),

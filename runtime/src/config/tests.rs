@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+use bulkhead_vmm_api::Pages;
+
 use super::*;
 use crate::error::chain;
 
@@ -177,7 +179,8 @@ fn a_text_is_read_as_the_keys_type() {
     let mut config = Config::default();
     let mut set = |name: &str, text: &str| Key::named(name).unwrap().set_text(&mut config, text);
     set("hypervisor.vcpus", " 3 ").unwrap();
-    set("hypervisor.huge_pages", "true").unwrap();
+    set("hypervisor.free_page_reporting", "false").unwrap();
+    set("hypervisor.pages", "huge").unwrap();
     set("hypervisor.kernel_params", "quiet").unwrap();
     assert_eq!(
         set("hypervisor.vcpus", "x").unwrap_err(),
@@ -188,10 +191,15 @@ fn a_text_is_read_as_the_keys_type() {
         "65 is not within 1 to 64"
     );
     assert_eq!(
-        set("hypervisor.huge_pages", "1").unwrap_err(),
+        set("hypervisor.free_page_reporting", "1").unwrap_err(),
         "\"1\" is neither true nor false"
+    );
+    assert_eq!(
+        set("hypervisor.pages", "true").unwrap_err(),
+        "\"true\" is none of: small, transparent, huge"
     );
     assert!(set("hypervisor.kernel_params", "a\nb").is_err());
     assert_eq!(config.hypervisor.vcpus, 3);
-    assert!(config.hypervisor.huge_pages);
+    assert!(!config.hypervisor.free_page_reporting);
+    assert_eq!(config.hypervisor.pages, Pages::Huge);
 }

@@ -2,8 +2,8 @@
 //! `/proc/PID/smaps`, summed up by whose memory it is.
 
 /// Flags that only guest memory has: the VMM gives advice about huge pages and
-/// merging for nothing else.
-const GUEST_FLAGS: [&str; 3] = ["nh", "hg", "mg"];
+/// merging for nothing else, nor reserves any.
+const GUEST_FLAGS: [&str; 4] = ["nh", "hg", "mg", "ht"];
 
 /// Bytes of one process.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -54,8 +54,14 @@ pub fn sum(text: &str) -> Sums {
         }
         let Some(bytes) = kib(value) else { continue };
         match key {
-            "Rss" => mapping.resident = bytes,
-            "Pss" => mapping.proportional = bytes,
+            "Rss" => mapping.resident += bytes,
+            "Pss" => mapping.proportional += bytes,
+            // In none of the others.
+            "Private_Hugetlb" => {
+                mapping.resident += bytes;
+                mapping.proportional += bytes;
+                mapping.private += bytes;
+            }
             "Shared_Clean" | "Shared_Dirty" => mapping.shared += bytes,
             "Private_Clean" | "Private_Dirty" => mapping.private += bytes,
             _ => {}
@@ -130,6 +136,12 @@ Pss:                  30 kB
 Shared_Clean:         40 kB
 Private_Clean:        20 kB
 VmFlags: rd ex mr mw me sd
+7f0028000000-7f0029000000 rw-p 00000000 00:0f 77     /anon_hugepage (deleted)
+Rss:                   0 kB
+Pss:                   0 kB
+Shared_Hugetlb:        0 kB
+Private_Hugetlb:    4096 kB
+VmFlags: rd wr mr mw me de ht sd
 7f0030000000-7f0030100000 rw-p 00000000 00:00 0      [heap]
 Rss:                   7 kB
 Pss:                   7 kB
@@ -141,8 +153,8 @@ VmFlags: rd wr mr mw me ac sd
     fn guest_memory_is_told_by_its_advice() {
         let expected = Sums {
             private: 27 << 10,
-            guest_private: 1000 << 10,
-            guest_resident: 1600 << 10,
+            guest_private: (1000 + 4096) << 10,
+            guest_resident: (1600 + 4096) << 10,
             file_shared: 40 << 10,
             file_saved: 30 << 10,
             template_shared: 400 << 10,

@@ -21,8 +21,8 @@ use std::{
 use async_trait::async_trait;
 use bulkhead_vmm_api::{
     BalloonConfig, Call, Channel, ChannelError, DeviceConfigs, FdIndex, FsCache, FsConfig,
-    KernelConfig, MemConfig, MemoryTarget, NetConfig, Outcome, PlugConfig, PmemConfig, Request,
-    Timeline, VmConfig, VsockConfig,
+    KernelConfig, MemConfig, MemoryTarget, NetConfig, Outcome, Pages, PlugConfig, PmemConfig,
+    Request, Timeline, VmConfig, VsockConfig,
 };
 use rustix::{
     fs::{fcntl_setfl, OFlags},
@@ -347,7 +347,7 @@ fn describe(machine: &Machine) -> (VmConfig, Vec<&OwnedFd>) {
     let config = VmConfig {
         vcpus: machine.vcpus,
         memory_mib: machine.memory_mib,
-        huge_pages: machine.huge_pages,
+        pages: machine.pages,
         merge_group: machine.merge_group.as_ref().map(&mut pass),
         kernel: KernelConfig {
             image: pass(&machine.kernel),
@@ -366,6 +366,7 @@ fn describe(machine: &Machine) -> (VmConfig, Vec<&OwnedFd>) {
                 directory: pass(&machine.shared),
                 cache: FsCache::Auto,
                 dax_mib: machine.dax_mib,
+                host_locks: machine.host_locks,
             }],
             vsock: Some(VsockConfig {
                 cid: GUEST_CID,
@@ -378,7 +379,9 @@ fn describe(machine: &Machine) -> (VmConfig, Vec<&OwnedFd>) {
                 .iter()
                 .map(|nic| net_config(nic, pass(&nic.tap)))
                 .collect(),
-            balloon: machine.free_page_reporting.then(BalloonConfig::default),
+            // Nothing of reserved pages is given back.
+            balloon: (machine.free_page_reporting && machine.pages != Pages::Huge)
+                .then(BalloonConfig::default),
             mem: (machine.extra_memory_mib > 0).then_some(MemConfig {
                 max_mib: machine.extra_memory_mib,
             }),

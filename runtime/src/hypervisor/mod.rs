@@ -10,7 +10,7 @@ pub(crate) mod tail;
 use std::{fmt, os::fd::OwnedFd, path::PathBuf, time::Duration};
 
 use async_trait::async_trait;
-use bulkhead_vmm_api::{ExitReason, Timeline};
+use bulkhead_vmm_api::{ExitReason, Pages, Timeline};
 use tokio::sync::watch;
 
 pub use self::error::HypervisorError;
@@ -24,12 +24,14 @@ pub struct Machine {
     pub memory_mib: u32,
     /// MiB that it may become more; 0: it stays as it is.
     pub extra_memory_mib: u32,
-    /// Whether the host may back all of it by huge pages.
-    pub huge_pages: bool,
+    /// Which of the host's pages it is in.
+    pub pages: Pages,
     /// Whether the guest has a balloon that gives free memory back.
     pub free_page_reporting: bool,
     /// MiB of the shared directory's DAX window; 0: none.
     pub dax_mib: u32,
+    /// Whether locks of files of the shared directory are the host's.
+    pub host_locks: bool,
     /// What is to stay open while guest memory is mergeable; none: it is not.
     pub merge_group: Option<OwnedFd>,
     /// The guest kernel's command line.

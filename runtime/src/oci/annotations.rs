@@ -94,12 +94,16 @@ mod tests {
     fn what_is_allowed_has_its_keys_type() {
         let mut config = Config::default();
         config.runtime.allowed_annotations = annotation_names();
-        let huge = "io.bulkhead.hypervisor.huge_pages";
-        assert!(apply(huge, "true", &config).unwrap().hypervisor.huge_pages);
+        let reporting = "io.bulkhead.hypervisor.free_page_reporting";
+        let applied = apply(reporting, "false", &config).unwrap();
+        assert!(!applied.hypervisor.free_page_reporting);
         assert_eq!(
-            apply(huge, "yes", &config).unwrap_err(),
-            format!("annotations: {huge}: \"yes\" is neither true nor false")
+            apply(reporting, "yes", &config).unwrap_err(),
+            format!("annotations: {reporting}: \"yes\" is neither true nor false")
         );
+        let pages = "io.bulkhead.hypervisor.pages";
+        let applied = apply(pages, "transparent", &config).unwrap();
+        assert_eq!(applied.hypervisor.pages.name(), "transparent");
         let timeout = "io.bulkhead.agent.ready_timeout_ms";
         let applied = apply(timeout, "500", &config).unwrap();
         assert_eq!(applied.agent.ready_timeout_ms, 500);

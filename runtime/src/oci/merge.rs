@@ -2,6 +2,7 @@
 //! Whether a pod's memory may be merged (KSM), and with whose.
 
 use bulkhead_ksm_throttler::group::{BadName, Name};
+use bulkhead_vmm_api::Pages;
 use oci_spec::runtime::Spec;
 
 use super::SpecError;
@@ -18,8 +19,20 @@ const ANNOTATION: &str = "io.bulkhead.hypervisor.merge_group";
 /// So a pod cannot choose freely: only groups that the configuration names.
 ///
 /// # Errors
-/// The annotation is not a name, or not an allowed one.
+/// The annotation is not a name, or not an allowed one; or the pod's memory is in
+/// pages that cannot be merged.
 pub fn merge_group(spec: &Spec, config: &Hypervisor) -> Result<Option<Name>, SpecError> {
+    let group = wanted(spec, config)?;
+    if group.is_some() && config.pages == Pages::Huge {
+        return Err(SpecError::field(
+            "hypervisor.merge_group",
+            "memory in reserved huge pages (hypervisor.pages) is never merged: the pod can have one of both",
+        ));
+    }
+    Ok(group)
+}
+
+fn wanted(spec: &Spec, config: &Hypervisor) -> Result<Option<Name>, SpecError> {
     let annotations = spec.annotations().as_ref();
     let Some(text) = annotations.and_then(|all| all.get(ANNOTATION)) else {
         return Ok(config.merge_group.clone());

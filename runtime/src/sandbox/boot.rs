@@ -19,6 +19,7 @@ use std::{
 
 use bulkhead_agent_protocol::{agent::SetupSandboxRequest, AGENT_PORT, SHARED_TAG, STREAM_PORT};
 use bulkhead_ksm_throttler::group::Name;
+use bulkhead_vmm_api::Pages;
 use oci_spec::runtime::Spec;
 use rustix::rand::{getrandom, GetRandomFlags};
 use tokio::{
@@ -241,11 +242,16 @@ async fn boot(
 
     let machine = Machine {
         vcpus: plan.size.vcpus + plan.size.extra_vcpus,
-        memory_mib: plan.size.memory_mib,
+        memory_mib: match config.hypervisor.pages {
+            Pages::Small | Pages::Transparent => plan.size.memory_mib,
+            // Whole ones.
+            Pages::Huge => plan.size.memory_mib.next_multiple_of(2),
+        },
         extra_memory_mib: plan.size.extra_memory_mib,
-        huge_pages: config.hypervisor.huge_pages,
+        pages: config.hypervisor.pages,
         free_page_reporting: config.hypervisor.free_page_reporting,
         dax_mib: config.hypervisor.dax_mib.next_multiple_of(2),
+        host_locks: config.hypervisor.host_locks,
         merge_group: merging.take_held(),
         cmdline: cmdline::build_for(
             Later {

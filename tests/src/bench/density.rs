@@ -7,6 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context, Result};
+use bulkhead_vmm_api::Pages;
 use nix::sys::signal::{kill, Signal};
 use nix::unistd::Pid;
 use serde_json::Value;
@@ -78,7 +79,7 @@ fn take(bench: &Bench) -> Result<Vec<Figure>> {
     drop(daemon);
 
     // Memory that is mergeable is in small pages, so these are of no group.
-    bench.configure(|config| config.huge_pages = true)?;
+    bench.configure(|config| config.pages = Pages::Transparent)?;
     let huge = grow(bench, &mut Vec::new(), None, &HUGE_COUNTS);
     bench.configure(|_| ())?;
     let huge = huge?;
@@ -120,7 +121,7 @@ fn take(bench: &Bench) -> Result<Vec<Figure>> {
             -mib(slope(&huge)),
             "MiB",
             &format!(
-                "the same without a merge group and with hypervisor.huge_pages, slope over {} and {} pods; the peer is pod-memory",
+                "the same without a merge group and with hypervisor.pages = transparent, slope over {} and {} pods; the peer is pod-memory",
                 HUGE_COUNTS[0], HUGE_COUNTS[1]
             ),
         )

@@ -12,7 +12,7 @@ use std::time::Instant;
 use anyhow::{bail, Context, Result};
 use bulkhead_rootfs_builder::cpio::Archive;
 use bulkhead_runtime::hypervisor::cmdline;
-use bulkhead_vmm_api::{Call, DeviceConfigs, KernelConfig, VmConfig};
+use bulkhead_vmm_api::{Call, DeviceConfigs, KernelConfig, Pages, VmConfig};
 
 use super::{median, Bench, Figure, LIMIT};
 use crate::boxed::hot::with_libraries;
@@ -151,7 +151,7 @@ impl Files {
             vcpus: 1,
             memory_mib: MEMORY_MIB,
             // As the peer has them, where the host gives them to all.
-            huge_pages: true,
+            pages: Pages::Transparent,
             merge_group: None,
             kernel: KernelConfig {
                 image: 0,

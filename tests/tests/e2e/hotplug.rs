@@ -247,6 +247,7 @@ fn all_kinds_of_devices_come_and_go(context: &Context, start: Start) -> Result<(
             directory: 0,
             cache: FsCache::Never,
             dax_mib: 0,
+            host_locks: false,
         };
         let fs_slot = guest
             .vmm

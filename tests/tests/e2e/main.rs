@@ -13,6 +13,7 @@ mod boxed;
 mod cgroups;
 mod cli;
 mod conformance;
+mod console;
 mod context;
 mod cri;
 mod devices;
@@ -31,11 +32,13 @@ mod kill;
 mod ksm;
 mod lifecycle;
 mod listener;
+mod locks;
 mod logger;
 mod memory;
 mod merging;
 mod network;
 mod oci;
+mod pages;
 mod plugged;
 mod pod;
 mod pods;
@@ -72,6 +75,7 @@ fn all() -> Vec<Test> {
         logger::TESTS,
         lifecycle::TESTS,
         memory::TESTS,
+        pages::TESTS,
         merging::TESTS,
         network::TESTS,
         oci::TESTS,
@@ -82,6 +86,7 @@ fn all() -> Vec<Test> {
         cgroups::TESTS,
         vmm::TESTS,
         volumes::TESTS,
+        locks::TESTS,
         programs::TESTS,
         posix::TESTS,
         cri::TESTS,
@@ -96,6 +101,7 @@ fn all() -> Vec<Test> {
         fio::TESTS,
         iperf::TESTS,
         conformance::TESTS,
+        console::TESTS,
         listener::TESTS,
         resize::TESTS,
         ksm::TESTS,

@@ -10,7 +10,7 @@ use bulkhead_runtime::agent::Agent;
 use bulkhead_tests::install::which;
 use bulkhead_tests::start::Start;
 use bulkhead_tests::vmm::{Size, Vmm};
-use bulkhead_vmm_api::{BlkConfig, BlkEngine, Event, ExitReason, PlugConfig};
+use bulkhead_vmm_api::{BlkConfig, BlkEngine, Event, ExitReason, PlugConfig, VmConfig};
 use tokio::runtime::Runtime;
 
 use crate::context::{same, until, Context, LIMIT};
@@ -48,6 +48,26 @@ impl Guest {
         let host = Host::new(context, name)?;
         let mut vmm = Vmm::start(&context.products, LIMIT)?;
         context.bring_up(start, &mut vmm, &host.dir, Size::default())?;
+        Self::of(host, vmm, tag)
+    }
+
+    /// As [`Self::up_with`], of a machine that boots and that `change` makes
+    /// another.
+    pub fn boot_changed(
+        context: &Context,
+        name: &str,
+        tag: &str,
+        change: impl FnOnce(&mut VmConfig, &mut Vec<OwnedFd>),
+    ) -> Result<Self> {
+        context.only_bulkhead()?;
+        let host = Host::new(context, name)?;
+        let mut vmm = Vmm::start(&context.products, LIMIT)?;
+        vmm.boot_changed(&context.products, &host.dir, change)?;
+        vmm.wait_ready()?;
+        Self::of(host, vmm, tag)
+    }
+
+    fn of(host: Host, vmm: Vmm, tag: &str) -> Result<Self> {
         let runtime = runtime()?;
         let (agent, _) = host.set_up_with(&runtime, tag)?;
         Ok(Self {
@@ -225,7 +245,12 @@ fn specification(id: &str, disk: Option<&agent::DeviceNode>, script: &str) -> oc
         source: kind.into(),
         ..Default::default()
     };
-    let names = ["CAP_SYS_ADMIN", "CAP_DAC_OVERRIDE", "CAP_NET_ADMIN"];
+    let names = [
+        "CAP_SYS_ADMIN",
+        "CAP_DAC_OVERRIDE",
+        "CAP_NET_ADMIN",
+        "CAP_MKNOD",
+    ];
     let capabilities = names.map(String::from).to_vec();
     let devices = disk.map(|node| oci::Device {
         path: "/dev/disk".into(),

@@ -13,15 +13,14 @@ pub struct VmConfig {
     pub vcpus: u8,
     /// Guest memory in MiB, 32 to 1,048,576.
     pub memory_mib: u32,
-    /// Whether the host may back all of the guest's memory by huge pages
-    /// (transparent ones): a little faster, and a page the guest touches costs
-    /// 2 MiB. The kernel's image, which is used as a whole, may be in any case.
+    /// Which of the host's pages guest memory is in.
     #[serde(default)]
-    pub huge_pages: bool,
+    pub pages: Pages,
     /// Marks guest memory as mergeable (KSM). The descriptor is whatever makes
     /// sure that nobody else's memory is merged with it, a lock say: it stays
     /// open for as long as the memory is there. Then no part is in huge pages
-    /// unless `huge_pages` says so. None: not mergeable.
+    /// unless `pages` says so; reserved ones are never merged, and refused. None: not
+    /// mergeable.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub merge_group: Option<FdIndex>,
     /// What to boot.
@@ -34,6 +33,41 @@ pub struct VmConfig {
     /// What is on the PCI bus.
     #[serde(default)]
     pub devices: DeviceConfigs,
+}
+
+/// Which of the host's pages guest memory is in.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Pages {
+    /// Of 4 KiB. What the guest's boot fills, the kernel's image and the end of
+    /// memory, may be in huge ones as by `Transparent`, unless memory is mergeable.
+    #[default]
+    Small,
+    /// Huge ones where the host has some (transparent huge pages): a little faster,
+    /// and a page that the guest touches costs 2 MiB. Needs `madvise` or `always` in
+    /// `/sys/kernel/mm/transparent_hugepage/enabled`.
+    Transparent,
+    /// Huge ones of 2 MiB that the host keeps for this (hugetlb pages,
+    /// `/proc/sys/vm/nr_hugepages`): all of them are the VM's from its start on, or
+    /// it does not start. Memory is a multiple of 2 MiB. None of it goes back to
+    /// the host while the VM is there: free page reporting is refused, and so are
+    /// a balloon's targets. The [`MemConfig`] device's parts are in such pages, too,
+    /// and go back as a whole.
+    Huge,
+}
+
+impl Pages {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Small, Self::Transparent, Self::Huge];
+
+    /// Its name in a configuration.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Small => "small",
+            Self::Transparent => "transparent",
+            Self::Huge => "huge",
+        }
+    }
 }
 
 /// The devices on the PCI bus, in this order.
@@ -64,6 +98,9 @@ pub struct DeviceConfigs {
     /// Memory that comes and goes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mem: Option<MemConfig>,
+    /// A console and a log.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub console: Option<ConsoleConfig>,
 }
 
 impl Default for DeviceConfigs {
@@ -78,6 +115,7 @@ impl Default for DeviceConfigs {
             rng: yes(),
             balloon: None,
             mem: None,
+            console: None,
         }
     }
 }
@@ -103,6 +141,12 @@ pub struct SnapshotFiles {
 /// must be as many of each kind, those plugged later included, and those of a
 /// kind in the order of their slots; names, paths, taps, files and directories
 /// may be others.
+///
+/// Its memory is a private mapping of the snapshot's memory file, whatever pages
+/// the snapshot's VM had: of the file's pages (huge ones only where the file lies
+/// on a file system that has them, a tmpfs with `huge=`), and of small ones where
+/// the guest has written, of which the host's kernel makes no huge ones. Hence no
+/// [`Pages`] can be chosen here.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RestoreConfig {
@@ -161,6 +205,16 @@ pub struct FsConfig {
     /// mounted with `dax=always`.
     #[serde(default)]
     pub dax_mib: u32,
+    /// Whether what the guest's processes lock (`fcntl` and `flock`) is locked on the
+    /// host: others that have the directory, guests or the host's programs, are
+    /// kept out, and keep out. False: locks hold within the guest, and cost no
+    /// request.
+    ///
+    /// Locks that wait are tried again up to 160 ms after others of the host let go;
+    /// nobody looks for deadlocks. A process of Linux that waits for a lock cannot be
+    /// killed before it has it: its driver tells nobody of signals.
+    #[serde(default)]
+    pub host_locks: bool,
 }
 
 /// virtio-fs cache policy.
@@ -298,6 +352,30 @@ impl Default for BalloonConfig {
 pub struct MemConfig {
     /// MiB that it can become, a multiple of 128. A restored VM has what it had.
     pub max_mib: u32,
+}
+
+/// virtio-console (virtio 1.2 §5.3) with two ports: a console (`hvc0` of Linux) and
+/// one named `log` (`/dev/vport*p1`), by which the guest only writes. What it
+/// writes to one without a descriptor is nobody's.
+///
+/// The descriptors are made non-blocking. How much the guest writes to them is
+/// not limited.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ConsoleConfig {
+    /// Where the console's output goes: a file, pipe, terminal or socket. What it
+    /// does not take at once is dropped and counted ([`DeviceMetrics::errors`](crate::DeviceMetrics::errors)), as of
+    /// [`VmConfig::serial`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub console: Option<FdIndex>,
+    /// Whether what can be read there is the console's input: of a terminal or
+    /// socket. It waits there for as long as the guest takes none.
+    #[serde(default)]
+    pub input: bool,
+    /// Where the log goes. What it does not take at once waits in the guest, as do
+    /// those who write more; it is dropped and counted once nobody can read it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub log: Option<FdIndex>,
 }
 
 /// A device to plug, with the descriptors of its configuration.

@@ -222,7 +222,7 @@ mod tests {
             call: Call::Configure(Box::new(VmConfig {
                 vcpus: 1,
                 memory_mib: 128,
-                huge_pages: false,
+                pages: Pages::Transparent,
                 merge_group: None,
                 kernel: KernelConfig {
                     image: 0,

@@ -76,11 +76,13 @@ pub enum DeviceKind {
     Balloon,
     /// Memory that comes and goes.
     Mem,
+    /// A console and a log.
+    Console,
 }
 
 impl DeviceKind {
     /// All of them.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Pmem,
         Self::Fs,
         Self::Vsock,
@@ -89,6 +91,7 @@ impl DeviceKind {
         Self::Rng,
         Self::Balloon,
         Self::Mem,
+        Self::Console,
     ];
 
     /// Its field in a configuration.
@@ -102,6 +105,7 @@ impl DeviceKind {
             Self::Rng => "rng",
             Self::Balloon => "balloon",
             Self::Mem => "mem",
+            Self::Console => "console",
         }
     }
 
@@ -110,6 +114,7 @@ impl DeviceKind {
         match self {
             Self::Net => 1,
             Self::Blk => 2,
+            Self::Console => 3,
             Self::Rng => 4,
             Self::Balloon => 5,
             Self::Vsock => 19,

@@ -69,6 +69,7 @@ fuzz_target!(|data: &[u8]| {
         directory: 0,
         cache: FsCache::Auto,
         dax_mib: 0,
+        host_locks: true,
     };
     let opened = File::open(directory.as_path()).expect("a directory");
     let device = Fs::new(&config, opened.into()).expect("a device");

@@ -13,6 +13,7 @@ use bulkhead_vmm::{
     arch::x86_64::{boot, layout},
     memory,
 };
+use bulkhead_vmm_api::Pages;
 use libfuzzer_sys::fuzz_target;
 use vmm_sys_util::tempfile::TempFile;
 
@@ -56,7 +57,7 @@ fuzz_target!(|data: &[u8]| {
         file
     });
     let _ = boot::dense(MEMORY, &kernel, ramdisk.as_ref());
-    let memory = memory::allocate(MEMORY).expect("memory");
+    let memory = memory::allocate(MEMORY, Pages::Small).expect("memory");
     let loaded = boot::load(&memory, MEMORY, &kernel, &line, ramdisk.as_mut());
     let Ok(entry) = loaded else { return };
     if let boot::Entry::Linux(entry) = entry {

@@ -9,7 +9,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard},
 };
 
-use bulkhead_vmm_api::{FailureKind, MemoryStatus};
+use bulkhead_vmm_api::{FailureKind, MemoryStatus, Pages};
 use vm_memory::{
     FileOffset, GuestAddress, GuestAddressSpace, GuestMemory, GuestMemoryMmap, GuestMemoryRegion,
 };
@@ -29,8 +29,8 @@ use crate::{
 /// How new memory is backed, as the rest is.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Backing {
-    /// By huge pages, where the host likes.
-    pub huge: bool,
+    /// In such pages.
+    pub pages: Pages,
     /// The host may keep one copy of pages that are the same.
     pub merge: bool,
 }
@@ -189,9 +189,12 @@ impl Growth {
     fn map(&mut self, index: u32, file: Option<FileOffset>) -> Result<(), GrowthError> {
         let range = self.lock().layout().slot(index);
         let saved = file.is_some();
-        let region = Arc::new(memory::region(range.clone(), file)?);
+        let region = Arc::new(memory::region(range.clone(), file, self.backing.pages)?);
         if !saved {
-            let huge = if self.backing.huge { 0..u64::MAX } else { 0..0 };
+            let huge = match self.backing.pages {
+                Pages::Transparent => 0..u64::MAX,
+                Pages::Small | Pages::Huge => 0..0,
+            };
             memory::advise_region(&region, &[huge]);
             if self.backing.merge {
                 if let Err(error) = memory::merge_region(&region) {

@@ -7,7 +7,7 @@ use std::{
     sync::{atomic::Ordering, Arc, Mutex, MutexGuard},
 };
 
-use bulkhead_vmm_api::{BalloonStatus, DeviceStatus, Exits, MemoryStatus};
+use bulkhead_vmm_api::{BalloonStatus, DeviceStatus, Exits, MemoryStatus, Pages};
 use kvm_ioctls::VcpuFd;
 use vm_memory::{GuestMemory, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
@@ -62,12 +62,12 @@ impl Machine {
         stamps: Arc<Stamps>,
     ) -> Result<Self, BuildError> {
         let mut resources = resources;
-        let memory = memory::allocate(resources.memory_size)?;
-        let huge = match (resources.huge_pages, &resources.merge_group) {
-            (true, _) => std::iter::once(0..u64::MAX).collect(),
-            // Merging would take huge pages apart first.
-            (false, Some(_)) => Vec::new(),
-            (false, None) => boot::dense(
+        let memory = memory::allocate(resources.memory_size, resources.pages)?;
+        let huge = match (resources.pages, &resources.merge_group) {
+            (Pages::Transparent, _) => std::iter::once(0..u64::MAX).collect(),
+            // Merging would take huge pages apart first; reserved ones are so anyway.
+            (Pages::Small, Some(_)) | (Pages::Huge, _) => Vec::new(),
+            (Pages::Small, None) => boot::dense(
                 resources.memory_size,
                 &resources.kernel,
                 resources.initrd.as_ref(),
@@ -75,7 +75,7 @@ impl Machine {
         };
         memory::advise(&memory, &huge);
         let backing = Backing {
-            huge: resources.huge_pages,
+            pages: resources.pages,
             merge: resources.merge_group.is_some(),
         };
         if let Some(held) = resources.merge_group.take() {
@@ -312,6 +312,9 @@ impl Machine {
     pub fn set_balloon(&self, mib: u32) -> Result<(), BalloonError> {
         let balloon = self.board.balloon().ok_or(BalloonError::Absent)?;
         let memory = self.board.memory();
+        if memory::is_reserved(&memory) {
+            return Err(BalloonError::Reserved);
+        }
         let size: u64 = memory.iter().map(GuestMemoryRegion::len).sum();
         if u64::from(mib) << 20 >= size {
             return Err(BalloonError::TooLarge {
@@ -398,6 +401,9 @@ pub enum BalloonError {
     /// There is none.
     #[error("the VM has no balloon: configure one (devices.balloon)")]
     Absent,
+    /// Nothing would come of it.
+    #[error("guest memory is in reserved huge pages, of which nothing is given back (pages)")]
+    Reserved,
     /// As large as the guest.
     #[error("mib: {mib} is not less than the guest's {memory_mib} MiB of memory")]
     TooLarge {

@@ -109,7 +109,9 @@ impl BuildError {
             Self::NoFiles => FailureKind::Unsupported,
             Self::Snapshot(error) => error.kind(),
             Self::Growth(error) => error.kind(),
-            Self::Memory(MemoryError::Size { .. }) => FailureKind::BadResource,
+            Self::Memory(MemoryError::Size { .. } | MemoryError::HugePages { .. }) => {
+                FailureKind::BadResource
+            }
             Self::Jail(_)
             | Self::Rights(_)
             | Self::Memory(_)

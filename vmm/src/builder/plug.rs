@@ -37,6 +37,7 @@ use crate::{
     virtio::{
         balloon::Balloon,
         blk::Blk,
+        console::{self, Console},
         device::{GuestRam, VirtioDevice},
         fs::{self, Fs},
         mem::{Layout, Mem, SLOT},
@@ -50,6 +51,7 @@ use crate::{
 
 /// PCI class codes of what the devices are.
 mod class {
+    pub const COMMUNICATION: u32 = 0x07_8000;
     pub const STORAGE: u32 = 0x01_8000;
     pub const ETHERNET: u32 = 0x02_0000;
     pub const OTHER_NETWORK: u32 = 0x02_8000;
@@ -67,6 +69,7 @@ pub(super) enum Item {
     Rng,
     Balloon(BalloonConfig),
     Mem(MemConfig),
+    Console(console::Outputs),
 }
 
 /// Where a device is to be, as far as that is settled.
@@ -99,6 +102,7 @@ pub(super) fn items(devices: Devices) -> Vec<Item> {
     items.extend(devices.rng.then_some(Item::Rng));
     items.extend(devices.balloon.map(Item::Balloon));
     items.extend(devices.mem.map(Item::Mem));
+    items.extend(devices.console.map(Item::Console));
     items
 }
 
@@ -186,6 +190,7 @@ impl Item {
             Self::Rng => DeviceKind::Rng,
             Self::Balloon(_) => DeviceKind::Balloon,
             Self::Mem(_) => DeviceKind::Mem,
+            Self::Console(_) => DeviceKind::Console,
         }
     }
 
@@ -195,7 +200,7 @@ impl Item {
             Self::Fs(config, _) => &config.tag,
             Self::Net(config, _) => &config.id,
             Self::Blk(config, _) => &config.id,
-            Self::Vsock(..) | Self::Rng | Self::Balloon(_) | Self::Mem(_) => "",
+            Self::Vsock(..) | Self::Rng | Self::Balloon(_) | Self::Mem(_) | Self::Console(_) => "",
         }
     }
 
@@ -467,6 +472,9 @@ impl Board {
                 let device = Blk::new(&config, file).map_err(named)?;
                 self.function(device, class::STORAGE, io, slot)
             }
+            Item::Console(outputs) => {
+                self.function(Console::new(outputs), class::COMMUNICATION, io, slot)
+            }
             Item::Rng => self.function(Rng::new(), class::UNASSIGNED, io, slot),
             Item::Mem(config) => {
                 let device = self.grow(config, place.memory, &named)?;
@@ -523,7 +531,11 @@ impl Board {
         let device = name(plugged.kind, &plugged.id);
         match plugged.kind {
             DeviceKind::Pmem | DeviceKind::Fs | DeviceKind::Net | DeviceKind::Blk => {}
-            DeviceKind::Vsock | DeviceKind::Rng | DeviceKind::Balloon | DeviceKind::Mem => {
+            DeviceKind::Vsock
+            | DeviceKind::Rng
+            | DeviceKind::Balloon
+            | DeviceKind::Mem
+            | DeviceKind::Console => {
                 return Err(UnplugError::Fixed { slot, device });
             }
         }

@@ -298,7 +298,7 @@ const VCPU: &[Rule] = &[
     any(libc::SYS_epoll_ctl, "a device that starts is watched"),
     any(
         libc::SYS_timerfd_create,
-        "a vsock device, or a disk with limits, that starts",
+        "a vsock device, a disk with limits, or a directory with locks, that starts",
     ),
     any(
         libc::SYS_io_uring_enter,
@@ -382,9 +382,15 @@ const FILES: &[Rule] = &[
     ),
     tested(
         libc::SYS_fcntl,
-        &[&[Is(1, libc::F_DUPFD_CLOEXEC as u64)]],
-        "readdir",
+        &[
+            &[Is(1, libc::F_DUPFD_CLOEXEC as u64)],
+            &[Is(1, libc::F_OFD_GETLK as u64)],
+            &[Is(1, libc::F_OFD_SETLK as u64)],
+        ],
+        "readdir, getlk, setlk",
     ),
+    any(libc::SYS_flock, "setlk of a whole file"),
+    any(libc::SYS_timerfd_settime, "setlkw: trying again"),
     // Never executable, shared with the file, and where it is said to be.
     tested(
         libc::SYS_mmap,

@@ -25,6 +25,7 @@ fn scenarios(worker: Worker) -> &'static [&'static [&'static str]] {
                 "virtio::net::",
                 "virtio::balloon::",
                 "virtio::rng::",
+                "virtio::console::",
             ],
             &["virtio::pmem::", "virtio::mem::"],
             &["virtio::vsock::"],

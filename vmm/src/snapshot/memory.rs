@@ -103,6 +103,7 @@ fn is_zero(page: &[u8]) -> bool {
 mod tests {
     use std::os::unix::fs::MetadataExt;
 
+    use bulkhead_vmm_api::Pages;
     use vm_memory::{Bytes, GuestAddress};
     use vmm_sys_util::tempfile::TempFile;
 
@@ -112,7 +113,7 @@ mod tests {
     #[test]
     fn only_what_was_written_takes_space_and_all_of_it_comes_back() {
         let size = 64 << 20;
-        let guest = memory::allocate(size).unwrap();
+        let guest = memory::allocate(size, Pages::Small).unwrap();
         let marks = [
             (0_u64, 1_u8),
             (5 << 20, 2),

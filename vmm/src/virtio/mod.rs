@@ -4,6 +4,7 @@
 pub mod balloon;
 pub mod blk;
 pub mod chain;
+pub mod console;
 pub mod counters;
 pub mod device;
 pub mod fs;

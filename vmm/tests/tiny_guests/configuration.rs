@@ -70,6 +70,7 @@ fn a_bad_configuration_is_refused_by_its_fields_name() {
                 directory,
                 cache: FsCache::Auto,
                 dax_mib: 0,
+                host_locks: false,
             });
         }),
         ("fs \"shared\".dax_mib: 3", InvalidRequest, |s| {
@@ -79,6 +80,7 @@ fn a_bad_configuration_is_refused_by_its_fields_name() {
                 directory,
                 cache: FsCache::Auto,
                 dax_mib: 3,
+                host_locks: false,
             });
         }),
         ("fs \"shared\": ", InvalidRequest, |s| {
@@ -87,6 +89,7 @@ fn a_bad_configuration_is_refused_by_its_fields_name() {
                 directory: 0,
                 cache: FsCache::Auto,
                 dax_mib: 0,
+                host_locks: false,
             });
         }),
         ("vsock.cid: 2", InvalidRequest, |s| {
@@ -181,6 +184,7 @@ fn devices_that_cannot_be_made_are_named() {
         directory,
         cache: FsCache::Auto,
         dax_mib: 0,
+        host_locks: false,
     });
     let mut vmm = Vmm::spawn();
     assert_failure(

@@ -156,6 +156,7 @@ fn what_cannot_be_plugged_is_refused() {
         directory: 0,
         cache: FsCache::Auto,
         dax_mib: 0,
+        host_locks: false,
     };
     let directory = File::open("/").unwrap();
     assert_failure(
@@ -195,17 +196,20 @@ fn a_shared_directory_and_an_interface_are_plugged() {
         directory,
         cache: FsCache::Auto,
         dax_mib: 0,
+        host_locks: false,
     };
     let directory = vmm_sys_util::tempdir::TempDir::new().unwrap();
     let open = || File::open(directory.as_path()).unwrap();
     let index = setup.pass(open());
     setup.config.devices.fs.push(FsConfig {
         dax_mib: 4,
+        host_locks: false,
         ..fs("first", index)
     });
     let mut vmm = Vmm::run(&setup);
     let late = PlugConfig::Fs(FsConfig {
         dax_mib: 2,
+        host_locks: false,
         ..fs("second", 0)
     });
     let refused = vmm.plug(late, vec![open().into()]).unwrap_err();

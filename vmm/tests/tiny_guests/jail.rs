@@ -41,6 +41,7 @@ fn start(mut vmm: Vmm, directory: &TempDir, files: bool) -> (Vmm, PathBuf) {
             directory: shared,
             cache: FsCache::Auto,
             dax_mib: 0,
+            host_locks: false,
         });
     }
     setup.config.devices.vsock = Some(VsockConfig {

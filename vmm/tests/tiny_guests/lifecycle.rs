@@ -151,6 +151,7 @@ fn devices_are_on_the_bus_in_their_order() {
         directory: shared,
         cache: FsCache::Auto,
         dax_mib: 0,
+        host_locks: false,
     });
     let listener = setup.pass(listener);
     setup.config.devices.vsock = Some(VsockConfig {

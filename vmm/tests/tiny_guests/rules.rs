@@ -17,7 +17,7 @@ use bulkhead_vmm::confine::{
 };
 use bulkhead_vmm_api::{
     BalloonConfig, BalloonTarget, BlkConfig, BlkEngine, Call, DeviceConfigs, Event, FsCache,
-    FsConfig, MemConfig, MemoryTarget, NetConfig, PlugConfig, PmemConfig, UnplugTarget,
+    FsConfig, MemConfig, MemoryTarget, NetConfig, Pages, PlugConfig, PmemConfig, UnplugTarget,
     VsockConfig,
 };
 use vmm_sys_util::tempdir::TempDir;
@@ -127,12 +127,13 @@ fn life(vmms: &mut Vmms<'_>) {
         directory,
         cache: FsCache::Auto,
         dax_mib: 0,
+        host_locks: false,
     };
     let mut setup = Setup::new(Code::new().print_for_ever(b'r').kernel());
     let _serial = setup.serial();
     let index = setup.pass(shared());
     setup.config.vcpus = 2;
-    setup.config.huge_pages = true;
+    setup.config.pages = Pages::Transparent;
     setup.config.devices.fs.push(fs("first", index));
     setup.config.devices.mem = Some(MemConfig { max_mib: 256 });
     setup.config.devices.balloon = Some(BalloonConfig::default());

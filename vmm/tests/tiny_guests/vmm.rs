@@ -14,7 +14,7 @@ use std::{
 
 use bulkhead_vmm_api::{
     Call, Channel, ChannelError, DeviceConfigs, Event, Failure, FailureKind, FromVmm, KernelConfig,
-    Outcome, PlugConfig, Request, RestoreConfig, SnapshotFiles, Status, VmConfig,
+    Outcome, Pages, PlugConfig, Request, RestoreConfig, SnapshotFiles, Status, VmConfig,
 };
 use nix::sys::{
     socket::{setsockopt, sockopt::ReceiveTimeout},
@@ -58,7 +58,7 @@ impl Setup {
             config: VmConfig {
                 vcpus: 1,
                 memory_mib: 32,
-                huge_pages: false,
+                pages: Pages::Small,
                 merge_group: None,
                 kernel: KernelConfig {
                     image: 0,

@@ -19,9 +19,11 @@ use virtio_bindings::{
     virtio_ids::VIRTIO_ID_FS,
     virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC},
 };
+use vmm_sys_util::epoll::EventSet;
 
 use super::{
     files::Files,
+    locks::Locks,
     passthrough::{Caching, Passthrough},
     Window,
 };
@@ -42,8 +44,14 @@ const VALID: Duration = Duration::from_secs(1);
 /// The same where nobody but the guest changes anything.
 const VALID_EXCLUSIVE: Duration = Duration::from_secs(86_400);
 
+/// Token of the locks' timer on the event loop; the queues' are below.
+pub(super) const TIMER: u32 = QUEUES as u32;
+
 /// What answers requests.
-pub(super) type Backend = Server<Files>;
+pub(super) struct Backend {
+    pub server: Server<Files>,
+    pub files: Arc<Passthrough>,
+}
 
 /// A shared directory.
 pub struct Fs {
@@ -51,6 +59,7 @@ pub struct Fs {
     config: [u8; TAG + 4],
     caching: Caching,
     directory: Arc<OwnedFd>,
+    host_locks: bool,
     /// Made in advance, for the first session.
     first: Option<(Backend, Arc<AtomicBool>)>,
     /// Where the guest may have files themselves.
@@ -65,6 +74,8 @@ pub(super) struct Active {
     /// None until the first request: it takes files of the host, which only
     /// the device's own thread may open.
     pub backend: Option<Backend>,
+    /// Where locks are the host's.
+    pub locks: Option<Locks>,
     mounted: Arc<AtomicBool>,
 }
 
@@ -84,7 +95,7 @@ impl Fs {
         let mut this = Self::unprepared(config, directory)?;
         // Now, for it shows what would fail at the guest's start.
         let mounted = Arc::<AtomicBool>::default();
-        this.first = Some((backend(&this.directory, this.caching, &mounted)?, mounted));
+        this.first = Some((this.backend(&mounted)?, mounted));
         Ok(this)
     }
 
@@ -118,6 +129,7 @@ impl Fs {
             config: space,
             caching,
             directory: Arc::new(directory),
+            host_locks: config.host_locks,
             first: None,
             window: None,
             active: None,
@@ -145,27 +157,43 @@ impl Fs {
     /// # Errors
     /// The directory cannot be opened any more.
     pub(super) fn prepare(&mut self) -> io::Result<()> {
-        match &mut self.active {
-            Some(active) if active.backend.is_none() => {
-                let backend = backend(&self.directory, self.caching, &active.mounted)?;
-                active.backend = Some(backend);
-                Ok(())
-            }
-            _ => Ok(()),
+        let mounted = match &self.active {
+            Some(active) if active.backend.is_none() => Arc::clone(&active.mounted),
+            _ => return Ok(()),
+        };
+        let backend = self.backend(&mounted)?;
+        if let Some(active) = &mut self.active {
+            active.backend = Some(backend);
         }
+        Ok(())
     }
-}
 
-/// A backend that knows nothing yet.
-fn backend(
-    directory: &Arc<OwnedFd>,
-    caching: Caching,
-    mounted: &Arc<AtomicBool>,
-) -> io::Result<Backend> {
-    let room = ROOM.get().copied().unwrap_or(LEAST_ROOM);
-    let files = Passthrough::new(Arc::clone(directory), caching, room)?;
-    let files = Files::new(files, !caching.always, Arc::clone(mounted));
-    Ok(Server::new(files))
+    /// A backend that knows nothing yet.
+    fn backend(&self, mounted: &Arc<AtomicBool>) -> io::Result<Backend> {
+        let room = ROOM.get().copied().unwrap_or(LEAST_ROOM);
+        let files = Passthrough::new(Arc::clone(&self.directory), self.caching, room)?;
+        let files = Arc::new(files);
+        let server = Server::new(Files::new(
+            Arc::clone(&files),
+            !self.caching.always,
+            self.host_locks,
+            Arc::clone(mounted),
+        ));
+        Ok(Backend { server, files })
+    }
+
+    /// Those who will wait for locks.
+    fn locks(&self, queues: &Queues) -> io::Result<Option<Locks>> {
+        if !self.host_locks {
+            return Ok(None);
+        }
+        let locks = Locks::new()?;
+        let handler = queues.handler.clone();
+        queues
+            .event_loop
+            .register(&locks.timer, EventSet::IN, handler, TIMER)?;
+        Ok(Some(locks))
+    }
 }
 
 /// Descriptors that files of a shared directory may take.
@@ -218,6 +246,10 @@ impl VirtioDevice for Fs {
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
         let queues = Queues::new(activation, QUEUES)?;
+        let locks = self.locks(&queues).map_err(|source| DeviceError::System {
+            action: "watch a timer",
+            source,
+        })?;
         let (backend, mounted) = match self.first.take() {
             Some((backend, mounted)) => (Some(backend), mounted),
             None => (None, Arc::default()),
@@ -225,13 +257,18 @@ impl VirtioDevice for Fs {
         self.active = Some(Active {
             queues,
             backend,
+            locks,
             mounted,
         });
         Ok(())
     }
 
     fn reset(&mut self) {
-        self.active = None;
+        if let Some(active) = self.active.take() {
+            if let Some(locks) = &active.locks {
+                active.queues.event_loop.unregister(&locks.timer);
+            }
+        }
         self.clear_window();
     }
 

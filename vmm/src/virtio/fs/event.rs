@@ -10,7 +10,11 @@ use fuse_backend_rs::{
 use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 
-use super::{device::Backend, Fs, Window};
+use super::{
+    device::{Active, Backend, TIMER},
+    locks::Outcome,
+    Fs, Window,
+};
 use crate::{
     event::EventHandler,
     virtio::{
@@ -28,6 +32,13 @@ impl EventHandler for Fs {
         let Some(active) = &mut self.active else {
             return;
         };
+        if token == TIMER {
+            if let Some(locks) = &mut active.locks {
+                locks.look_again();
+            }
+            settle(active);
+            return;
+        }
         // The first notification is the VMM's own.
         if active.backend.is_none() && active.queues.is_empty(index) {
             active.queues.notified(index);
@@ -48,14 +59,38 @@ impl EventHandler for Fs {
             };
             let window = &mut self.window;
             let counters = Arc::clone(&active.queues.counters);
-            active.queues.drain(index, ROUND, |chain| {
-                let served = serve(&memory, backend, window.as_mut(), &counters, chain);
-                if let Ok(length) = served {
-                    counters.to_guest(length.into());
-                }
-                served
-            });
+            let locks = &mut active.locks;
+            let work = |(): &mut (), chain: Chain<'_>| {
+                let outcome = match locks {
+                    None => Outcome::Other,
+                    Some(locks) => locks.take(&backend.files, &memory, index, chain.clone())?,
+                };
+                let length = match outcome {
+                    Outcome::Answered(length) => length,
+                    Outcome::Waits => return Ok(None),
+                    Outcome::Other => serve(&memory, backend, window.as_mut(), &counters, chain)?,
+                };
+                counters.to_guest(length.into());
+                Ok(Some(length))
+            };
+            active
+                .queues
+                .drain_later(index, ROUND, &mut (), |()| true, work);
+            settle(active);
         }
+    }
+}
+
+/// Answers requests for locks that need not wait any more.
+fn settle(active: &mut Active) {
+    let (Some(locks), Some(backend)) = (&mut active.locks, &active.backend) else {
+        return;
+    };
+    if active.queues.is_broken() {
+        return;
+    }
+    if locks.settle(&backend.files, &mut active.queues).is_err() {
+        active.queues.break_device();
     }
 }
 
@@ -71,7 +106,10 @@ fn serve(
     let writer = VirtioFsWriter::new(memory, chain.clone()).map_err(|_| Broken)?;
     counters.from_guest(reader.available_bytes() as u64);
     let window = window.map(|window| window as &mut dyn FsCacheReqHandler);
-    match backend.handle_message(reader, Writer::VirtioFs(writer), window, None) {
+    match backend
+        .server
+        .handle_message(reader, Writer::VirtioFs(writer), window, None)
+    {
         // A reply is shorter than what the queue's descriptors hold.
         Ok(length) => u32::try_from(length).map_err(|_| Broken),
         Err(error) => {

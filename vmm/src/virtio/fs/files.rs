@@ -52,20 +52,29 @@ const ANNOUNCED: (i64, i64) = (13_569_465_600, 141_592_653);
 
 /// A shared directory, served to one connection.
 pub(super) struct Files {
-    inner: Passthrough,
+    inner: Arc<Passthrough>,
     /// Somebody else than the guest may change files.
     shared: bool,
+    /// Its processes' locks are the host's.
+    locks: bool,
     /// The guest has begun a session.
     mounted: Arc<AtomicBool>,
 }
 
 impl Files {
-    /// `shared`: somebody else than the guest may change files. `mounted` is
-    /// set while the guest has a session.
-    pub fn new(inner: Passthrough, shared: bool, mounted: Arc<AtomicBool>) -> Self {
+    /// `shared`: somebody else than the guest may change files. `locks`: what its
+    /// processes lock, is locked on the host. `mounted` is set while the guest has
+    /// a session.
+    pub fn new(
+        inner: Arc<Passthrough>,
+        shared: bool,
+        locks: bool,
+        mounted: Arc<AtomicBool>,
+    ) -> Self {
         Self {
             inner,
             shared,
+            locks,
             mounted,
         }
     }
@@ -89,6 +98,9 @@ impl FileSystem for Files {
             | FsOptions::SUBMOUNTS;
         if self.shared {
             wanted |= FsOptions::AUTO_INVAL_DATA;
+        }
+        if self.locks {
+            wanted |= FsOptions::POSIX_LOCKS | FsOptions::FLOCK_LOCKS;
         }
         self.mounted.store(true, Ordering::SeqCst);
         Ok(wanted)
@@ -252,7 +264,8 @@ impl FileSystem for Files {
             .write(inode, handle, from, size, offset, flags, fuse_flags)
     }
 
-    fn flush(&self, _: &Context, inode: u64, handle: u64, _owner: u64) -> io::Result<()> {
+    fn flush(&self, _: &Context, inode: u64, handle: u64, owner: u64) -> io::Result<()> {
+        self.inner.unlock_all(inode, owner);
         self.inner.flush(inode, handle)
     }
 

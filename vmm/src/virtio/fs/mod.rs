@@ -11,6 +11,7 @@
 mod device;
 mod event;
 mod files;
+mod locks;
 mod passthrough;
 mod state;
 #[cfg(test)]

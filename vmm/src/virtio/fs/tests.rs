@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 mod known;
+mod locks;
 mod requests;
 mod window;
 
@@ -70,6 +71,7 @@ fn config(tag: &str) -> FsConfig {
         directory: 0,
         cache: FsCache::Auto,
         dax_mib: 0,
+        host_locks: false,
     }
 }
 
@@ -84,9 +86,13 @@ impl Guest {
     }
 
     fn with_window(window: Option<Window>) -> Self {
+        Self::with_config(&config("shared"), window)
+    }
+
+    fn with_config(config: &FsConfig, window: Option<Window>) -> Self {
         let directory = TempDir::new().unwrap();
         fs::write(directory.as_path().join("file"), b"0123456789").unwrap();
-        let device = Fs::new(&config("shared"), open(directory.as_path())).unwrap();
+        let device = Fs::new(config, open(directory.as_path())).unwrap();
         let device = device.with_window(window);
         let mut guest = Self {
             driver: Driver::new(device),
@@ -211,29 +217,6 @@ fn the_tag_and_the_number_of_queues_are_in_the_configuration() {
     for tag in ["", "0123456789012345678901234567890123456"] {
         assert!(Fs::new(&config(tag), open(directory.as_path())).is_err());
     }
-}
-
-#[test]
-fn a_mount_negotiates_what_the_device_can_do() {
-    let mut guest = Guest::new();
-    let answer = guest.init();
-    let (flags, max_write) = (word(&answer, 12), word(&answer, 20));
-    for (bit, wanted) in [
-        (0, true),   // asynchronous reads
-        (1, false),  // POSIX locks
-        (3, false),  // opening truncates: it would truncate a program that runs
-        (4, false),  // lookup of "." and ".."
-        (5, true),   // writes of more than a page
-        (12, true),  // data is invalid when its file changed
-        (13, true),  // READDIRPLUS
-        (16, false), // write-back cache
-        (22, true),  // many pages a request
-        (27, true),  // file systems below
-        (28, true),  // set-user-id bits go with writes
-    ] {
-        assert_eq!(flags & (1 << bit) != 0, wanted, "bit {bit}");
-    }
-    assert_eq!(max_write, 1 << 20);
 }
 
 #[test]

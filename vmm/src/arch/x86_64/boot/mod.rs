@@ -268,7 +268,7 @@ mod tests {
     #[test]
     fn a_ramdisk_lies_above_what_describes_the_machine() {
         const SIZE: u64 = 32 << 20;
-        let memory = memory::allocate(SIZE).unwrap();
+        let memory = memory::allocate(SIZE, bulkhead_vmm_api::Pages::Small).unwrap();
         let load = |start, size| {
             let mut file = TempFile::new().unwrap().into_file();
             file.set_len(size).unwrap();

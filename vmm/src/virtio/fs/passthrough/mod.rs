@@ -14,7 +14,9 @@ mod attributes;
 mod data;
 mod identity;
 mod listing;
+mod locks;
 mod names;
+mod ranges;
 mod table;
 
 use std::{
@@ -29,6 +31,7 @@ use std::{
 use fuse_backend_rs::api::filesystem::OpenOptions;
 use rustix::fs::{fcntl_setfl, openat, Mode, OFlags};
 
+pub use self::locks::{Kind, Record};
 #[cfg(test)]
 pub use self::names::ATTR_SUBMOUNT;
 use self::table::{Inode, Table};

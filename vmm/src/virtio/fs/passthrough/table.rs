@@ -10,7 +10,7 @@ use std::{
 
 use rustix::fs::{statx, AtFlags, Statx, StatxFlags};
 
-use super::{Handle, ROOT};
+use super::{locks::Held, Handle, ROOT};
 
 /// What a file of the host is told apart by: its file system, its number there, and
 /// by which mount it is seen. What lies below a mount can differ.
@@ -48,9 +48,11 @@ pub struct Table {
     inodes: HashMap<u64, Known>,
     numbers: HashMap<Identity, u64>,
     handles: HashMap<u64, Handle>,
+    /// Record locks, by inode and owner.
+    pub locks: HashMap<(u64, u64), Held>,
     next_inode: u64,
     next_handle: u64,
-    /// Most of both together.
+    /// Most of all of these together.
     room: usize,
 }
 
@@ -95,6 +97,7 @@ impl Table {
             inodes: HashMap::new(),
             numbers: HashMap::new(),
             handles: HashMap::new(),
+            locks: HashMap::new(),
             next_inode: ROOT + 1,
             next_handle: 1,
             room,
@@ -108,6 +111,7 @@ impl Table {
         self.inodes = HashMap::new();
         self.numbers = HashMap::new();
         self.handles = HashMap::new();
+        self.locks = HashMap::new();
         self.put_root(root);
     }
 
@@ -118,8 +122,8 @@ impl Table {
     }
 
     /// Whether one more descriptor is let in.
-    fn check_room(&self) -> io::Result<()> {
-        if self.inodes.len() + self.handles.len() < self.room {
+    pub fn check_room(&self) -> io::Result<()> {
+        if self.inodes.len() + self.handles.len() + self.locks.len() < self.room {
             return Ok(());
         }
         Err(io::Error::from_raw_os_error(libc::ENFILE))
@@ -192,13 +196,14 @@ impl Table {
             .ok_or_else(unknown)
     }
 
-    /// Closes an inode's handle.
+    /// Closes an inode's handle, with the locks that came by it.
     ///
     /// # Errors
     /// As of [`Self::handle`].
     pub fn close(&mut self, number: u64, inode: u64) -> io::Result<()> {
         self.handle(number, inode)?;
         self.handles.remove(&number);
+        self.locks.retain(|_, held| held.via != number);
         Ok(())
     }
 }

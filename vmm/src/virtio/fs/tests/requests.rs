@@ -69,6 +69,29 @@ impl Guest {
 /// What the guest's agent announces a change with changes nothing; any other
 /// time does.
 #[test]
+fn a_mount_negotiates_what_the_device_can_do() {
+    let mut guest = Guest::new();
+    let answer = guest.init();
+    let (flags, max_write) = (word(&answer, 12), word(&answer, 20));
+    for (bit, wanted) in [
+        (0, true),   // asynchronous reads
+        (1, false),  // POSIX locks
+        (3, false),  // opening truncates: it would truncate a program that runs
+        (4, false),  // lookup of "." and ".."
+        (5, true),   // writes of more than a page
+        (12, true),  // data is invalid when its file changed
+        (13, true),  // READDIRPLUS
+        (16, false), // write-back cache
+        (22, true),  // many pages a request
+        (27, true),  // file systems below
+        (28, true),  // set-user-id bits go with writes
+    ] {
+        assert_eq!(flags & (1 << bit) != 0, wanted, "bit {bit}");
+    }
+    assert_eq!(max_write, 1 << 20);
+}
+
+#[test]
 fn an_announced_change_leaves_the_file_alone() {
     let mut guest = Guest::new();
     let file = guest.inode("file");
