@@ -8,7 +8,7 @@ use std::{
 
 use bulkhead_vmm_api::{
     BalloonConfig, BlkConfig, DeviceConfigs, FailureKind, FdIndex, FsConfig, MemConfig, NetConfig,
-    PlugConfig, PmemConfig, RestoreConfig, SnapshotFiles, VmConfig, VsockConfig,
+    PlugConfig, PmemConfig, RateLimits, RestoreConfig, SnapshotFiles, VmConfig, VsockConfig,
 };
 use nix::fcntl::{fcntl, FcntlArg, OFlag};
 
@@ -292,6 +292,8 @@ impl Devices {
             if device.mac[0] & 1 != 0 {
                 return Err(invalid(field, "mac is a multicast address"));
             }
+            check_rate(&field, "transmit_rate", device.transmit_rate)?;
+            check_rate(&field, "receive_rate", device.receive_rate)?;
             let tap = fds.file(device.tap, &field)?;
             set_nonblocking(&tap).map_err(|error| unusable(&field, error.to_string()))?;
             net.push((device, tap));
@@ -316,18 +318,7 @@ impl Devices {
                     ),
                 ));
             }
-            for (name, rate) in device
-                .rate
-                .iter()
-                .flat_map(|rate| [("bytes", rate.bytes), ("operations", rate.operations)])
-            {
-                if rate.is_some_and(|rate| rate.per_second == 0 || rate.burst == 0) {
-                    return Err(invalid(
-                        field,
-                        format!("rate.{name}: per_second and burst are at least 1"),
-                    ));
-                }
-            }
+            check_rate(&field, "rate", device.rate)?;
             blk.push((device, file));
         }
         let part = (SLOT >> 20) as u32;
@@ -353,6 +344,20 @@ impl Devices {
             mem: wanted.mem,
         })
     }
+}
+
+/// Limits that let something through.
+fn check_rate(field: &str, name: &str, limits: Option<RateLimits>) -> Result<(), ConfigError> {
+    let limits = limits.unwrap_or_default();
+    for (part, rate) in [("bytes", limits.bytes), ("operations", limits.operations)] {
+        if rate.is_some_and(|rate| rate.per_second == 0 || rate.burst == 0) {
+            return Err(invalid(
+                field,
+                format!("{name}.{part}: per_second and burst are at least 1"),
+            ));
+        }
+    }
+    Ok(())
 }
 
 fn set_nonblocking(file: &File) -> nix::Result<()> {

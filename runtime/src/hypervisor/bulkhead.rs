@@ -328,6 +328,7 @@ fn net_config(nic: &NicDevice, tap: FdIndex) -> NetConfig {
         tap,
         mac: nic.mac,
         mtu: Some(nic.mtu),
+        ..NetConfig::default()
     }
 }
 

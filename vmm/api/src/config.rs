@@ -195,7 +195,7 @@ pub struct VsockConfig {
 }
 
 /// virtio-net (virtio 1.2 §5.1) on a tap.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NetConfig {
     /// Name in logs and status.
@@ -207,6 +207,13 @@ pub struct NetConfig {
     /// MTU told to the guest; none: not told.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mtu: Option<u16>,
+    /// How much the guest may send; none: as much as the host takes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub transmit_rate: Option<RateLimits>,
+    /// How much it may get; none: as much as it takes. What has to wait does so
+    /// in the tap, which drops what it has no room for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub receive_rate: Option<RateLimits>,
 }
 
 /// virtio-blk (virtio 1.2 §5.2) on a raw file or block device. What the guest
@@ -246,14 +253,15 @@ pub enum BlkEngine {
     IoUring,
 }
 
-/// Limits of a device. Requests beyond them wait.
+/// Limits of a device. Requests, or packets, beyond them wait.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RateLimits {
-    /// Bytes of data, both ways together.
+    /// Bytes of data; a disk's both ways together.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bytes: Option<Rate>,
-    /// Requests.
+    /// Requests, or packets, of which one that is cut into segments later counts
+    /// once.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub operations: Option<Rate>,
 }

@@ -296,7 +296,7 @@ const VCPU: &[Rule] = &[
     any(libc::SYS_epoll_ctl, "a device that starts is watched"),
     any(
         libc::SYS_timerfd_create,
-        "a vsock device, or a disk with limits, that starts",
+        "a vsock device, or one with limits, that starts",
     ),
     any(
         libc::SYS_io_uring_enter,
@@ -311,7 +311,10 @@ const DEVICES: &[Rule] = &[
         "the event loop, with other C libraries",
     ),
     any(libc::SYS_epoll_ctl, "connections that come and go"),
-    any(libc::SYS_timerfd_settime, "vsock timeouts, disks' limits"),
+    any(
+        libc::SYS_timerfd_settime,
+        "vsock timeouts, limits of disks and networks",
+    ),
     any(libc::SYS_poll, "vsock: whether a socket is hung up"),
     any(libc::SYS_accept4, "vsock: the host's clients"),
     tested(

@@ -178,7 +178,7 @@ fn life(vmm: &mut Vmm) {
         id: "n".into(),
         tap: 0,
         mac: [2, 0, 0, 0, 0, 1],
-        mtu: None,
+        ..NetConfig::default()
     });
     let plugged = [
         (pmem, zeros(2 << 20).into()),

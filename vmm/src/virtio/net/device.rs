@@ -17,7 +17,7 @@ use virtio_bindings::{
 };
 use vmm_sys_util::epoll::EventSet;
 
-use super::receive::Ready;
+use super::{receive::Ready, throttle::Throttle};
 use crate::virtio::{
     chain::Queues,
     device::{read_bytes, Activation, DeviceError, StateError, VirtioDevice},
@@ -25,6 +25,9 @@ use crate::virtio::{
 
 /// Token of the tap on the event loop; the queues' are below.
 pub(super) const TAP: u32 = 3;
+/// Tokens of the limits' timers.
+pub(super) const RECEIVE_TIMER: u32 = 4;
+pub(super) const TRANSMIT_TIMER: u32 = 5;
 /// `struct virtio_net_hdr_v1`, which the tap exchanges as it is.
 pub(super) const HEADER: usize = 12;
 
@@ -41,6 +44,8 @@ pub struct Net {
     pub(super) watched: bool,
     pub(super) active: Option<Queues>,
     pub(super) ready: Ready,
+    pub(super) receive_limit: Option<Throttle>,
+    pub(super) transmit_limit: Option<Throttle>,
 }
 
 impl Net {
@@ -77,11 +82,53 @@ impl Net {
             watched: false,
             active: None,
             ready: Ready::default(),
+            receive_limit: config.receive_rate.map(Throttle::new),
+            transmit_limit: config.transmit_rate.map(Throttle::new),
         })
     }
 }
 
 impl Net {
+    /// Tells the tap what the driver can take, and watches for packets.
+    fn wire(&mut self) -> Result<(), DeviceError> {
+        let Some(queues) = &self.active else {
+            return Ok(());
+        };
+        let mut offload = 0;
+        for (feature, flag) in [
+            (VIRTIO_NET_F_GUEST_CSUM, libc::TUN_F_CSUM),
+            (VIRTIO_NET_F_GUEST_TSO4, libc::TUN_F_TSO4),
+            (VIRTIO_NET_F_GUEST_TSO6, libc::TUN_F_TSO6),
+        ] {
+            if queues.has_feature(feature) {
+                offload |= flag;
+            }
+        }
+        if offload != 0 {
+            set_offload(&self.tap, offload).map_err(|source| DeviceError::System {
+                action: "set the tap's offloads",
+                source,
+            })?;
+        }
+        for (limit, token) in [
+            (&mut self.receive_limit, RECEIVE_TIMER),
+            (&mut self.transmit_limit, TRANSMIT_TIMER),
+        ] {
+            if let Some(limit) = limit {
+                limit.start(queues, token)?;
+            }
+        }
+        queues
+            .event_loop
+            .register(&self.tap, EventSet::IN, queues.handler.clone(), TAP)
+            .map_err(|source| DeviceError::System {
+                action: "watch the tap",
+                source,
+            })?;
+        self.watched = true;
+        Ok(())
+    }
+
     /// The guest has announced itself.
     pub(super) fn announced(&mut self) {
         self.config[STATUS] &= !(VIRTIO_NET_S_ANNOUNCE as u8);
@@ -139,39 +186,18 @@ impl VirtioDevice for Net {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
-        let queues = Queues::new(activation, 2)?;
-        let mut offload = 0;
-        for (feature, flag) in [
-            (VIRTIO_NET_F_GUEST_CSUM, libc::TUN_F_CSUM),
-            (VIRTIO_NET_F_GUEST_TSO4, libc::TUN_F_TSO4),
-            (VIRTIO_NET_F_GUEST_TSO6, libc::TUN_F_TSO6),
-        ] {
-            if queues.has_feature(feature) {
-                offload |= flag;
-            }
-        }
-        if offload != 0 {
-            set_offload(&self.tap, offload).map_err(|source| DeviceError::System {
-                action: "set the tap's offloads",
-                source,
-            })?;
-        }
-        queues
-            .event_loop
-            .register(&self.tap, EventSet::IN, queues.handler.clone(), TAP)
-            .map_err(|source| DeviceError::System {
-                action: "watch the tap",
-                source,
-            })?;
-        self.watched = true;
-        self.active = Some(queues);
-        Ok(())
+        self.active = Some(Queues::new(activation, 2)?);
+        self.wire().inspect_err(|_| self.reset())
     }
 
     fn reset(&mut self) {
         if let Some(queues) = self.active.take() {
             queues.event_loop.unregister(&self.tap);
             self.watched = false;
+            let limits = [&mut self.receive_limit, &mut self.transmit_limit];
+            for limit in limits.into_iter().flatten() {
+                limit.stop(&queues.event_loop);
+            }
         }
         self.ready = Ready::default();
     }

@@ -16,7 +16,12 @@ use virtio_bindings::virtio_net::{
 use vm_memory::{Bytes, GuestAddressSpace, GuestMemory, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 
-use super::{device::TAP, receive::Ready, Net};
+use super::{
+    device::{RECEIVE_TIMER, TAP, TRANSMIT_TIMER},
+    receive::Ready,
+    throttle::Throttle,
+    Net,
+};
 use crate::{
     event::EventHandler,
     virtio::chain::{segments, Broken, Chain, Queues, Segment},
@@ -25,6 +30,7 @@ use crate::{
 pub(super) const RECEIVE: usize = 0;
 const TRANSMIT: usize = 1;
 const CONTROL: usize = 2;
+const SEND: u32 = TRANSMIT as u32;
 /// Most packets per turn and direction.
 pub(super) const ROUND: usize = 128;
 /// Most turns per wake-up: others share the loop.
@@ -37,12 +43,20 @@ impl EventHandler for Net {
         let Some(queues) = &mut self.active else {
             return;
         };
-        if token == TAP {
-            if queues.is_broken() {
-                queues.event_loop.unregister(&self.tap);
+        let timer = match token {
+            RECEIVE_TIMER => self.receive_limit.as_mut(),
+            TRANSMIT_TIMER => self.transmit_limit.as_mut(),
+            _ => None,
+        };
+        if let Some(limit) = timer {
+            limit.fired();
+        }
+        if token < TAP {
+            if !queues.notified(token as usize) {
                 return;
             }
-        } else if !queues.notified(token as usize) {
+        } else if queues.is_broken() {
+            queues.event_loop.unregister(&self.tap);
             return;
         }
         if token as usize == CONTROL {
@@ -58,9 +72,15 @@ impl EventHandler for Net {
             }
             return;
         }
-        let outcome = match token as usize {
-            TRANSMIT => both_ways(queues, &mut self.ready, &self.tap),
-            _ => self.ready.receive(queues, &self.tap),
+        let mut both = Both {
+            ready: &mut self.ready,
+            tap: &self.tap,
+            receive_limit: &mut self.receive_limit,
+            transmit_limit: &mut self.transmit_limit,
+        };
+        let outcome = match token {
+            SEND | TRANSMIT_TIMER => both.work(queues),
+            _ => both.receive(queues, token == TAP),
         };
         let wants_more = outcome.unwrap_or_else(|Broken| {
             queues.break_device();
@@ -80,32 +100,99 @@ impl EventHandler for Net {
     }
 }
 
-/// Sends what the guest has queued and receives what there is then, until
-/// nothing more comes of it; whether the tap should be watched on.
-fn both_ways(queues: &mut Queues, ready: &mut Ready, tap: &File) -> Result<bool, Broken> {
-    let memory = queues.memory.memory();
-    let counters = Arc::clone(&queues.counters);
-    let mut wants_more = true;
-    for _ in 0..TURNS {
-        let sent = queues.take(TRANSMIT, ROUND, |chain| {
-            let (readable, _) = segments(chain);
-            match transmit(&memory, tap, &readable)? {
-                Some(sent) => counters.from_guest(sent as u64),
-                None => counters.error(),
+/// Both directions of an interface, with their limits.
+struct Both<'d> {
+    ready: &'d mut Ready,
+    tap: &'d File,
+    receive_limit: &'d mut Option<Throttle>,
+    transmit_limit: &'d mut Option<Throttle>,
+}
+
+impl Both<'_> {
+    /// Sends what the guest has queued and receives what there is then, until
+    /// nothing more comes of it; whether the tap should be watched on.
+    fn work(&mut self, queues: &mut Queues) -> Result<bool, Broken> {
+        let mut wants_more = true;
+        for _ in 0..TURNS {
+            let sent = self.send(queues)?;
+            wants_more = self.receive(queues, false)?;
+            if sent == 0 {
+                break;
             }
-            Ok(0)
-        });
-        if queues.is_broken() {
+            queues.signal(TRANSMIT);
+        }
+        // What waits for the timer is not to be told of.
+        if !self.transmit_limit.as_ref().is_some_and(Throttle::waits) {
+            queues.rest(TRANSMIT);
+        }
+        Ok(wants_more)
+    }
+
+    /// Sends what the guest has queued, as far as the limit lets it; how many
+    /// packets.
+    fn send(&mut self, queues: &mut Queues) -> Result<usize, Broken> {
+        let memory = queues.memory.memory();
+        let counters = Arc::clone(&queues.counters);
+        let tap = self.tap;
+        let mut bytes = 0;
+        let mut send = |queues: &mut Queues, limit| {
+            let taken = queues.take(TRANSMIT, limit, |chain| {
+                let (readable, _) = segments(chain);
+                match transmit(&memory, tap, &readable)? {
+                    Some(sent) => {
+                        counters.from_guest(sent as u64);
+                        bytes += sent;
+                    }
+                    None => counters.error(),
+                }
+                Ok(0)
+            });
+            match queues.is_broken() {
+                true => Err(Broken),
+                false => Ok((taken, std::mem::take(&mut bytes))),
+            }
+        };
+        let Some(limit) = self.transmit_limit else {
+            return send(queues, ROUND).map(|(taken, _)| taken);
+        };
+        for sent in 0..ROUND {
+            if limit.waits() || queues.is_empty(TRANSMIT) {
+                return Ok(sent);
+            }
+            let wait = limit.wait();
+            if !wait.is_zero() {
+                limit.set(wait, &queues.counters)?;
+                return Ok(sent);
+            }
+            let (taken, bytes) = send(queues, 1)?;
+            if taken == 0 {
+                return Ok(sent);
+            }
+            limit.take(bytes);
+        }
+        Ok(ROUND)
+    }
+
+    /// Receives what the tap has, which `has_some` says that it has; whether it
+    /// should be watched on.
+    fn receive(&mut self, queues: &mut Queues, has_some: bool) -> Result<bool, Broken> {
+        let Some(limit) = self.receive_limit else {
+            return self.ready.receive(queues, self.tap, None);
+        };
+        // What has to wait for a packet need not know of one.
+        if limit.waits() {
             return Ok(false);
         }
-        wants_more = ready.receive(queues, tap)?;
-        if sent == 0 {
-            break;
+        let wait = limit.wait();
+        if wait.is_zero() {
+            return self.ready.receive(queues, self.tap, Some(limit));
         }
-        queues.signal(TRANSMIT);
+        // Without one, the tap tells.
+        if has_some {
+            limit.set(wait, &queues.counters)?;
+        }
+        Ok(!has_some)
     }
-    queues.rest(TRANSMIT);
-    Ok(wants_more)
 }
 
 /// Answers a command (virtio 1.2 §5.1.6.5): the only one that there is says that

@@ -7,5 +7,6 @@ mod receive;
 mod state;
 #[cfg(test)]
 mod tests;
+mod throttle;
 
 pub use device::Net;

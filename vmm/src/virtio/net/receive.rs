@@ -10,6 +10,7 @@ use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryMmap};
 use super::{
     device::HEADER,
     event::{add_piece, MAX_PIECES, RECEIVE, ROUND},
+    throttle::Throttle,
 };
 use crate::virtio::chain::{
     add_used_together, pop, segments, wants_interrupt, Broken, Queues, Segment,
@@ -40,8 +41,14 @@ pub(super) struct Ready {
 }
 
 impl Ready {
-    /// Receives what the tap has; whether it should be watched on.
-    pub fn receive(&mut self, queues: &mut Queues, tap: &File) -> Result<bool, Broken> {
+    /// Receives what the tap has, as far as the limit lets it; whether it should
+    /// be watched on.
+    pub fn receive(
+        &mut self,
+        queues: &mut Queues,
+        tap: &File,
+        mut limit: Option<&mut Throttle>,
+    ) -> Result<bool, Broken> {
         let memory = queues.memory.memory();
         let mergeable = queues.has_feature(VIRTIO_NET_F_MRG_RXBUF);
         let counters = Arc::clone(&queues.counters);
@@ -81,6 +88,13 @@ impl Ready {
             counters.requests(1);
             counters.to_guest(got as u64);
             done += self.use_up(queue, &memory, got, mergeable)?;
+            if let Some(limit) = &mut limit {
+                limit.take(got);
+                if !limit.wait().is_zero() {
+                    // If there is another, the tap tells.
+                    break;
+                }
+            }
         }
         if queue.next_used() != before && wants_interrupt(queue, &memory, before) {
             interrupt.signal_queue(RECEIVE);

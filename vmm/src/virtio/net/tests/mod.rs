@@ -8,24 +8,34 @@ use std::{
 
 use bulkhead_vmm_api::NetConfig;
 
+mod limits;
+
 use super::{device::TAP, Net};
 use crate::virtio::{
     device::VirtioDevice,
     testing::{Driver, READ_ONLY, READ_WRITE},
 };
 
-fn interface() -> (Driver<Net>, UnixDatagram) {
+fn config() -> NetConfig {
+    NetConfig {
+        id: "eth0".into(),
+        mac: [2, 0, 0, 0, 0, 1],
+        mtu: Some(1400),
+        ..NetConfig::default()
+    }
+}
+
+fn device(config: &NetConfig) -> (Net, UnixDatagram) {
     let (ours, theirs) = UnixDatagram::pair().unwrap();
     theirs.set_nonblocking(true).unwrap();
     ours.set_nonblocking(true).unwrap();
-    let config = NetConfig {
-        id: "eth0".into(),
-        tap: 0,
-        mac: [2, 0, 0, 0, 0, 1],
-        mtu: Some(1400),
-    };
-    let net = Net::new(&config, File::from(OwnedFd::from(theirs))).unwrap();
-    (Driver::new(net), ours)
+    let net = Net::new(config, File::from(OwnedFd::from(theirs))).unwrap();
+    (net, ours)
+}
+
+fn interface() -> (Driver<Net>, UnixDatagram) {
+    let (net, wire) = device(&config());
+    (Driver::new(net), wire)
 }
 
 #[test]
