@@ -12,7 +12,10 @@ use bulkhead_vmm_api::{
 };
 use nix::fcntl::{fcntl, FcntlArg, OFlag};
 
-use crate::{arch::x86_64::layout, virtio::mem::SLOT};
+use crate::{
+    arch::x86_64::layout,
+    virtio::{mem::SLOT, net::Backend},
+};
 
 /// Most vCPUs.
 pub const MAX_VCPUS: u8 = 64;
@@ -23,6 +26,8 @@ pub const MAX_DAX_MIB: u32 = 16 << 10;
 pub const MEMORY_MIB: std::ops::RangeInclusive<u32> = 32..=1 << 20;
 /// Most queues of a disk.
 const MAX_BLK_QUEUES: u16 = 16;
+/// Most pairs of queues of a network interface.
+const MAX_NET_PAIRS: usize = 8;
 /// Longest virtio-fs tag (virtio 1.2 §5.11.4).
 const MAX_TAG: usize = 36;
 
@@ -97,7 +102,7 @@ pub struct Devices {
     /// vsock, with its listener.
     pub vsock: Option<(VsockConfig, Option<OwnedFd>)>,
     /// Network interfaces.
-    pub net: Vec<(NetConfig, File)>,
+    pub net: Vec<(NetConfig, Backend)>,
     /// Block devices.
     pub blk: Vec<(BlkConfig, File)>,
     /// Entropy device.
@@ -294,9 +299,19 @@ impl Devices {
             }
             check_rate(&field, "transmit_rate", device.transmit_rate)?;
             check_rate(&field, "receive_rate", device.receive_rate)?;
-            let tap = fds.file(device.tap, &field)?;
-            set_nonblocking(&tap).map_err(|error| unusable(&field, error.to_string()))?;
-            net.push((device, tap));
+            if device.more_queues.len() >= MAX_NET_PAIRS {
+                return Err(invalid(
+                    field,
+                    format!("more_queues: {MAX_NET_PAIRS} in all at most"),
+                ));
+            }
+            let mut taps = Vec::new();
+            for index in [&device.tap].into_iter().chain(&device.more_queues) {
+                let tap = fds.file(*index, &field)?;
+                set_nonblocking(&tap).map_err(|error| unusable(&field, error.to_string()))?;
+                taps.push(tap);
+            }
+            net.push((device, Backend { taps }));
         }
         let mut blk = Vec::new();
         for device in wanted.blk {

@@ -202,6 +202,11 @@ pub struct NetConfig {
     pub id: String,
     /// Tap opened with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`.
     pub tap: FdIndex,
+    /// Further queues of the same tap, all of which were opened with
+    /// `IFF_MULTI_QUEUE`, too; 7 at most. For each the guest gets another pair of
+    /// queues. A restored VM has as many as it had.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub more_queues: Vec<FdIndex>,
     /// The guest's hardware address.
     pub mac: [u8; 6],
     /// MTU told to the guest; none: not told.

@@ -40,7 +40,7 @@ use crate::{
         device::{GuestRam, VirtioDevice},
         fs::{self, Fs},
         mem::{Layout, Mem, SLOT},
-        net::Net,
+        net::{Backend, Net},
         pmem::Pmem,
         rng::Rng,
         transport::{Addresses, InUse, VirtioPci, Wiring},
@@ -62,7 +62,7 @@ pub(super) enum Item {
     Pmem(PmemConfig, File),
     Fs(FsConfig, OwnedFd),
     Vsock(VsockConfig, Option<OwnedFd>),
-    Net(NetConfig, File),
+    Net(NetConfig, Backend),
     Blk(BlkConfig, File),
     Rng,
     Balloon(BalloonConfig),
@@ -93,7 +93,7 @@ pub(super) fn items(devices: Devices) -> Vec<Item> {
     let vsock = devices.vsock.into_iter();
     items.extend(vsock.map(|(config, listener)| Item::Vsock(config, listener)));
     let net = devices.net.into_iter();
-    items.extend(net.map(|(config, tap)| Item::Net(config, tap)));
+    items.extend(net.map(|(config, backend)| Item::Net(config, backend)));
     let blk = devices.blk.into_iter();
     items.extend(blk.map(|(config, file)| Item::Blk(config, file)));
     items.extend(devices.rng.then_some(Item::Rng));
@@ -459,8 +459,8 @@ impl Board {
                 let device = Vsock::new(&config, listener, self.on_connect.clone());
                 self.function(device.map_err(named)?, class::OTHER_NETWORK, io, slot)
             }
-            Item::Net(config, tap) => {
-                let device = Net::new(&config, tap).map_err(named)?;
+            Item::Net(config, backend) => {
+                let device = Net::new(&config, backend).map_err(named)?;
                 self.function(device, class::ETHERNET, io, slot)
             }
             Item::Blk(config, file) => {

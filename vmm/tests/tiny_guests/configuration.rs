@@ -22,7 +22,7 @@ fn kernel() -> File {
 fn a_bad_configuration_is_refused_by_its_fields_name() {
     use FailureKind::{BadResource, InvalidRequest};
     type Change = fn(&mut Setup);
-    let changes: [(&str, FailureKind, Change); 20] = [
+    let changes: [(&str, FailureKind, Change); 21] = [
         ("vcpus: 0", InvalidRequest, |s| s.config.vcpus = 0),
         ("vcpus: 65", InvalidRequest, |s| s.config.vcpus = 65),
         ("memory_mib: 0", InvalidRequest, |s| s.config.memory_mib = 0),
@@ -111,6 +111,15 @@ fn a_bad_configuration_is_refused_by_its_fields_name() {
                 id: "eth0".into(),
                 tap,
                 mac: [1, 0, 0, 0, 0, 1],
+                ..NetConfig::default()
+            });
+        }),
+        ("net \"eth0\": more_queues: ", InvalidRequest, |s| {
+            let tap = s.pass(zeros(0));
+            s.config.devices.net.push(NetConfig {
+                id: "eth0".into(),
+                tap,
+                more_queues: (1..=8).collect(),
                 ..NetConfig::default()
             });
         }),

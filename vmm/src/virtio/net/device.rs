@@ -10,8 +10,9 @@ use virtio_bindings::{
     virtio_net::{
         VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE,
         VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
-        VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF,
-        VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP,
+        VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ,
+        VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_ANNOUNCE,
+        VIRTIO_NET_S_LINK_UP,
     },
     virtio_ring::VIRTIO_RING_F_EVENT_IDX,
 };
@@ -23,34 +24,60 @@ use crate::virtio::{
     device::{read_bytes, Activation, DeviceError, StateError, VirtioDevice},
 };
 
-/// Token of the tap on the event loop; the queues' are below.
-pub(super) const TAP: u32 = 3;
-/// Tokens of the limits' timers.
-pub(super) const RECEIVE_TIMER: u32 = 4;
-pub(super) const TRANSMIT_TIMER: u32 = 5;
 /// `struct virtio_net_hdr_v1`, which the tap exchanges as it is.
 pub(super) const HEADER: usize = 12;
 
 /// Where the status lies in the configuration; its upper byte has no bits.
 const STATUS: usize = 6;
+/// And how many pairs of queues there are, where there are several.
+pub(super) const PAIRS: std::ops::Range<usize> = 8..10;
+/// Sizes of queues for packets, and of the one for commands.
+const PACKETS: u16 = 256;
+const COMMANDS: u16 = 16;
+
+/// What an interface is connected to.
+#[derive(Debug)]
+pub struct Backend {
+    /// One or several queues of a tap, which do not block.
+    pub taps: Vec<File>,
+}
+
+/// One queue of the tap.
+pub(super) struct Tap {
+    pub file: File,
+    /// Whether the loop watches it: not while nothing can be received.
+    pub watched: bool,
+    /// Whether it should.
+    pub wanted: bool,
+}
 
 /// A network interface.
 pub struct Net {
     name: String,
     pub(super) config: [u8; 12],
     pub(super) features: u64,
-    pub(super) tap: File,
-    /// Whether the loop watches the tap: not while the guest has no buffers.
-    pub(super) watched: bool,
+    sizes: Vec<u16>,
+    /// As many as there are pairs of queues.
+    pub(super) taps: Vec<Tap>,
     pub(super) active: Option<Queues>,
-    pub(super) ready: Ready,
+    /// Of each pair.
+    pub(super) ready: Vec<Ready>,
+    /// How many pairs the driver uses, from the first.
+    pub(super) in_use: usize,
+    /// Whose turn it is when a wait ends.
+    pub(super) turn: usize,
     pub(super) receive_limit: Option<Throttle>,
     pub(super) transmit_limit: Option<Throttle>,
 }
 
 impl Net {
-    /// An interface on `tap`, a non-blocking tap with `IFF_VNET_HDR`.
-    pub fn new(config: &NetConfig, tap: File) -> io::Result<Self> {
+    /// An interface on a tap with `IFF_VNET_HDR`.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn new(config: &NetConfig, backend: Backend) -> io::Result<Self> {
+        let taps = backend.taps;
+        let tap = taps.first().ok_or(io::ErrorKind::NotFound)?;
         let mut features = (1 << VIRTIO_F_VERSION_1)
             | (1 << VIRTIO_RING_F_EVENT_IDX)
             | (1 << VIRTIO_NET_F_MAC)
@@ -58,7 +85,7 @@ impl Net {
             | (1 << VIRTIO_NET_F_STATUS)
             | (1 << VIRTIO_NET_F_CTRL_VQ)
             | (1 << VIRTIO_NET_F_GUEST_ANNOUNCE);
-        if set_header_size(&tap).is_ok() && set_offload(&tap, 0).is_ok() {
+        if set_header_size(tap).is_ok() && set_offload(tap, 0).is_ok() {
             features |= (1 << VIRTIO_NET_F_CSUM)
                 | (1 << VIRTIO_NET_F_GUEST_CSUM)
                 | (1 << VIRTIO_NET_F_HOST_TSO4)
@@ -74,14 +101,28 @@ impl Net {
             features |= 1 << VIRTIO_NET_F_MTU;
             space[10..].copy_from_slice(&mtu.to_le_bytes());
         }
+        let pairs = taps.len();
+        if pairs > 1 {
+            features |= 1 << VIRTIO_NET_F_MQ;
+            space[PAIRS].copy_from_slice(&(pairs as u16).to_le_bytes());
+        }
+        let mut sizes = vec![PACKETS; 2 * pairs];
+        sizes.push(COMMANDS);
+        let taps = taps.into_iter().map(|file| Tap {
+            file,
+            watched: false,
+            wanted: false,
+        });
         Ok(Self {
             name: config.id.clone(),
             config: space,
             features,
-            tap,
-            watched: false,
+            sizes,
+            taps: taps.collect(),
             active: None,
-            ready: Ready::default(),
+            ready: (0..pairs).map(|_| Ready::default()).collect(),
+            in_use: 1,
+            turn: 0,
             receive_limit: config.receive_rate.map(Throttle::new),
             transmit_limit: config.transmit_rate.map(Throttle::new),
         })
@@ -94,6 +135,7 @@ impl Net {
         let Some(queues) = &self.active else {
             return Ok(());
         };
+        let failed = |action| move |source| DeviceError::System { action, source };
         let mut offload = 0;
         for (feature, flag) in [
             (VIRTIO_NET_F_GUEST_CSUM, libc::TUN_F_CSUM),
@@ -104,29 +146,45 @@ impl Net {
                 offload |= flag;
             }
         }
-        if offload != 0 {
-            set_offload(&self.tap, offload).map_err(|source| DeviceError::System {
-                action: "set the tap's offloads",
-                source,
-            })?;
+        // All queues of a tap have the same.
+        if let (Some(tap), true) = (self.taps.first(), self.has_offloads()) {
+            set_offload(&tap.file, offload).map_err(failed("set the tap's offloads"))?;
         }
+        let [receive, transmit] = self.timer_tokens();
         for (limit, token) in [
-            (&mut self.receive_limit, RECEIVE_TIMER),
-            (&mut self.transmit_limit, TRANSMIT_TIMER),
+            (&mut self.receive_limit, receive),
+            (&mut self.transmit_limit, transmit),
         ] {
             if let Some(limit) = limit {
                 limit.start(queues, token)?;
             }
         }
-        queues
-            .event_loop
-            .register(&self.tap, EventSet::IN, queues.handler.clone(), TAP)
-            .map_err(|source| DeviceError::System {
-                action: "watch the tap",
-                source,
-            })?;
-        self.watched = true;
+        let first = self.tap_token();
+        for (token, tap) in (first..).zip(&mut self.taps) {
+            queues
+                .event_loop
+                .register(&tap.file, EventSet::IN, queues.handler.clone(), token)
+                .map_err(failed("watch the tap"))?;
+            (tap.watched, tap.wanted) = (true, true);
+        }
         Ok(())
+    }
+
+    /// Whether the tap can do more than move packets.
+    fn has_offloads(&self) -> bool {
+        self.features & (1 << VIRTIO_NET_F_CSUM) != 0
+    }
+
+    /// Token of the first queue of the tap on the event loop, which others follow;
+    /// those of the guest's queues are below.
+    pub(super) fn tap_token(&self) -> u32 {
+        self.sizes.len() as u32
+    }
+
+    /// Tokens of the limits' timers: to receive, to transmit.
+    pub(super) fn timer_tokens(&self) -> [u32; 2] {
+        let next = self.tap_token() + self.taps.len() as u32;
+        [next, next + 1]
     }
 
     /// The guest has announced itself.
@@ -173,8 +231,7 @@ impl VirtioDevice for Net {
     }
 
     fn queue_sizes(&self) -> &[u16] {
-        // To receive, to transmit, and to control.
-        &[256, 256, 16]
+        &self.sizes
     }
 
     fn features(&self) -> u64 {
@@ -192,14 +249,17 @@ impl VirtioDevice for Net {
 
     fn reset(&mut self) {
         if let Some(queues) = self.active.take() {
-            queues.event_loop.unregister(&self.tap);
-            self.watched = false;
+            for tap in &mut self.taps {
+                queues.event_loop.unregister(&tap.file);
+                (tap.watched, tap.wanted) = (false, false);
+            }
             let limits = [&mut self.receive_limit, &mut self.transmit_limit];
             for limit in limits.into_iter().flatten() {
                 limit.stop(&queues.event_loop);
             }
         }
-        self.ready = Ready::default();
+        self.ready.fill_with(Ready::default);
+        self.in_use = 1;
     }
 
     fn queues(&self) -> Option<&Queues> {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! virtio-net (virtio 1.2 §5.1) on a tap.
 
+mod control;
 mod device;
 mod event;
 mod receive;
@@ -9,4 +10,4 @@ mod state;
 mod tests;
 mod throttle;
 
-pub use device::Net;
+pub use device::{Backend, Net};

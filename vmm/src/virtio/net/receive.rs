@@ -9,7 +9,7 @@ use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryMmap};
 
 use super::{
     device::HEADER,
-    event::{add_piece, MAX_PIECES, RECEIVE, ROUND},
+    event::{add_piece, MAX_PIECES, ROUND},
     throttle::Throttle,
 };
 use crate::virtio::chain::{
@@ -46,6 +46,7 @@ impl Ready {
     pub fn receive(
         &mut self,
         queues: &mut Queues,
+        index: usize,
         tap: &File,
         mut limit: Option<&mut Throttle>,
     ) -> Result<bool, Broken> {
@@ -53,7 +54,7 @@ impl Ready {
         let mergeable = queues.has_feature(VIRTIO_NET_F_MRG_RXBUF);
         let counters = Arc::clone(&queues.counters);
         let interrupt = Arc::clone(&queues.interrupt);
-        let queue = queues.get(RECEIVE).ok_or(Broken)?;
+        let queue = queues.get(index).ok_or(Broken)?;
         let before = queue.next_used();
         let mut vector = Vec::new();
         // Of the vector: what earlier packets are in.
@@ -97,7 +98,7 @@ impl Ready {
             }
         }
         if queue.next_used() != before && wants_interrupt(queue, &memory, before) {
-            interrupt.signal_queue(RECEIVE);
+            interrupt.signal_queue(index);
         }
         Ok(more)
     }

@@ -190,3 +190,29 @@ fn what_waits_is_still_there_after_a_restore() {
     // Nothing was taken that is not sent.
     assert_eq!(positions.nth(1), Some((1, sent, sent)));
 }
+
+#[test]
+fn nobody_waits_for_a_device_that_has_stopped() {
+    let (mut driver, _wire) = live(&NetConfig {
+        transmit_rate: Some(operations(20, 1)),
+        ..config()
+    });
+    send(&mut driver, 2, 100);
+    wait(&mut driver, 1, 1);
+    // One waits for 50 ms.
+    let buffer = driver.buffer(8);
+    driver.queue(2, &[(buffer, 8, READ_ONLY)]);
+    driver.notify(2);
+    let begin = Instant::now();
+    while !driver.broken() {
+        assert!(begin.elapsed() < LONG);
+        sleep(Duration::from_millis(1));
+    }
+    sleep(Duration::from_millis(100));
+    let limit = |driver: &mut Driver<Net>| {
+        let device = driver.device();
+        device.transmit_limit.as_ref().map(|limit| limit.waits())
+    };
+    assert_eq!(limit(&mut driver), Some(false));
+    assert!(driver.used(1).is_empty());
+}
