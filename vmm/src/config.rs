@@ -311,7 +311,18 @@ impl Devices {
                 set_nonblocking(&tap).map_err(|error| unusable(&field, error.to_string()))?;
                 taps.push(tap);
             }
-            net.push((device, Backend { taps }));
+            let limited = device.transmit_rate.is_some() || device.receive_rate.is_some();
+            if device.vhost.is_some() && (limited || taps.len() > 1) {
+                return Err(invalid(
+                    field,
+                    "vhost: not with limits, nor with several queues",
+                ));
+            }
+            let vhost = device
+                .vhost
+                .map(|index| fds.file(index, &field))
+                .transpose()?;
+            net.push((device, Backend { taps, vhost }));
         }
         let mut blk = Vec::new();
         for device in wanted.blk {

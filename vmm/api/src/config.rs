@@ -219,6 +219,13 @@ pub struct NetConfig {
     /// in the tap, which drops what it has no room for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub receive_rate: Option<RateLimits>,
+    /// An open /dev/vhost-net of its own: the host's kernel moves the packets, and
+    /// does not count them. Not with limits, nor with several queues. Where the
+    /// kernel cannot (it takes 64 parts of guest memory), the VMM says so in its
+    /// log and does it itself. Who passes it should close it: guest memory is there
+    /// for as long as it is open.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vhost: Option<FdIndex>,
 }
 
 /// virtio-blk (virtio 1.2 §5.2) on a raw file or block device. What the guest

@@ -17,7 +17,7 @@ use bulkhead_vmm_api::{
 use vm_memory::{GuestAddressSpace, GuestMemoryMmap, MmapRegion};
 
 use super::{
-    growth::{Backing, Growth, Saved},
+    growth::{Backing, Growth, GrowthError, Saved},
     system,
     windows::Window,
     BuildError,
@@ -393,9 +393,15 @@ impl Board {
         self.growth.as_ref()
     }
 
-    /// The same, to be changed.
-    pub fn growth_mut(&mut self) -> Option<&mut Growth> {
-        self.growth.as_mut()
+    /// Asks the guest to have `mib` MiB of that.
+    pub fn grow_to(&mut self, mib: u32) -> Result<(), GrowthError> {
+        let plugged = &self.plugged;
+        let growth = self.growth.as_mut().ok_or(GrowthError::Absent)?;
+        // Networks may have others reach memory; all others look at it each time.
+        let networks = || plugged.values().filter(|one| one.kind == DeviceKind::Net);
+        growth.set(mib, &|| {
+            networks().for_each(|network| network.function.memory_changed());
+        })
     }
 
     /// All of the guest's memory, as it is now.

@@ -195,6 +195,22 @@ mod kvm {
 const TUN_SET_OFFLOAD: u64 = 0x4004_54d0;
 const TUN_SET_HEADER_SIZE: u64 = 0x4004_54d8;
 
+/// /dev/vhost-net's requests (linux/vhost.h).
+mod vhost {
+    pub const GET_FEATURES: u64 = 0x8008_af00;
+    pub const SET_FEATURES: u64 = 0x4008_af00;
+    pub const SET_OWNER: u64 = 0xaf01;
+    pub const SET_MEM_TABLE: u64 = 0x4008_af03;
+    pub const SET_VRING_NUM: u64 = 0x4008_af10;
+    pub const SET_VRING_ADDR: u64 = 0x4028_af11;
+    pub const SET_VRING_BASE: u64 = 0x4008_af12;
+    pub const GET_VRING_BASE: u64 = 0xc008_af12;
+    pub const SET_VRING_KICK: u64 = 0x4008_af20;
+    pub const SET_VRING_CALL: u64 = 0x4008_af21;
+    pub const SET_VRING_ERR: u64 = 0x4008_af22;
+    pub const NET_SET_BACKEND: u64 = 0x4008_af30;
+}
+
 const CONTROL: &[Rule] = &[
     any(libc::SYS_poll, "waiting for the client"),
     any(libc::SYS_recvmsg, "the client's requests"),
@@ -236,6 +252,17 @@ const CONTROL: &[Rule] = &[
             &[Is(1, TUN_SET_HEADER_SIZE)],
         ],
         "plugging: pmem's window, taps; unplugging: notifications",
+    ),
+    tested(
+        libc::SYS_ioctl,
+        &[
+            &[Is(1, vhost::GET_FEATURES)],
+            &[Is(1, vhost::SET_OWNER)],
+            &[Is(1, vhost::SET_MEM_TABLE)],
+            &[Is(1, vhost::GET_VRING_BASE)],
+            &[Is(1, vhost::NET_SET_BACKEND)],
+        ],
+        "plugging: vhost-net; growing: its memory; saving: it rests",
     ),
     // Never executable, and shared with the file.
     tested(
@@ -289,6 +316,21 @@ const VCPU: &[Rule] = &[
         "the guest, its notifications and gathered writes, what a tap may send it",
     ),
     tested(
+        libc::SYS_ioctl,
+        &[
+            &[Is(1, vhost::SET_FEATURES)],
+            &[Is(1, vhost::SET_MEM_TABLE)],
+            &[Is(1, vhost::SET_VRING_NUM)],
+            &[Is(1, vhost::SET_VRING_ADDR)],
+            &[Is(1, vhost::SET_VRING_BASE)],
+            &[Is(1, vhost::SET_VRING_KICK)],
+            &[Is(1, vhost::SET_VRING_CALL)],
+            &[Is(1, vhost::SET_VRING_ERR)],
+            &[Is(1, vhost::NET_SET_BACKEND)],
+        ],
+        "a network whose driver starts, and whose packets the kernel moves",
+    ),
+    tested(
         libc::SYS_eventfd2,
         &[&[Is(0, 0)]],
         "notifications that a driver uses for the first time",
@@ -335,6 +377,11 @@ const DEVICES: &[Rule] = &[
         "balloon: memory given back by a clone",
     ),
     any(libc::SYS_readv, "net: packets from the tap"),
+    tested(
+        libc::SYS_ioctl,
+        &[&[Is(1, vhost::NET_SET_BACKEND)]],
+        "net: the kernel moves packets again, or none any more",
+    ),
     any(libc::SYS_writev, "net: packets to the tap"),
     any(libc::SYS_pread64, "blk: reading"),
     any(libc::SYS_pwrite64, "blk: writing"),

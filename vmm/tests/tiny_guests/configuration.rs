@@ -22,7 +22,7 @@ fn kernel() -> File {
 fn a_bad_configuration_is_refused_by_its_fields_name() {
     use FailureKind::{BadResource, InvalidRequest};
     type Change = fn(&mut Setup);
-    let changes: [(&str, FailureKind, Change); 21] = [
+    let changes: [(&str, FailureKind, Change); 22] = [
         ("vcpus: 0", InvalidRequest, |s| s.config.vcpus = 0),
         ("vcpus: 65", InvalidRequest, |s| s.config.vcpus = 65),
         ("memory_mib: 0", InvalidRequest, |s| s.config.memory_mib = 0),
@@ -120,6 +120,16 @@ fn a_bad_configuration_is_refused_by_its_fields_name() {
                 id: "eth0".into(),
                 tap,
                 more_queues: (1..=8).collect(),
+                ..NetConfig::default()
+            });
+        }),
+        ("net \"eth0\": vhost: ", InvalidRequest, |s| {
+            let (tap, other) = (s.pass(zeros(0)), s.pass(zeros(0)));
+            s.config.devices.net.push(NetConfig {
+                id: "eth0".into(),
+                tap,
+                more_queues: vec![other],
+                vhost: Some(other),
                 ..NetConfig::default()
             });
         }),

@@ -84,6 +84,12 @@ const ELSEWHERE: &[(i64, Option<u64>, &str)] = &[
         Some(0x4004_54d0),
         "a real tap (TUNSETOFFLOAD)",
     ),
+    // Tests of networks, e2e: `the_kernel_moves_a_guests_packets`.
+    (libc::SYS_ioctl, Some(0x8008_af00), "VHOST_GET_FEATURES"),
+    (libc::SYS_ioctl, Some(0xaf01), "VHOST_SET_OWNER"),
+    (libc::SYS_ioctl, Some(0x4008_af03), "VHOST_SET_MEM_TABLE"),
+    (libc::SYS_ioctl, Some(0xc008_af12), "VHOST_GET_VRING_BASE"),
+    (libc::SYS_ioctl, Some(0x4008_af30), "VHOST_NET_SET_BACKEND"),
     // A guest's driver that has let go: e2e, `disks_come_and_go_while_a_guest_runs`.
     (
         libc::SYS_ioctl,

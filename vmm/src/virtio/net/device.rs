@@ -18,7 +18,7 @@ use virtio_bindings::{
 };
 use vmm_sys_util::epoll::EventSet;
 
-use super::{receive::Ready, throttle::Throttle};
+use super::{receive::Ready, throttle::Throttle, vhost::Vhost};
 use crate::virtio::{
     chain::Queues,
     device::{read_bytes, Activation, DeviceError, StateError, VirtioDevice},
@@ -40,6 +40,8 @@ const COMMANDS: u16 = 16;
 pub struct Backend {
     /// One or several queues of a tap, which do not block.
     pub taps: Vec<File>,
+    /// /dev/vhost-net, with one queue: the kernel moves the packets.
+    pub vhost: Option<File>,
 }
 
 /// One queue of the tap.
@@ -59,6 +61,9 @@ pub struct Net {
     sizes: Vec<u16>,
     /// As many as there are pairs of queues.
     pub(super) taps: Vec<Tap>,
+    /// What has the kernel move packets. Goes before the queues, which keep guest
+    /// memory.
+    pub(super) vhost: Option<Vhost>,
     pub(super) active: Option<Queues>,
     /// Of each pair.
     pub(super) ready: Vec<Ready>,
@@ -74,7 +79,7 @@ impl Net {
     /// An interface on a tap with `IFF_VNET_HDR`.
     ///
     /// # Errors
-    /// There is none.
+    /// There is none, or what is to be vhost-net is not.
     pub fn new(config: &NetConfig, backend: Backend) -> io::Result<Self> {
         let taps = backend.taps;
         let tap = taps.first().ok_or(io::ErrorKind::NotFound)?;
@@ -106,6 +111,14 @@ impl Net {
             features |= 1 << VIRTIO_NET_F_MQ;
             space[PAIRS].copy_from_slice(&(pairs as u16).to_le_bytes());
         }
+        let vhost = match backend.vhost {
+            Some(device) => {
+                let (vhost, known) = Vhost::new(device, features)?;
+                features = known;
+                Some(vhost)
+            }
+            None => None,
+        };
         let mut sizes = vec![PACKETS; 2 * pairs];
         sizes.push(COMMANDS);
         let taps = taps.into_iter().map(|file| Tap {
@@ -125,6 +138,7 @@ impl Net {
             turn: 0,
             receive_limit: config.receive_rate.map(Throttle::new),
             transmit_limit: config.transmit_rate.map(Throttle::new),
+            vhost,
         })
     }
 }
@@ -159,12 +173,26 @@ impl Net {
                 limit.start(queues, token)?;
             }
         }
+        match self.start_kernel()? {
+            true => Ok(()),
+            false => self.watch_taps(),
+        }
+    }
+
+    /// Hears of packets that come.
+    pub(super) fn watch_taps(&mut self) -> Result<(), DeviceError> {
         let first = self.tap_token();
+        let Some(queues) = &self.active else {
+            return Ok(());
+        };
         for (token, tap) in (first..).zip(&mut self.taps) {
             queues
                 .event_loop
                 .register(&tap.file, EventSet::IN, queues.handler.clone(), token)
-                .map_err(failed("watch the tap"))?;
+                .map_err(|source| DeviceError::System {
+                    action: "watch the tap",
+                    source,
+                })?;
             (tap.watched, tap.wanted) = (true, true);
         }
         Ok(())
@@ -249,6 +277,9 @@ impl VirtioDevice for Net {
 
     fn reset(&mut self) {
         if let Some(queues) = self.active.take() {
+            if let Some(vhost) = &mut self.vhost {
+                vhost.stop(&queues);
+            }
             for tap in &mut self.taps {
                 queues.event_loop.unregister(&tap.file);
                 (tap.watched, tap.wanted) = (false, false);
@@ -272,6 +303,10 @@ impl VirtioDevice for Net {
 
     fn restore(&mut self, state: &[u8]) -> Result<(), StateError> {
         self.restore_state(state)
+    }
+
+    fn memory_changed(&mut self) {
+        self.tell_memory();
     }
 
     /// It is elsewhere in the network, and says so itself (virtio 1.2

@@ -14,7 +14,13 @@ use virtio_bindings::virtio_net::VIRTIO_NET_F_MQ;
 use vm_memory::{GuestAddressSpace, GuestMemory, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 
-use super::{device::Tap, receive::Ready, throttle::Throttle, Net};
+use super::{
+    device::Tap,
+    receive::Ready,
+    throttle::Throttle,
+    vhost::{Told, Vhost},
+    Net,
+};
 use crate::{
     event::EventHandler,
     virtio::chain::{segments, Broken, Queues, Segment},
@@ -42,6 +48,8 @@ pub(super) enum Source {
     ReceiveAgain,
     /// Nor to transmit.
     TransmitAgain,
+    /// What the kernel tells that moves packets.
+    Kernel(Told),
     /// None of these.
     Nothing,
 }
@@ -93,7 +101,7 @@ impl Net {
             _ if token < receive => Source::Tap((token - first) as usize),
             _ if token == receive => Source::ReceiveAgain,
             _ if token == transmit => Source::TransmitAgain,
-            _ => Source::Nothing,
+            _ => Vhost::told(token - self.kernel_token()).map_or(Source::Nothing, Source::Kernel),
         }
     }
 }
@@ -102,6 +110,10 @@ impl EventHandler for Net {
     fn handle(&mut self, token: u32, _events: EventSet) {
         let source = self.source(token);
         let of_a_queue = token < self.tap_token();
+        // One that was on its way when the kernel got the queue is the kernel's.
+        if of_a_queue && self.is_kernels(token as usize) {
+            return;
+        }
         let Some(queues) = &mut self.active else {
             return;
         };
@@ -138,12 +150,14 @@ impl EventHandler for Net {
                 self.transmit_limit.as_mut().map(Throttle::fired);
                 self.work_all(|both, queues| both.exchange(queues))
             }
+            Source::Kernel(told) => self.hear(told),
             Source::Nothing => Ok(()),
         };
         if let (Err(Broken), Some(queues)) = (outcome, &mut self.active) {
             queues.break_device();
             self.taps.iter_mut().for_each(|tap| tap.wanted = false);
         }
+        self.stop_if_broken();
         self.watch();
     }
 }

@@ -12,6 +12,11 @@ impl Net {
     /// worked, so nothing that is taken off it may be left.
     pub(super) fn save_state(&mut self) -> Result<Vec<u8>, StateError> {
         if let Some(queues) = &mut self.active {
+            if let Some(vhost) = &mut self.vhost {
+                vhost
+                    .rest(queues)
+                    .map_err(|_| StateError::Busy("the kernel does not let go of its queues"))?;
+            }
             for (pair, ready) in self.ready.iter_mut().enumerate() {
                 if let Some(queue) = queues.get(receive_queue(pair)) {
                     ready.give_back(queue);

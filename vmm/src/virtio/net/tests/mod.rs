@@ -44,7 +44,10 @@ fn with_pairs(config: &NetConfig, count: usize) -> (Net, Vec<UnixDatagram>) {
         (ours, File::from(OwnedFd::from(theirs)))
     });
     let (wires, taps) = sockets.unzip();
-    (Net::new(config, Backend { taps }).unwrap(), wires)
+    (
+        Net::new(config, Backend { taps, vhost: None }).unwrap(),
+        wires,
+    )
 }
 
 fn interface() -> (Driver<Net>, UnixDatagram) {
