@@ -43,6 +43,9 @@ pub struct Hypervisor {
     /// from the host's page cache instead of copies of their own (the DAX window
     /// of virtio-fs), MiB.
     pub dax_mib: u32,
+    /// Whether the host's kernel moves packets between pods and their taps
+    /// (/dev/vhost-net), instead of the jailed VMM.
+    pub vhost_net: bool,
     /// The pods among which the host may merge identical pages of memory (KSM);
     /// none: no pod's memory is merged unless its annotation says so.
     pub merge_group: Option<Name>,
@@ -216,6 +219,7 @@ impl Default for Hypervisor {
             huge_pages: false,
             free_page_reporting: true,
             dax_mib: 0,
+            vhost_net: false,
             merge_group: None,
             allowed_merge_groups: Vec::new(),
             kernel_params: String::new(),
