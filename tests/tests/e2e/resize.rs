@@ -27,7 +27,7 @@ pub const TESTS: &[Test] = tests![
 const EXTRA_MIB: u32 = 512;
 
 /// Asks for memory, and waits until the guest has done it.
-fn ask(vmm: &mut Vmm, mib: u32, console: impl Fn() -> String) -> Result<()> {
+pub fn ask(vmm: &mut Vmm, mib: u32, console: impl Fn() -> String) -> Result<()> {
     vmm.call(Call::Memory(MemoryTarget { mib }), &[])?;
     until(LIMIT, &format!("{mib} MiB"), || {
         let memory = vmm.status()?.memory.context("no such device")?;
