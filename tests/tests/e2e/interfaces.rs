@@ -12,12 +12,15 @@ use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure, Context as _, Result};
 use bulkhead_agent_protocol::{agent, SHARED_TAG};
+use bulkhead_tests::listing::by_program;
 use bulkhead_tests::start::Start;
 use bulkhead_tests::vmm::{Size, Vmm};
 use bulkhead_tests::{proc, sys};
 use bulkhead_vmm_api::{Call, DeviceMetrics, NetConfig, Outcome, PlugConfig, Rate, RateLimits};
 
-use crate::context::{same, until, Context, LIMIT};
+use crate::cli::with_config;
+use crate::context::{mentions, same, until, Context, LIMIT};
+use crate::network::{echo_server, Net, HOST4};
 use crate::plugged::Guest;
 use crate::resize;
 use crate::runner::{tests, Test};
@@ -28,6 +31,7 @@ pub const TESTS: &[Test] = tests![
     a_guest_uses_several_queues,
     the_kernel_moves_a_guests_packets,
     interfaces_are_saved_and_restored,
+    a_pods_packets_are_moved_by_the_kernel_where_that_is_set,
 ];
 
 const TAP: &str = "bh-if0";
@@ -370,5 +374,41 @@ fn restored(context: &Context, name: &str, before: Kind, after: Kind) -> Result<
     }
     drop(vmm);
     std::fs::remove_file(memory)?;
+    Ok(())
+}
+
+fn a_pods_packets_are_moved_by_the_kernel_where_that_is_set(context: &Context) -> Result<()> {
+    context.only_bulkhead()?;
+    let toml = context.config.toml();
+    let config = toml.replacen("[hypervisor]\n", "[hypervisor]\nvhost_net = true\n", 1);
+    with_config(context, &config, || pod_by_kernel(context))
+}
+
+/// Processes of that program that have vhost-net open.
+fn with_vhost(program: &str) -> Result<usize> {
+    let mut count = 0;
+    for process in by_program(program) {
+        for fd in std::fs::read_dir(format!("/proc/{}/fd", process.pid))? {
+            // One that is gone is not it.
+            let path = std::fs::read_link(fd?.path()).unwrap_or_default();
+            count += usize::from(path == std::path::Path::new("/dev/vhost-net"));
+        }
+    }
+    Ok(count)
+}
+
+fn pod_by_kernel(context: &Context) -> Result<()> {
+    let net = Net::make()?;
+    let port = echo_server(SocketAddr::new(HOST4.parse()?, 0))?;
+    let flag = format!("network:{}", Net::path(2));
+    let pod = context.detached(&["--with-ns", &flag], &["sleep", "100000"])?;
+    // The front end has passed it on.
+    same(with_vhost("bulkhead-vmm")?, 1)?;
+    same(with_vhost("containerd-shim-bulkhead-v2")?, 0)?;
+    let script = format!("ping -c 2 -W 5 {HOST4} && head -c 500000 /pattern | nc {HOST4} {port}");
+    let said = pod.exec(&["sh", "-c", &script])?.ok()?.out();
+    mentions(&said, &["10.199.7.2 sent 500000 bytes"])?;
+    pod.remove()?;
+    drop(net);
     Ok(())
 }
