@@ -126,7 +126,7 @@ FUZZ_TARGET := x86_64-unknown-linux-gnu
 FUZZ_SECONDS ?= 60
 
 fuzz: deps ## Runs each fuzz target of VMM and agent for a minute (FUZZ_SECONDS)
-	@for crate in vmm:snapshot,control,pci,blk,vsock,kernel,mem,fs,console,small,function,restore agent:specification,request,answer; do \
+	@for crate in vmm:snapshot,control,pci,blk,net,vsock,kernel,mem,fs,console,small,function,restore agent:specification,request,answer; do \
 		cd "$(CURDIR)/$${crate%%:*}/fuzz"; \
 		RUSTFLAGS="$(FUZZ_FLAGS)" cargo build --release --target $(FUZZ_TARGET); \
 		targets=$${crate#*:}; \

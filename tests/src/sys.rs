@@ -17,6 +17,19 @@ use std::process::Command;
 /// # Errors
 /// The kernel's; a name that is too long.
 pub fn open_tap(name: &str) -> io::Result<OwnedFd> {
+    open_tap_as(name, 0)
+}
+
+/// As [`open_tap`], with several queues.
+///
+/// # Errors
+/// As there.
+pub fn open_tap_queues(name: &str, count: usize) -> io::Result<Vec<OwnedFd>> {
+    let queues = (0..count).map(|_| open_tap_as(name, libc::IFF_MULTI_QUEUE));
+    queues.collect()
+}
+
+fn open_tap_as(name: &str, more: libc::c_int) -> io::Result<OwnedFd> {
     let tap = File::options()
         .read(true)
         .write(true)
@@ -31,7 +44,7 @@ pub fn open_tap(name: &str) -> io::Result<OwnedFd> {
         *to = from as libc::c_char;
     }
     request.ifr_ifru.ifru_flags =
-        (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
+        (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | more) as libc::c_short;
     // SAFETY: TUNSETIFF reads and writes one ifreq, which `request` is.
     match unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETIFF, &raw mut request) } {
         0 => Ok(tap.into()),

@@ -11,14 +11,14 @@ use std::{
 
 use bulkhead_vmm_api::{
     BalloonConfig, BlkConfig, ConsoleConfig, DeviceConfigs, FailureKind, FdIndex, FsConfig,
-    MemConfig, NetConfig, Pages, PlugConfig, PmemConfig, RestoreConfig, SnapshotFiles, VmConfig,
-    VsockConfig,
+    MemConfig, NetConfig, Pages, PlugConfig, PmemConfig, RateLimits, RestoreConfig, SnapshotFiles,
+    VmConfig, VsockConfig,
 };
 use nix::fcntl::{fcntl, FcntlArg, OFlag};
 
 use crate::{
     arch::x86_64::layout,
-    virtio::{console, mem::SLOT},
+    virtio::{console, mem::SLOT, net::Backend},
 };
 
 /// Most vCPUs.
@@ -30,6 +30,8 @@ pub const MAX_DAX_MIB: u32 = 16 << 10;
 pub const MEMORY_MIB: std::ops::RangeInclusive<u32> = 32..=1 << 20;
 /// Most queues of a disk.
 const MAX_BLK_QUEUES: u16 = 16;
+/// Most pairs of queues of a network interface.
+const MAX_NET_PAIRS: usize = 8;
 /// Longest virtio-fs tag (virtio 1.2 §5.11.4).
 const MAX_TAG: usize = 36;
 
@@ -104,7 +106,7 @@ pub struct Devices {
     /// vsock, with its listener.
     pub vsock: Option<(VsockConfig, Option<OwnedFd>)>,
     /// Network interfaces.
-    pub net: Vec<(NetConfig, File)>,
+    pub net: Vec<(NetConfig, Backend)>,
     /// Block devices.
     pub blk: Vec<(BlkConfig, File)>,
     /// Entropy device.
@@ -353,9 +355,32 @@ impl Devices {
             if device.mac[0] & 1 != 0 {
                 return Err(invalid(field, "mac is a multicast address"));
             }
-            let tap = fds.file(device.tap, &field)?;
-            set_nonblocking(&tap).map_err(|error| unusable(&field, error.to_string()))?;
-            net.push((device, tap));
+            check_rate(&field, "transmit_rate", device.transmit_rate)?;
+            check_rate(&field, "receive_rate", device.receive_rate)?;
+            if device.more_queues.len() >= MAX_NET_PAIRS {
+                return Err(invalid(
+                    field,
+                    format!("more_queues: {MAX_NET_PAIRS} in all at most"),
+                ));
+            }
+            let mut taps = Vec::new();
+            for index in [&device.tap].into_iter().chain(&device.more_queues) {
+                let tap = fds.file(*index, &field)?;
+                set_nonblocking(&tap).map_err(|error| unusable(&field, error.to_string()))?;
+                taps.push(tap);
+            }
+            let limited = device.transmit_rate.is_some() || device.receive_rate.is_some();
+            if device.vhost.is_some() && (limited || taps.len() > 1) {
+                return Err(invalid(
+                    field,
+                    "vhost: not with limits, nor with several queues",
+                ));
+            }
+            let vhost = device
+                .vhost
+                .map(|index| fds.file(index, &field))
+                .transpose()?;
+            net.push((device, Backend { taps, vhost }));
         }
         let mut blk = Vec::new();
         for device in wanted.blk {
@@ -377,18 +402,7 @@ impl Devices {
                     ),
                 ));
             }
-            for (name, rate) in device
-                .rate
-                .iter()
-                .flat_map(|rate| [("bytes", rate.bytes), ("operations", rate.operations)])
-            {
-                if rate.is_some_and(|rate| rate.per_second == 0 || rate.burst == 0) {
-                    return Err(invalid(
-                        field,
-                        format!("rate.{name}: per_second and burst are at least 1"),
-                    ));
-                }
-            }
+            check_rate(&field, "rate", device.rate)?;
             blk.push((device, file));
         }
         let part = (SLOT >> 20) as u32;
@@ -418,6 +432,20 @@ impl Devices {
                 .transpose()?,
         })
     }
+}
+
+/// Limits that let something through.
+fn check_rate(field: &str, name: &str, limits: Option<RateLimits>) -> Result<(), ConfigError> {
+    let limits = limits.unwrap_or_default();
+    for (part, rate) in [("bytes", limits.bytes), ("operations", limits.operations)] {
+        if rate.is_some_and(|rate| rate.per_second == 0 || rate.burst == 0) {
+            return Err(invalid(
+                field,
+                format!("{name}.{part}: per_second and burst are at least 1"),
+            ));
+        }
+    }
+    Ok(())
 }
 
 fn set_nonblocking(file: &File) -> nix::Result<()> {

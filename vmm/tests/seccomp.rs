@@ -203,6 +203,29 @@ fn devices_are_controlled_as_far_as_needed() {
 }
 
 #[test]
+fn who_moves_packets_is_told_by_those_who_must() {
+    const SET_OWNER: u64 = 0xaf01;
+    const SET_MEM_TABLE: u64 = 0x4008_af03;
+    const SET_LOG_BASE: u64 = 0x4008_af04;
+    const SET_VRING_ADDR: u64 = 0x4028_af11;
+    const NET_SET_BACKEND: u64 = 0x4008_af30;
+    let number = |number| [u64::MAX, number, 0, 0, 0, 0];
+    let ioctl = libc::SYS_ioctl;
+    let (control, vcpu, devices) = (Worker::Control, Worker::Vcpu, Worker::Devices);
+    // Whose memory it is, is settled before any driver starts; where in it a ring
+    // is, when it does.
+    assert_allows(&[control], ioctl, number(SET_OWNER));
+    assert_kills(&[vcpu, devices], ioctl, number(SET_OWNER));
+    assert_allows(&[vcpu], ioctl, number(SET_VRING_ADDR));
+    assert_kills(&[control, devices], ioctl, number(SET_VRING_ADDR));
+    assert_allows(&[control, vcpu], ioctl, number(SET_MEM_TABLE));
+    assert_kills(&[devices], ioctl, number(SET_MEM_TABLE));
+    assert_allows(&[control, vcpu, devices], ioctl, number(NET_SET_BACKEND));
+    assert_kills(&Worker::ALL, ioctl, number(SET_LOG_BASE));
+    assert_kills(&[Worker::Files], ioctl, number(NET_SET_BACKEND));
+}
+
+#[test]
 fn sockets_are_local_streams() {
     let socket = |family: i32, kind: i32| [family as u64, kind as u64, 0, 0, 0, 0];
     let call = libc::SYS_socket;

@@ -69,6 +69,7 @@ keys! {
     hypervisor.free_page_reporting, ANY, any, true, "Have the guest give back memory that it does not use.";
     hypervisor.dax_mib, 0..=16_384, any, true, "Window, in MiB, through which containers have shared files from the host's page cache instead of copies; each 64 MiB of it take 1 MiB of guest memory. 0: none.";
     hypervisor.host_locks, ANY, any, true, "Lock files of volumes on the host when containers lock them (fcntl, flock), so that other pods and the host are kept out; each lock takes a request then.";
+    hypervisor.vhost_net, ANY, any, false, "Have the host's kernel move packets between pods and their taps (/dev/vhost-net), instead of the jailed VMM.";
     hypervisor.merge_group, ANY, any, true, "Pods with the same name here may share identical pages (KSM); empty: none.";
     hypervisor.allowed_merge_groups, ANY, any, false, "Further groups that a pod's annotation may choose.";
     hypervisor.kernel_params, ANY, one_line, true, "Appended to the guest's command line.";

@@ -45,6 +45,9 @@ pub struct Hypervisor {
     pub dax_mib: u32,
     /// Whether what containers lock in shared directories is locked on the host.
     pub host_locks: bool,
+    /// Whether the host's kernel moves packets between pods and their taps
+    /// (/dev/vhost-net), instead of the jailed VMM.
+    pub vhost_net: bool,
     /// The pods among which the host may merge identical pages of memory (KSM);
     /// none: no pod's memory is merged unless its annotation says so.
     pub merge_group: Option<Name>,
@@ -219,6 +222,7 @@ impl Default for Hypervisor {
             free_page_reporting: true,
             dax_mib: 0,
             host_locks: false,
+            vhost_net: false,
             merge_group: None,
             allowed_merge_groups: Vec::new(),
             kernel_params: String::new(),

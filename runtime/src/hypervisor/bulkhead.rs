@@ -269,8 +269,15 @@ impl Hypervisor for BulkheadVmm {
     }
 
     async fn plug_nic(&self, nic: NicDevice) -> Result<(), HypervisorError> {
-        let call = Call::Plug(Box::new(PlugConfig::Net(net_config(&nic, 0))));
-        let answer = self.inner.send(call, &[nic.tap.as_fd()]).await?;
+        let mut fds = Vec::new();
+        let config = net_config(&nic, &mut |fd| {
+            fds.push(fd.as_fd());
+            (fds.len() - 1) as FdIndex
+        });
+        let call = Call::Plug(Box::new(PlugConfig::Net(config)));
+        let answer = self.inner.send(call, &fds).await?;
+        // The VMM has its own: guest memory is there as long as somebody has one.
+        drop(nic);
         self.inner.done("plug", answer).await
     }
 
@@ -322,12 +329,14 @@ impl Hypervisor for BulkheadVmm {
     }
 }
 
-fn net_config(nic: &NicDevice, tap: FdIndex) -> NetConfig {
+fn net_config<'n>(nic: &'n NicDevice, pass: &mut dyn FnMut(&'n OwnedFd) -> FdIndex) -> NetConfig {
     NetConfig {
         id: nic.id.clone(),
-        tap,
+        tap: pass(&nic.tap),
         mac: nic.mac,
         mtu: Some(nic.mtu),
+        vhost: nic.vhost.as_ref().map(pass),
+        ..NetConfig::default()
     }
 }
 
@@ -377,7 +386,7 @@ fn describe(machine: &Machine) -> (VmConfig, Vec<&OwnedFd>) {
             net: machine
                 .nics
                 .iter()
-                .map(|nic| net_config(nic, pass(&nic.tap)))
+                .map(|nic| net_config(nic, &mut pass))
                 .collect(),
             // Nothing of reserved pages is given back.
             balloon: (machine.free_page_reporting && machine.pages != Pages::Huge)

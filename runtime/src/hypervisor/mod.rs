@@ -72,6 +72,8 @@ pub struct NicDevice {
     pub mac: [u8; 6],
     /// MTU in bytes.
     pub mtu: u16,
+    /// /dev/vhost-net of its own: the host's kernel moves its packets.
+    pub vhost: Option<OwnedFd>,
 }
 
 /// A process that runs one virtual machine.

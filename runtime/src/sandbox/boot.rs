@@ -270,7 +270,7 @@ async fn boot(
             path: directory.vsock(),
             ready_port: AGENT_PORT,
         },
-        nics: nics(network.nics),
+        nics: nics(network.nics, config.hypervisor.vhost_net)?,
     };
     let patience = config.agent.ready_timeout();
     let call = tokio::select! {

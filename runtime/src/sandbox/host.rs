@@ -105,14 +105,23 @@ pub async fn attach(netns: Option<PathBuf>, journal: Journal) -> Result<(Journal
     .await
 }
 
-/// Interfaces for a machine that has none.
-pub fn nics(nics: Vec<Nic>) -> Vec<NicDevice> {
+/// Interfaces for a machine that has none, whose packets the host's kernel moves
+/// or does not.
+pub fn nics(nics: Vec<Nic>, vhost_net: bool) -> Result<Vec<NicDevice>, Error> {
+    const VHOST: &str = "/dev/vhost-net";
     let numbered = nics.into_iter().enumerate();
-    let device = |(number, nic): (usize, Nic)| NicDevice {
-        id: format!("net{number}"),
-        tap: nic.tap,
-        mac: nic.mac,
-        mtu: nic.mtu,
+    let device = |(number, nic): (usize, Nic)| {
+        let open = || File::options().read(true).write(true).open(VHOST);
+        let vhost = vhost_net.then(open).transpose();
+        Ok(NicDevice {
+            id: format!("net{number}"),
+            tap: nic.tap,
+            mac: nic.mac,
+            mtu: nic.mtu,
+            vhost: vhost
+                .step(|| format!("open {VHOST} (hypervisor.vhost_net)"))?
+                .map(Into::into),
+        })
     };
     numbered.map(device).collect()
 }

@@ -73,7 +73,7 @@ pub async fn take(inner: &Arc<Inner>) -> Result<(), Error> {
 
 async fn give(inner: &Arc<Inner>, network: Network) -> Result<(), Error> {
     let count = network.nics.len();
-    for nic in nics(network.nics) {
+    for nic in nics(network.nics, inner.config.hypervisor.vhost_net)? {
         inner.vm.plug_nic(nic).await?;
     }
     inner.agent.add_network(network.guest).await?;

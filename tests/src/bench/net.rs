@@ -69,7 +69,7 @@ fn plug(loads: &mut Loads) -> Result<u8> {
         id: TAP.into(),
         tap: 0,
         mac: MAC,
-        mtu: None,
+        ..NetConfig::default()
     };
     let slot = loads.guest.vmm().plug(PlugConfig::Net(config), tap)?;
     let network = agent::Network {

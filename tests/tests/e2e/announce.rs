@@ -27,7 +27,7 @@ fn interface() -> Result<(NetConfig, OwnedFd, UnixDatagram)> {
         id: "eth7".into(),
         tap: 0,
         mac: [2, 0, 0, 0, 0, 7],
-        mtu: None,
+        ..NetConfig::default()
     };
     Ok((config, theirs.into(), ours))
 }

@@ -113,7 +113,7 @@ fn interface() -> Result<(NetConfig, OwnedFd)> {
         id: TAP.into(),
         tap: 0,
         mac: MAC,
-        mtu: None,
+        ..NetConfig::default()
     };
     Ok((config, tap))
 }

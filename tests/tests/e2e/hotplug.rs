@@ -257,6 +257,7 @@ fn all_kinds_of_devices_come_and_go(context: &Context, start: Start) -> Result<(
             tap: 0,
             mac: [2, 0, 0, 0, 0, 7],
             mtu: Some(1400),
+            ..NetConfig::default()
         };
         let net = guest
             .vmm

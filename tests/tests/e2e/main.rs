@@ -26,6 +26,7 @@ mod guest;
 mod host;
 mod hotplug;
 mod idmap;
+mod interfaces;
 mod iperf;
 mod jail;
 mod kill;
@@ -96,6 +97,7 @@ fn all() -> Vec<Test> {
         hotplug::TESTS,
         devices::TESTS,
         announce::TESTS,
+        interfaces::TESTS,
         guest::TESTS,
         vsock::TESTS,
         fio::TESTS,

@@ -98,7 +98,7 @@ impl Drop for Net {
 }
 
 /// Answers one line per connection with the peer's address and the line.
-fn echo_server(address: SocketAddr) -> Result<u16> {
+pub fn echo_server(address: SocketAddr) -> Result<u16> {
     let listener = TcpListener::bind(address).context("listen on the bridge")?;
     let port = listener.local_addr()?.port();
     thread::spawn(move || {

@@ -44,10 +44,21 @@ impl Guest {
 
     /// As [`Self::up`], with what has that tag; none: it can be saved.
     pub fn up_with(context: &Context, start: Start, name: &str, tag: &str) -> Result<Self> {
+        Self::up_sized(context, start, name, tag, Size::default())
+    }
+
+    /// As [`Self::up_with`], as large as that.
+    pub fn up_sized(
+        context: &Context,
+        start: Start,
+        name: &str,
+        tag: &str,
+        size: Size,
+    ) -> Result<Self> {
         context.only_bulkhead()?;
         let host = Host::new(context, name)?;
         let mut vmm = Vmm::start(&context.products, LIMIT)?;
-        context.bring_up(start, &mut vmm, &host.dir, Size::default())?;
+        context.bring_up(start, &mut vmm, &host.dir, size)?;
         Self::of(host, vmm, tag)
     }
 

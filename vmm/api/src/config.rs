@@ -250,18 +250,37 @@ pub struct VsockConfig {
 }
 
 /// virtio-net (virtio 1.2 §5.1) on a tap.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NetConfig {
     /// Name in logs and status.
     pub id: String,
     /// Tap opened with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`.
     pub tap: FdIndex,
+    /// Further queues of the same tap, all of which were opened with
+    /// `IFF_MULTI_QUEUE`, too; 7 at most. For each the guest gets another pair of
+    /// queues. A restored VM has as many as it had.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub more_queues: Vec<FdIndex>,
     /// The guest's hardware address.
     pub mac: [u8; 6],
     /// MTU told to the guest; none: not told.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mtu: Option<u16>,
+    /// How much the guest may send; none: as much as the host takes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub transmit_rate: Option<RateLimits>,
+    /// How much it may get; none: as much as it takes. What has to wait does so
+    /// in the tap, which drops what it has no room for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub receive_rate: Option<RateLimits>,
+    /// An open /dev/vhost-net of its own: the host's kernel moves the packets, and
+    /// does not count them. Not with limits, nor with several queues. Where the
+    /// kernel cannot (it takes 64 parts of guest memory), the VMM says so in its
+    /// log and does it itself. Who passes it should close it: guest memory is there
+    /// for as long as it is open.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vhost: Option<FdIndex>,
 }
 
 /// virtio-blk (virtio 1.2 §5.2) on a raw file or block device. What the guest
@@ -301,14 +320,15 @@ pub enum BlkEngine {
     IoUring,
 }
 
-/// Limits of a device. Requests beyond them wait.
+/// Limits of a device. Requests, or packets, beyond them wait.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RateLimits {
-    /// Bytes of data, both ways together.
+    /// Bytes of data; a disk's both ways together.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bytes: Option<Rate>,
-    /// Requests.
+    /// Requests, or packets, of which one that is cut into segments later counts
+    /// once.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub operations: Option<Rate>,
 }

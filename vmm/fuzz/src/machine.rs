@@ -23,7 +23,7 @@ use bulkhead_vmm::{
         blk::Blk,
         device::DeviceRef,
         mem::{Layout, Mem, SLOT},
-        net::Net,
+        net::{Backend, Net},
         pmem::Pmem,
         rng::Rng,
         transport::{Addresses, VirtioPci, Wiring},
@@ -96,9 +96,17 @@ fn device(kind: u8) -> DeviceRef {
                 tap: 0,
                 mac: [2, 0, 0, 0, 0, 1],
                 mtu: Some(1500),
+                more_queues: vec![0],
+                ..NetConfig::default()
             };
-            let tap = File::open("/dev/null").expect("/dev/null");
-            Arc::new(Mutex::new(Net::new(&config, tap).expect("an interface")))
+            let tap = |_| File::open("/dev/null").expect("/dev/null");
+            let backend = Backend {
+                taps: (0..2).map(tap).collect(),
+                vhost: None,
+            };
+            Arc::new(Mutex::new(
+                Net::new(&config, backend).expect("an interface"),
+            ))
         }
         _ => {
             let config = VsockConfig {

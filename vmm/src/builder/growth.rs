@@ -116,7 +116,8 @@ impl Growth {
             let file = saved.file.try_clone().map_err(MemoryError::File)?;
             let range = self.lock().layout().slot(*index);
             let length = range.end - range.start;
-            self.map(*index, Some(FileOffset::new(file, offset)))?;
+            // No device is there that would have to know.
+            self.map(*index, Some(FileOffset::new(file, offset)), &|| ())?;
             offset += length;
         }
         self.tell_mapped(&mut self.lock());
@@ -124,11 +125,13 @@ impl Growth {
     }
 
     /// Asks the guest to have `mib` MiB. What it needs for that exists from now
-    /// on; what it has given back and does not need is gone.
+    /// on; what it has given back and does not need is gone. `tell` has the other
+    /// devices look at memory anew, before there is more for the guest or less in
+    /// this process.
     ///
     /// # Errors
     /// So much cannot be. The guest is asked for nothing new then.
-    pub fn set(&mut self, mib: u32) -> Result<(), GrowthError> {
+    pub fn set(&mut self, mib: u32, tell: &dyn Fn()) -> Result<(), GrowthError> {
         let bytes = u64::from(mib) << 20;
         let layout = self.lock().layout().clone();
         if bytes > layout.size {
@@ -146,7 +149,7 @@ impl Growth {
         let wanted = layout.slots_for(bytes);
         for index in 0..wanted {
             if !self.slots.contains_key(&index) {
-                self.map(index, None)?;
+                self.map(index, None, tell)?;
             }
         }
         // The driver plugs nothing while its device is held here.
@@ -156,7 +159,7 @@ impl Growth {
             if *index < wanted || device.uses(*index) {
                 break;
             }
-            self.unmap(*index, device.layout().slot(*index).start)?;
+            self.unmap(*index, device.layout().slot(*index).start, tell)?;
         }
         self.tell_mapped(&mut device);
         device.request(bytes);
@@ -186,7 +189,12 @@ impl Growth {
     }
 
     /// Makes a part exist, for devices and for the guest.
-    fn map(&mut self, index: u32, file: Option<FileOffset>) -> Result<(), GrowthError> {
+    fn map(
+        &mut self,
+        index: u32,
+        file: Option<FileOffset>,
+        tell: &dyn Fn(),
+    ) -> Result<(), GrowthError> {
         let range = self.lock().layout().slot(index);
         let saved = file.is_some();
         let region = Arc::new(memory::region(range.clone(), file, self.backing.pages)?);
@@ -209,12 +217,13 @@ impl Growth {
             .map_err(MemoryError::Layout)?;
         let slot = self.vm.map_region(&region)?;
         self.replace(larger);
+        tell();
         self.slots.insert(index, slot);
         Ok(())
     }
 
     /// Ends a part of which the guest has nothing plugged.
-    fn unmap(&mut self, index: u32, start: u64) -> Result<(), GrowthError> {
+    fn unmap(&mut self, index: u32, start: u64, tell: &dyn Fn()) -> Result<(), GrowthError> {
         let Some(slot) = self.slots.remove(&index) else {
             return Ok(());
         };
@@ -232,6 +241,8 @@ impl Growth {
                 .remove_region(GuestAddress(start), length)
                 .map_err(MemoryError::Layout)?;
             self.replace(smaller);
+            // `memory` keeps it until then.
+            tell();
         }
         Ok(())
     }

@@ -338,8 +338,7 @@ impl Machine {
     /// # Errors
     /// There is no such device, or so much cannot be.
     pub fn set_memory(&mut self, mib: u32) -> Result<(), GrowthError> {
-        let growth = self.board.growth_mut().ok_or(GrowthError::Absent)?;
-        growth.set(mib)
+        self.board.grow_to(mib)
     }
 
     /// How that memory stands.

@@ -17,7 +17,7 @@ use bulkhead_vmm_api::{
 use vm_memory::{GuestAddressSpace, GuestMemoryMmap, MmapRegion};
 
 use super::{
-    growth::{Backing, Growth, Saved},
+    growth::{Backing, Growth, GrowthError, Saved},
     system,
     windows::Window,
     BuildError,
@@ -41,7 +41,7 @@ use crate::{
         device::{GuestRam, VirtioDevice},
         fs::{self, Fs},
         mem::{Layout, Mem, SLOT},
-        net::Net,
+        net::{Backend, Net},
         pmem::Pmem,
         rng::Rng,
         transport::{Addresses, InUse, VirtioPci, Wiring},
@@ -64,7 +64,7 @@ pub(super) enum Item {
     Pmem(PmemConfig, File),
     Fs(FsConfig, OwnedFd),
     Vsock(VsockConfig, Option<OwnedFd>),
-    Net(NetConfig, File),
+    Net(NetConfig, Backend),
     Blk(BlkConfig, File),
     Rng,
     Balloon(BalloonConfig),
@@ -96,7 +96,7 @@ pub(super) fn items(devices: Devices) -> Vec<Item> {
     let vsock = devices.vsock.into_iter();
     items.extend(vsock.map(|(config, listener)| Item::Vsock(config, listener)));
     let net = devices.net.into_iter();
-    items.extend(net.map(|(config, tap)| Item::Net(config, tap)));
+    items.extend(net.map(|(config, backend)| Item::Net(config, backend)));
     let blk = devices.blk.into_iter();
     items.extend(blk.map(|(config, file)| Item::Blk(config, file)));
     items.extend(devices.rng.then_some(Item::Rng));
@@ -398,9 +398,15 @@ impl Board {
         self.growth.as_ref()
     }
 
-    /// The same, to be changed.
-    pub fn growth_mut(&mut self) -> Option<&mut Growth> {
-        self.growth.as_mut()
+    /// Asks the guest to have `mib` MiB of that.
+    pub fn grow_to(&mut self, mib: u32) -> Result<(), GrowthError> {
+        let plugged = &self.plugged;
+        let growth = self.growth.as_mut().ok_or(GrowthError::Absent)?;
+        // Networks may have others reach memory; all others look at it each time.
+        let networks = || plugged.values().filter(|one| one.kind == DeviceKind::Net);
+        growth.set(mib, &|| {
+            networks().for_each(|network| network.function.memory_changed());
+        })
     }
 
     /// All of the guest's memory, as it is now.
@@ -464,8 +470,8 @@ impl Board {
                 let device = Vsock::new(&config, listener, self.on_connect.clone());
                 self.function(device.map_err(named)?, class::OTHER_NETWORK, io, slot)
             }
-            Item::Net(config, tap) => {
-                let device = Net::new(&config, tap).map_err(named)?;
+            Item::Net(config, backend) => {
+                let device = Net::new(&config, backend).map_err(named)?;
                 self.function(device, class::ETHERNET, io, slot)
             }
             Item::Blk(config, file) => {

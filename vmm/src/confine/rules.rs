@@ -186,6 +186,22 @@ mod kvm {
 const TUN_SET_OFFLOAD: u64 = 0x4004_54d0;
 const TUN_SET_HEADER_SIZE: u64 = 0x4004_54d8;
 
+/// /dev/vhost-net's requests (linux/vhost.h).
+mod vhost {
+    pub const GET_FEATURES: u64 = 0x8008_af00;
+    pub const SET_FEATURES: u64 = 0x4008_af00;
+    pub const SET_OWNER: u64 = 0xaf01;
+    pub const SET_MEM_TABLE: u64 = 0x4008_af03;
+    pub const SET_VRING_NUM: u64 = 0x4008_af10;
+    pub const SET_VRING_ADDR: u64 = 0x4028_af11;
+    pub const SET_VRING_BASE: u64 = 0x4008_af12;
+    pub const GET_VRING_BASE: u64 = 0xc008_af12;
+    pub const SET_VRING_KICK: u64 = 0x4008_af20;
+    pub const SET_VRING_CALL: u64 = 0x4008_af21;
+    pub const SET_VRING_ERR: u64 = 0x4008_af22;
+    pub const NET_SET_BACKEND: u64 = 0x4008_af30;
+}
+
 const CONTROL: &[Rule] = &[
     any(libc::SYS_poll, "waiting for the client"),
     any(libc::SYS_recvmsg, "the client's requests"),
@@ -227,6 +243,17 @@ const CONTROL: &[Rule] = &[
             &[Is(1, TUN_SET_HEADER_SIZE)],
         ],
         "plugging: pmem's window, taps; unplugging: notifications",
+    ),
+    tested(
+        libc::SYS_ioctl,
+        &[
+            &[Is(1, vhost::GET_FEATURES)],
+            &[Is(1, vhost::SET_OWNER)],
+            &[Is(1, vhost::SET_MEM_TABLE)],
+            &[Is(1, vhost::GET_VRING_BASE)],
+            &[Is(1, vhost::NET_SET_BACKEND)],
+        ],
+        "plugging: vhost-net; growing: its memory; saving: it rests",
     ),
     // Never executable, and shared with the file.
     tested(
@@ -286,6 +313,21 @@ const VCPU: &[Rule] = &[
         "the guest, its notifications and gathered writes, what a tap may send it",
     ),
     tested(
+        libc::SYS_ioctl,
+        &[
+            &[Is(1, vhost::SET_FEATURES)],
+            &[Is(1, vhost::SET_MEM_TABLE)],
+            &[Is(1, vhost::SET_VRING_NUM)],
+            &[Is(1, vhost::SET_VRING_ADDR)],
+            &[Is(1, vhost::SET_VRING_BASE)],
+            &[Is(1, vhost::SET_VRING_KICK)],
+            &[Is(1, vhost::SET_VRING_CALL)],
+            &[Is(1, vhost::SET_VRING_ERR)],
+            &[Is(1, vhost::NET_SET_BACKEND)],
+        ],
+        "a network whose driver starts, and whose packets the kernel moves",
+    ),
+    tested(
         libc::SYS_eventfd2,
         &[&[Is(0, 0)]],
         "notifications that a driver uses for the first time",
@@ -298,7 +340,7 @@ const VCPU: &[Rule] = &[
     any(libc::SYS_epoll_ctl, "a device that starts is watched"),
     any(
         libc::SYS_timerfd_create,
-        "a vsock device, a disk with limits, or a directory with locks, that starts",
+        "a vsock device, one with limits, or a directory with locks, that starts",
     ),
     any(
         libc::SYS_io_uring_enter,
@@ -313,7 +355,10 @@ const DEVICES: &[Rule] = &[
         "the event loop, with other C libraries",
     ),
     any(libc::SYS_epoll_ctl, "connections that come and go"),
-    any(libc::SYS_timerfd_settime, "vsock timeouts, disks' limits"),
+    any(
+        libc::SYS_timerfd_settime,
+        "vsock timeouts, limits of disks and networks",
+    ),
     any(libc::SYS_poll, "vsock: whether a socket is hung up"),
     any(libc::SYS_accept4, "vsock: the host's clients"),
     tested(
@@ -334,6 +379,11 @@ const DEVICES: &[Rule] = &[
         "balloon: memory given back by a clone",
     ),
     any(libc::SYS_readv, "net: packets from the tap"),
+    tested(
+        libc::SYS_ioctl,
+        &[&[Is(1, vhost::NET_SET_BACKEND)]],
+        "net: the kernel moves packets again, or none any more",
+    ),
     any(libc::SYS_writev, "net: packets to the tap"),
     any(libc::SYS_pread64, "blk: reading"),
     any(libc::SYS_pwrite64, "blk: writing"),

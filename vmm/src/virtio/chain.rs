@@ -61,21 +61,35 @@ impl Queues {
             broken: false,
         };
         for queue in &this.queues {
-            this.event_loop
-                .register(
-                    &queue.kick,
-                    EventSet::IN,
-                    this.handler.clone(),
-                    queue.index as u32,
-                )
-                .map_err(|source| DeviceError::System {
-                    action: "watch a queue's notifications",
-                    source,
-                })?;
-            // What the driver queued before it was watched.
-            let _ = queue.kick.write(1);
+            this.watch(queue)?;
         }
         Ok(this)
+    }
+
+    fn watch(&self, queue: &ActiveQueue) -> Result<(), DeviceError> {
+        let handler = self.handler.clone();
+        self.event_loop
+            .register(&queue.kick, EventSet::IN, handler, queue.index as u32)
+            .map_err(|source| DeviceError::System {
+                action: "watch a queue's notifications",
+                source,
+            })?;
+        // What the driver queued before it was watched.
+        let _ = queue.kick.write(1);
+        Ok(())
+    }
+
+    /// Has somebody else hear of what the driver has in a queue.
+    pub fn leave(&self, index: usize) {
+        if let Some(kick) = self.kick(index) {
+            self.event_loop.unregister(kick);
+        }
+    }
+
+    /// Hears of it again.
+    pub fn take_back(&self, index: usize) -> Result<(), DeviceError> {
+        let queue = self.queues.iter().find(|queue| queue.index == index);
+        queue.map_or(Ok(()), |queue| self.watch(queue))
     }
 
     /// Whether the feature of that bit number was agreed on.

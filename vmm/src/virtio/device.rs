@@ -143,6 +143,10 @@ pub trait VirtioDevice: EventHandler {
     /// The queues between DRIVER_OK and reset.
     fn queues(&self) -> Option<&Queues>;
 
+    /// Guest memory has changed, and what is not of it any more is about to be
+    /// gone from this process.
+    fn memory_changed(&mut self) {}
+
     /// Saves what the device knows besides its queues and features, while its
     /// loop rests.
     fn save(&mut self) -> Result<Vec<u8>, StateError>;

@@ -62,6 +62,8 @@ struct Ring {
 pub struct Driver<D: VirtioDevice + 'static> {
     /// Whether the loop runs the device, as in a VM.
     live: bool,
+    /// Features that it does not take.
+    refused: u64,
     device: Arc<Mutex<D>>,
     memory: GuestMemoryMmap,
     recorder: Arc<Recorder>,
@@ -75,22 +77,28 @@ pub struct Driver<D: VirtioDevice + 'static> {
 impl<D: VirtioDevice + 'static> Driver<D> {
     /// Activates `device` with queues of 64. It works when the test says so.
     pub fn new(device: D) -> Self {
-        Self::with(device, false)
+        Self::with(device, false, 0)
+    }
+
+    /// As [`Self::new`], of a driver that does not take the features of the mask.
+    pub fn refusing(device: D, features: u64) -> Self {
+        Self::with(device, false, features)
     }
 
     /// Activates `device`, which works by itself whenever one of its
     /// descriptors is ready, on a thread of its own.
     pub fn live(device: D) -> Self {
-        Self::with(device, true)
+        Self::with(device, true, 0)
     }
 
-    fn with(device: D, live: bool) -> Self {
+    fn with(device: D, live: bool, refused: u64) -> Self {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap();
         let event_loop = EventLoop::spawn("test", worker(&device)).unwrap();
         let device = Arc::new(Mutex::new(device));
         let recorder = Arc::new(Recorder::default());
         let mut this = Self {
             live,
+            refused,
             device,
             memory,
             recorder,
@@ -146,7 +154,7 @@ impl<D: VirtioDevice + 'static> Driver<D> {
             memory: GuestMemoryAtomic::new(self.memory.clone()),
             interrupt: self.recorder.clone(),
             queues,
-            features: device.features(),
+            features: device.features() & !self.refused,
             event_loop: self.event_loop.handle(),
             handler: Arc::downgrade(&handler),
             counters: Arc::clone(&self.counters),

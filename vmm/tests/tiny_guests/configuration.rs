@@ -5,7 +5,7 @@ use std::{fs::File, process::Command};
 
 use bulkhead_vmm_api::{
     BlkConfig, Call, ChannelError, FailureKind, FromVmm, FsCache, FsConfig, NetConfig, Outcome,
-    PmemConfig, VmState, VsockConfig, MAX_MESSAGE,
+    PmemConfig, Rate, RateLimits, VmState, VsockConfig, MAX_MESSAGE,
 };
 use nix::sys::socket::{send, MsgFlags};
 
@@ -22,7 +22,7 @@ fn kernel() -> File {
 fn a_bad_configuration_is_refused_by_its_fields_name() {
     use FailureKind::{BadResource, InvalidRequest};
     type Change = fn(&mut Setup);
-    let changes: [(&str, FailureKind, Change); 19] = [
+    let changes: [(&str, FailureKind, Change); 22] = [
         ("vcpus: 0", InvalidRequest, |s| s.config.vcpus = 0),
         ("vcpus: 65", InvalidRequest, |s| s.config.vcpus = 65),
         ("memory_mib: 0", InvalidRequest, |s| s.config.memory_mib = 0),
@@ -114,7 +114,42 @@ fn a_bad_configuration_is_refused_by_its_fields_name() {
                 id: "eth0".into(),
                 tap,
                 mac: [1, 0, 0, 0, 0, 1],
-                mtu: None,
+                ..NetConfig::default()
+            });
+        }),
+        ("net \"eth0\": more_queues: ", InvalidRequest, |s| {
+            let tap = s.pass(zeros(0));
+            s.config.devices.net.push(NetConfig {
+                id: "eth0".into(),
+                tap,
+                more_queues: (1..=8).collect(),
+                ..NetConfig::default()
+            });
+        }),
+        ("net \"eth0\": vhost: ", InvalidRequest, |s| {
+            let (tap, other) = (s.pass(zeros(0)), s.pass(zeros(0)));
+            s.config.devices.net.push(NetConfig {
+                id: "eth0".into(),
+                tap,
+                more_queues: vec![other],
+                vhost: Some(other),
+                ..NetConfig::default()
+            });
+        }),
+        ("net \"eth0\": receive_rate.bytes: ", InvalidRequest, |s| {
+            let tap = s.pass(zeros(0));
+            let bytes = Some(Rate {
+                per_second: 1,
+                burst: 0,
+            });
+            s.config.devices.net.push(NetConfig {
+                id: "eth0".into(),
+                tap,
+                receive_rate: Some(RateLimits {
+                    bytes,
+                    operations: None,
+                }),
+                ..NetConfig::default()
             });
         }),
     ];

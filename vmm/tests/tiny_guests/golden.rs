@@ -55,6 +55,7 @@ fn devices(pass: &mut dyn FnMut(OwnedFd) -> u32) -> DeviceConfigs {
             tap: pass(File::open("/dev/null").unwrap().into()),
             mac: [2, 0, 0, 0, 0, 1],
             mtu: Some(1500),
+            ..NetConfig::default()
         }],
         blk: vec![BlkConfig {
             id: "disk".into(),

@@ -222,6 +222,7 @@ fn a_shared_directory_and_an_interface_are_plugged() {
         tap: 0,
         mac: [2, 0, 0, 0, 0, 1],
         mtu: Some(1400),
+        ..NetConfig::default()
     };
     let config = PlugConfig::Net(net);
     assert_eq!(vmm.plug(config, vec![zeros(0).into()]).unwrap(), 3);

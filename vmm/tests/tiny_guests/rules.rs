@@ -80,6 +80,12 @@ const ELSEWHERE: &[(i64, Option<u64>, &str)] = &[
     ),
     // Only while it is at something.
     (libc::SYS_io_uring_enter, None, "a disk that is slow"),
+    // Tests of networks, e2e: `the_kernel_moves_a_guests_packets`.
+    (libc::SYS_ioctl, Some(0x8008_af00), "VHOST_GET_FEATURES"),
+    (libc::SYS_ioctl, Some(0xaf01), "VHOST_SET_OWNER"),
+    (libc::SYS_ioctl, Some(0x4008_af03), "VHOST_SET_MEM_TABLE"),
+    (libc::SYS_ioctl, Some(0xc008_af12), "VHOST_GET_VRING_BASE"),
+    (libc::SYS_ioctl, Some(0x4008_af30), "VHOST_NET_SET_BACKEND"),
 ];
 
 const DONTNEED: u64 = libc::MADV_DONTNEED as u64;
@@ -158,7 +164,7 @@ fn life(vmms: &mut Vmms<'_>) {
         id: "n".into(),
         tap: 0,
         mac: [2, 0, 0, 0, 0, 1],
-        mtu: None,
+        ..NetConfig::default()
     });
     let plugged = [
         (pmem, zeros(2 << 20).into()),

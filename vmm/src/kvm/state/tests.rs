@@ -33,7 +33,8 @@ fn host(test: &str) -> Option<Host> {
             return None;
         }
     };
-    let memory: GuestMemoryMmap = memory::allocate(32 << 20, bulkhead_vmm_api::Pages::Small).unwrap();
+    let memory: GuestMemoryMmap =
+        memory::allocate(32 << 20, bulkhead_vmm_api::Pages::Small).unwrap();
     let vm = Vm::new(&kvm, &memory).unwrap();
     let vcpu = vm.create_vcpu(0).unwrap();
     let supported = supported_cpuid(&kvm).unwrap();

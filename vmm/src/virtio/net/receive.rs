@@ -9,7 +9,8 @@ use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryMmap};
 
 use super::{
     device::HEADER,
-    event::{add_piece, MAX_PIECES, RECEIVE, ROUND},
+    event::{add_piece, MAX_PIECES, ROUND},
+    throttle::Throttle,
 };
 use crate::virtio::chain::{
     add_used_together, pop, segments, wants_interrupt, Broken, Queues, Segment,
@@ -40,13 +41,20 @@ pub(super) struct Ready {
 }
 
 impl Ready {
-    /// Receives what the tap has; whether it should be watched on.
-    pub fn receive(&mut self, queues: &mut Queues, tap: &File) -> Result<bool, Broken> {
+    /// Receives what the tap has, as far as the limit lets it; whether it should
+    /// be watched on.
+    pub fn receive(
+        &mut self,
+        queues: &mut Queues,
+        index: usize,
+        tap: &File,
+        mut limit: Option<&mut Throttle>,
+    ) -> Result<bool, Broken> {
         let memory = queues.memory.memory();
         let mergeable = queues.has_feature(VIRTIO_NET_F_MRG_RXBUF);
         let counters = Arc::clone(&queues.counters);
         let interrupt = Arc::clone(&queues.interrupt);
-        let queue = queues.get(RECEIVE).ok_or(Broken)?;
+        let queue = queues.get(index).ok_or(Broken)?;
         let before = queue.next_used();
         let mut vector = Vec::new();
         // Of the vector: what earlier packets are in.
@@ -81,9 +89,16 @@ impl Ready {
             counters.requests(1);
             counters.to_guest(got as u64);
             done += self.use_up(queue, &memory, got, mergeable)?;
+            if let Some(limit) = &mut limit {
+                limit.take(got);
+                if !limit.wait().is_zero() {
+                    // If there is another, the tap tells.
+                    break;
+                }
+            }
         }
         if queue.next_used() != before && wants_interrupt(queue, &memory, before) {
-            interrupt.signal_queue(RECEIVE);
+            interrupt.signal_queue(index);
         }
         Ok(more)
     }

@@ -270,6 +270,12 @@ impl VirtioPci {
         self.lines.msix.settle();
     }
 
+    /// Tells the device that guest memory has changed
+    /// ([`VirtioDevice::memory_changed`]).
+    pub fn memory_changed(&self) {
+        self.device().memory_changed();
+    }
+
     /// What the device has done.
     pub fn metrics(&self) -> DeviceMetrics {
         self.lines.counters.read()

@@ -8,24 +8,51 @@ use std::{
 
 use bulkhead_vmm_api::NetConfig;
 
-use super::{device::TAP, Net};
+mod limits;
+mod pairs;
+
+use super::{Backend, Net};
 use crate::virtio::{
     device::VirtioDevice,
     testing::{Driver, READ_ONLY, READ_WRITE},
 };
 
-fn interface() -> (Driver<Net>, UnixDatagram) {
-    let (ours, theirs) = UnixDatagram::pair().unwrap();
-    theirs.set_nonblocking(true).unwrap();
-    ours.set_nonblocking(true).unwrap();
-    let config = NetConfig {
+/// Token of the tap of an interface with one pair of queues.
+const TAP: u32 = 3;
+
+fn config() -> NetConfig {
+    NetConfig {
         id: "eth0".into(),
-        tap: 0,
         mac: [2, 0, 0, 0, 0, 1],
         mtu: Some(1400),
-    };
-    let net = Net::new(&config, File::from(OwnedFd::from(theirs))).unwrap();
-    (Driver::new(net), ours)
+        ..NetConfig::default()
+    }
+}
+
+fn device(config: &NetConfig) -> (Net, UnixDatagram) {
+    let (net, wires) = with_pairs(config, 1);
+    let [wire] = wires.try_into().unwrap();
+    (net, wire)
+}
+
+/// With one socket for each queue of the tap.
+fn with_pairs(config: &NetConfig, count: usize) -> (Net, Vec<UnixDatagram>) {
+    let sockets = (0..count).map(|_| {
+        let (ours, theirs) = UnixDatagram::pair().unwrap();
+        theirs.set_nonblocking(true).unwrap();
+        ours.set_nonblocking(true).unwrap();
+        (ours, File::from(OwnedFd::from(theirs)))
+    });
+    let (wires, taps) = sockets.unzip();
+    (
+        Net::new(config, Backend { taps, vhost: None }).unwrap(),
+        wires,
+    )
+}
+
+fn interface() -> (Driver<Net>, UnixDatagram) {
+    let (net, wire) = device(&config());
+    (Driver::new(net), wire)
 }
 
 #[test]
@@ -124,7 +151,7 @@ fn without_buffers_the_tap_is_not_watched() {
     let (mut driver, wire) = interface();
     wire.send(&[1; 50]).unwrap();
     driver.event(TAP);
-    assert!(!driver.device().watched);
+    assert!(!driver.device().taps[0].watched);
     let buffer = driver.buffer(64);
     driver.queue(0, &[(buffer, 64, READ_WRITE)]);
     driver.kick(0);
@@ -152,15 +179,22 @@ fn the_address_and_mtu_are_told() {
     assert_eq!(data, [2, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0x78, 5]);
 }
 
-/// A command, and the answer to it.
-fn command(driver: &mut Driver<Net>, class: u8, command: u8) -> u8 {
-    let at = driver.buffer(2);
-    driver.write(at, &[class, command]);
+/// A command in that queue, its last byte in a piece of its own, and the answer
+/// to it.
+fn command(driver: &mut Driver<Net>, queue: usize, bytes: &[u8]) -> u8 {
+    let length = bytes.len() as u64;
+    let at = driver.buffer(length);
+    driver.write(at, bytes);
     let answer = driver.buffer(1);
     driver.write(answer, &[0xff]);
-    driver.queue(2, &[(at, 2, READ_ONLY), (answer, 1, READ_WRITE)]);
-    driver.kick(2);
-    assert_eq!(driver.used(2), [1]);
+    let chain = [
+        (at, length as u32 - 1, READ_ONLY),
+        (at + length - 1, 1, READ_ONLY),
+        (answer, 1, READ_WRITE),
+    ];
+    driver.queue(queue, &chain);
+    driver.kick(queue);
+    assert_eq!(driver.used(queue), [1]);
     driver.read(answer, 1)[0]
 }
 
@@ -178,11 +212,12 @@ fn a_restored_guest_is_asked_to_announce_itself_until_it_has() {
     // It is asked still when it is restored once more.
     let state = driver.device().save().unwrap();
     // What there is no command for, and another than the acknowledgement.
-    for (class, number) in [(0, 0), (3, 1), (4, 0), (255, 255)] {
-        assert_eq!(command(&mut driver, class, number), 1);
+    let others = [[0, 0, 0, 0], [3, 1, 0, 0], [4, 0, 1, 0], [255; 4]];
+    for bytes in others.iter().flat_map(|all| [&all[..], &all[..2]]) {
+        assert_eq!(command(&mut driver, 2, bytes), 1);
         assert_eq!(status(&mut driver), 3);
     }
-    assert_eq!(command(&mut driver, 3, 0), 0);
+    assert_eq!(command(&mut driver, 2, &[3, 0]), 0);
     assert_eq!(status(&mut driver), 1);
     driver.device().restore(&state).unwrap();
     assert_eq!(status(&mut driver), 3);
