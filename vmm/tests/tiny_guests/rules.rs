@@ -82,9 +82,16 @@ const ELSEWHERE: &[(i64, Option<u64>, &str)] = &[
     (libc::SYS_io_uring_enter, None, "a disk that is slow"),
     // Tests of networks, e2e: `the_kernel_moves_a_guests_packets`.
     (libc::SYS_ioctl, Some(0x8008_af00), "VHOST_GET_FEATURES"),
+    (libc::SYS_ioctl, Some(0x4008_af00), "VHOST_SET_FEATURES"),
     (libc::SYS_ioctl, Some(0xaf01), "VHOST_SET_OWNER"),
     (libc::SYS_ioctl, Some(0x4008_af03), "VHOST_SET_MEM_TABLE"),
+    (libc::SYS_ioctl, Some(0x4008_af10), "VHOST_SET_VRING_NUM"),
+    (libc::SYS_ioctl, Some(0x4028_af11), "VHOST_SET_VRING_ADDR"),
+    (libc::SYS_ioctl, Some(0x4008_af12), "VHOST_SET_VRING_BASE"),
     (libc::SYS_ioctl, Some(0xc008_af12), "VHOST_GET_VRING_BASE"),
+    (libc::SYS_ioctl, Some(0x4008_af20), "VHOST_SET_VRING_KICK"),
+    (libc::SYS_ioctl, Some(0x4008_af21), "VHOST_SET_VRING_CALL"),
+    (libc::SYS_ioctl, Some(0x4008_af22), "VHOST_SET_VRING_ERR"),
     (libc::SYS_ioctl, Some(0x4008_af30), "VHOST_NET_SET_BACKEND"),
 ];
 
