@@ -288,14 +288,10 @@ fn map_region(
             false => MemoryError::Map { size, source },
         })
     };
-    let anonymous = backing.is_none();
-    let mut mapping = build(backing)?;
-    if anonymous && mapping.as_ptr() as usize % HUGE_PAGE != 0 {
-        drop(mapping);
-        let gap = AlignedGap::open(size as usize);
-        mapping = build(None)?;
-        drop(gap);
-    }
+    // Reserved huge pages are aligned in any case; a file's are small.
+    let gap = (backing.is_none() && !huge).then(|| AlignedGap::open(size as usize));
+    let mapping = build(backing)?;
+    drop(gap);
     GuestRegionMmap::new(mapping, GuestAddress(addresses.start)).ok_or(MemoryError::Wraps)
 }
 

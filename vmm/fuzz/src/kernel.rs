@@ -10,7 +10,7 @@ use std::{
 };
 
 use bulkhead_vmm::{
-    arch::x86_64::{boot, layout},
+    arch::x86_64::{boot, image::Image, layout},
     memory,
 };
 use bulkhead_vmm_api::Pages;
@@ -56,9 +56,10 @@ fuzz_target!(|data: &[u8]| {
         file.set_len(size).expect("a sparse file");
         file
     });
-    let _ = boot::dense(MEMORY, &kernel, ramdisk.as_ref());
+    let mut kernel = Image::new(&kernel);
+    let _ = boot::dense(MEMORY, &mut kernel, ramdisk.as_ref());
     let memory = memory::allocate(MEMORY, Pages::Small).expect("memory");
-    let loaded = boot::load(&memory, MEMORY, &kernel, &line, ramdisk.as_mut());
+    let loaded = boot::load(&memory, MEMORY, &mut kernel, &line, ramdisk.as_mut());
     let Ok(entry) = loaded else { return };
     if let boot::Entry::Linux(entry) = entry {
         assert!(u64::from(entry) < MEMORY, "entered where it was loaded");

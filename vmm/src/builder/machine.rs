@@ -19,7 +19,7 @@ use super::{
     system, BuildError, Callbacks, Host,
 };
 use crate::{
-    arch::x86_64::{acpi, boot, cpuid, layout, regs},
+    arch::x86_64::{acpi, boot, cpuid, image::Image, layout, regs},
     config::{Devices, Resources, RestoreResources},
     confine::{self, seccomp::Worker},
     event::EventLoop,
@@ -63,13 +63,14 @@ impl Machine {
     ) -> Result<Self, BuildError> {
         let mut resources = resources;
         let memory = memory::allocate(resources.memory_size, resources.pages)?;
+        let mut kernel = Image::new(&resources.kernel);
         let huge = match (resources.pages, &resources.merge_group) {
             (Pages::Transparent, _) => std::iter::once(0..u64::MAX).collect(),
             // Merging would take huge pages apart first; reserved ones are so anyway.
             (Pages::Small, Some(_)) | (Pages::Huge, _) => Vec::new(),
             (Pages::Small, None) => boot::dense(
                 resources.memory_size,
-                &resources.kernel,
+                &mut kernel,
                 resources.initrd.as_ref(),
             ),
         };
@@ -91,7 +92,7 @@ impl Machine {
         let entry = boot::load(
             &memory,
             resources.memory_size,
-            &resources.kernel,
+            &mut kernel,
             &resources.cmdline,
             resources.initrd.as_mut(),
         )?;

@@ -5,6 +5,6 @@ pub mod acpi;
 pub mod boot;
 pub mod cpuid;
 pub mod features;
-mod image;
+pub mod image;
 pub mod layout;
 pub mod regs;

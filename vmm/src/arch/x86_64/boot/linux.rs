@@ -3,7 +3,6 @@
 //! and unpacks itself (Documentation/arch/x86/boot.rst of the kernel).
 
 use std::{
-    fs::File,
     io::{self, Read, Seek, SeekFrom},
     ops::Range,
 };
@@ -60,13 +59,13 @@ impl Packed {
 pub fn load_kernel(
     memory: &GuestMemoryMmap,
     memory_size: u64,
-    kernel: &File,
+    kernel: &mut Image<'_>,
 ) -> Result<Packed, BootError> {
     let memory_mib = memory_size >> 20;
     let loaded = BzImage::load(
         memory,
         None,
-        &mut Image::new(kernel),
+        kernel,
         Some(GuestAddress(layout::HIGH_MEMORY)),
     )
     .map_err(|source| BootError::Kernel { memory_mib, source })?;
@@ -86,8 +85,7 @@ pub fn load_kernel(
 }
 
 /// Where in guest memory the kernel will unpack itself.
-pub fn extent(kernel: &File) -> io::Result<Range<u64>> {
-    let mut kernel = Image::new(kernel);
+pub fn extent(kernel: &mut Image<'_>) -> io::Result<Range<u64>> {
     kernel.seek(SeekFrom::Start(HEADER_AT))?;
     let mut header = setup_header::default();
     kernel.read_exact(header.as_mut_slice())?;

@@ -5,14 +5,18 @@
 mod linux;
 mod pvh;
 
-use std::{fs::File, ops::Range, os::unix::fs::FileExt};
+use std::{
+    fs::File,
+    io::{Read, Seek},
+    ops::Range,
+};
 
 use linux_loader::{cmdline::Cmdline, loader::load_cmdline};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, GuestMemoryMmap};
 
 pub use linux::GDT_LIMIT;
 
-use super::layout;
+use super::{image::Image, layout};
 use crate::memory;
 
 /// Types of memory in a map, the same in both protocols.
@@ -108,7 +112,7 @@ pub enum BootError {
 pub fn load(
     memory: &GuestMemoryMmap,
     memory_size: u64,
-    kernel: &File,
+    kernel: &mut Image<'_>,
     cmdline: &str,
     initrd: Option<&mut File>,
 ) -> Result<Entry, BootError> {
@@ -135,7 +139,7 @@ const DENSE_UNIT: u64 = 2 << 20;
 /// The parts of a guest's memory that its boot fills: where the kernel is, and
 /// the end of memory, where the ramdisk is, and the kernel's first large
 /// allocation, of what it notes about each page.
-pub fn dense(memory_size: u64, kernel: &File, initrd: Option<&File>) -> Vec<Range<u64>> {
+pub fn dense(memory_size: u64, kernel: &mut Image<'_>, initrd: Option<&File>) -> Vec<Range<u64>> {
     let mut parts = vec![extent(kernel)];
     if let Some((base, length)) = memory::ranges(memory_size).pop() {
         // A ramdisk is in the first region, which need not be the last.
@@ -152,7 +156,7 @@ pub fn dense(memory_size: u64, kernel: &File, initrd: Option<&File>) -> Vec<Rang
 
 /// Where in guest memory the kernel will be; empty for what is none, which
 /// [`load`] refuses.
-pub fn extent(kernel: &File) -> Range<u64> {
+pub fn extent(kernel: &mut Image<'_>) -> Range<u64> {
     let extent = if is_elf(kernel) {
         pvh::extent(kernel)
     } else {
@@ -161,9 +165,9 @@ pub fn extent(kernel: &File) -> Range<u64> {
     extent.unwrap_or_default()
 }
 
-fn is_elf(kernel: &File) -> bool {
+fn is_elf(kernel: &mut Image<'_>) -> bool {
     let mut magic = [0; ELF_MAGIC.len()];
-    kernel.read_exact_at(&mut magic, 0).is_ok() && magic == ELF_MAGIC
+    kernel.rewind().is_ok() && kernel.read_exact(&mut magic).is_ok() && magic == ELF_MAGIC
 }
 
 /// Puts the command line where it belongs; its length.
@@ -260,7 +264,7 @@ mod tests {
             // 80 MiB are noted about 5 GiB, and a ramdisk is below 4 GiB.
             (5120 * MIB, Some(&ramdisk), 6064 * MIB..6144 * MIB),
         ] {
-            let parts = dense(memory_size, &kernel, ramdisk);
+            let parts = dense(memory_size, &mut Image::new(&kernel), ramdisk);
             assert_eq!(parts, [0..0, expected]);
         }
     }

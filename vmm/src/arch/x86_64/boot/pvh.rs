@@ -2,7 +2,6 @@
 //! The PVH boot protocol (Xen's "x86/HVM direct boot ABI"), of an ELF kernel.
 
 use std::{
-    fs::File,
     io::{self, Read, Seek, SeekFrom},
     ops::Range,
 };
@@ -28,12 +27,12 @@ const START_MAGIC: u32 = 0x336e_c578;
 pub fn load_kernel(
     memory: &GuestMemoryMmap,
     memory_size: u64,
-    kernel: &File,
+    kernel: &mut Image<'_>,
 ) -> Result<(u32, u64), BootError> {
     let loaded = Elf::load(
         memory,
         None,
-        &mut Image::new(kernel),
+        kernel,
         Some(GuestAddress(layout::HIGH_MEMORY)),
     )
     .map_err(|source| BootError::Kernel {
@@ -48,8 +47,8 @@ pub fn load_kernel(
 }
 
 /// Where in guest memory the image's segments go.
-pub fn extent(kernel: &File) -> io::Result<Range<u64>> {
-    let mut kernel = Image::new(kernel);
+pub fn extent(kernel: &mut Image<'_>) -> io::Result<Range<u64>> {
+    kernel.rewind()?;
     let mut header = Elf64_Ehdr::default();
     kernel.read_exact(header.as_mut_slice())?;
     kernel.seek(SeekFrom::Start(header.e_phoff))?;
