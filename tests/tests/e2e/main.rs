@@ -53,6 +53,7 @@ mod sandbox_api;
 mod soak;
 mod spans;
 mod stdio;
+mod unplug;
 mod vmm;
 mod volumes;
 mod vsock;
@@ -95,6 +96,7 @@ fn all() -> Vec<Test> {
         pods::TESTS,
         ports::TESTS,
         hotplug::TESTS,
+        unplug::TESTS,
         devices::TESTS,
         announce::TESTS,
         interfaces::TESTS,
