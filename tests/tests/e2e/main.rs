@@ -9,6 +9,7 @@
 
 mod announce;
 mod basic;
+mod blocks;
 mod boxed;
 mod cgroups;
 mod cli;
@@ -97,6 +98,7 @@ fn all() -> Vec<Test> {
         ports::TESTS,
         hotplug::TESTS,
         unplug::TESTS,
+        blocks::TESTS,
         devices::TESTS,
         announce::TESTS,
         interfaces::TESTS,
