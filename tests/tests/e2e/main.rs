@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 mod announce;
+mod balloon;
 mod basic;
 mod blocks;
 mod boxed;
@@ -99,6 +100,7 @@ fn all() -> Vec<Test> {
         hotplug::TESTS,
         unplug::TESTS,
         blocks::TESTS,
+        balloon::TESTS,
         devices::TESTS,
         announce::TESTS,
         interfaces::TESTS,
