@@ -89,6 +89,9 @@ soak: build ## Makes and removes 200 pods, four at a time (PODS); nothing may be
 	@tests/cri-tools/build crictl
 	@BULKHEAD_SOAK=$(or $(PODS),200) cargo test -p bulkhead-tests --test e2e -- pods_come_and_go
 
+soak-restores: deps ## Makes 10,000 machines of a snapshot in one process (RESTORES); it may keep nothing
+	@BULKHEAD_RESTORES=$(or $(RESTORES),10000) cargo test -p bulkhead-vmm --test restores -- --nocapture
+
 test-agent: ## Runs the agent's own tests, without a virtual machine (root)
 	@cargo test -p bulkhead-agent
 

@@ -197,8 +197,20 @@ fn user(device: &Path) -> Result<Option<String>> {
     let Some(tag) = tag(device) else {
         return Ok(None);
     };
-    let mounts = fs::read_to_string("/proc/self/mountinfo").step(|| "read mountinfo")?;
-    Ok(is_mounted(&mounts, &tag).then(|| format!("the shared directory {tag:?} is mounted")))
+    Ok(anybody_mounts(&tag)?.then(|| format!("the shared directory {tag:?} is mounted")))
+}
+
+/// Whether a process sees a virtio-fs tag mounted: a container has a mount
+/// namespace, and a root directory, of its own.
+fn anybody_mounts(tag: &str) -> Result<bool> {
+    let processes = fs::read_dir("/proc").step(|| "list /proc")?;
+    let ids = processes.flatten().filter(|entry| {
+        let name = entry.file_name();
+        name.as_encoded_bytes().iter().all(u8::is_ascii_digit)
+    });
+    // What cannot be read is of a process that has ended.
+    let mut mounts = ids.filter_map(|entry| fs::read(entry.path().join("mountinfo")).ok());
+    Ok(mounts.any(|text| is_mounted(&String::from_utf8_lossy(&text), tag)))
 }
 
 /// The tag of a virtio-fs device.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What every test works with.
 
-use std::cell::OnceCell;
+use std::cell::{Cell, OnceCell};
 use std::env;
 use std::fmt;
 use std::fs::{self, File};
@@ -55,6 +55,8 @@ pub struct Context {
     pub dir: PathBuf,
     /// Bulkhead's configuration as it should be.
     pub config: Config,
+    /// Whether a VMM is to be killed for a call that is forbidden to it.
+    pub forbidden_call: Cell<bool>,
     counter: AtomicU32,
     cri: OnceCell<Cri>,
     saved: Saved,
@@ -83,6 +85,7 @@ impl Context {
             products,
             dir,
             config,
+            forbidden_call: Cell::new(false),
             counter: AtomicU32::new(0),
             cri: OnceCell::new(),
             saved,

@@ -45,7 +45,8 @@ pub fn pattern(size: usize) -> Vec<u8> {
     bytes
 }
 
-fn refused(result: Result<()>, words: &[&str]) -> Result<()> {
+/// It was not done, and one of `words` says why.
+pub fn refused(result: Result<()>, words: &[&str]) -> Result<()> {
     match result {
         Err(error) => mentions(&format!("{error:#}"), words),
         Ok(()) => bail!("not refused: {words:?}"),

@@ -1,22 +1,28 @@
 // SPDX-License-Identifier: Apache-2.0
 //! SIGKILL to the VMM, to the shim and to both: containerd hears of it, and
-//! everything is given back.
+//! everything is given back. And a VMM that the kernel kills for a system call.
 
+use std::fs::{self, File};
+use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{bail, Context as _, Result};
+use anyhow::{bail, ensure, Context as _, Result};
 use bulkhead_tests::containerd::BULKHEAD;
 use bulkhead_tests::listing::{self, Process};
+use nix::sys::ptrace::{self, Options};
 use nix::sys::signal::{kill, Signal};
+use nix::sys::wait::{waitpid, WaitPidFlag, WaitStatus};
 use nix::unistd::Pid;
 
-use crate::context::{same, Context, Detached, LIMIT};
+use crate::context::{mentions, same, until, Context, Detached, LIMIT};
+use crate::host::rootfs;
 use crate::runner::{tests, Test};
 
 pub const TESTS: &[Test] = tests![
     vmm_killed_is_a_task_exit_within_two_seconds,
     vmm_killed_leaves_nothing,
+    vmm_killed_for_a_forbidden_call_is_told_as_such,
     shim_killed_leaves_nothing,
     both_killed_leave_nothing,
     containerd_restarted_finds_its_containers,
@@ -93,6 +99,83 @@ fn vmm_killed_leaves_nothing(context: &Context) -> Result<()> {
     if done.code == 0 {
         bail!("an exec in a dead guest succeeded");
     }
+    delete(context, container)?;
+    context.nothing_left(&before, LIMIT)
+}
+
+/// Has the VMM's first thread call reboot(2) where it would have called something
+/// else: as if a guest had got hold of it. (SIGSYS itself would not do: the
+/// first process of a namespace is spared signals that it does not handle.)
+fn forbidden_call(vmm: &Process) -> Result<()> {
+    let pid = Pid::from_raw(vmm.pid as i32);
+    ptrace::seize(pid, Options::PTRACE_O_TRACESYSGOOD).context("seize the VMM")?;
+    ptrace::interrupt(pid).context("interrupt the VMM")?;
+    let wait = || waitpid(pid, Some(WaitPidFlag::__WALL));
+    let stopped = wait()?;
+    ensure!(
+        matches!(stopped, WaitStatus::PtraceEvent(..)),
+        "the VMM does not stop: {stopped:?}"
+    );
+    // It goes back into the call that it was in.
+    ptrace::syscall(pid, None)?;
+    same(wait()?, WaitStatus::PtraceSyscall(pid))?;
+    let mut registers = ptrace::getregs(pid)?;
+    registers.orig_rax = u64::try_from(libc::SYS_reboot)?;
+    ptrace::setregs(pid, registers)?;
+    ptrace::detach(pid, None).context("let go of the VMM")
+}
+
+fn vmm_killed_for_a_forbidden_call_is_told_as_such(context: &Context) -> Result<()> {
+    context.only_bulkhead()?;
+    const TOLD: &str = "forbidden system call";
+    let root = rootfs(context)?;
+    let before = context.listing()?;
+    let (out, err) = (context.dir.join("run.out"), context.dir.join("run.err"));
+    let mut run = Command::new(context.products.program("bulkhead"))
+        .args([
+            "run",
+            &root,
+            "--",
+            "/bin/sh",
+            "-c",
+            "echo up; exec /bin/busybox sleep 1000",
+        ])
+        .env("BULKHEAD_CONFIG", context.dir.join("config.toml"))
+        .stdin(Stdio::null())
+        .stdout(File::create(&out)?)
+        .stderr(File::create(&err)?)
+        .spawn()
+        .context("run bulkhead")?;
+    let told = || fs::read_to_string(&err).unwrap_or_default();
+    let killed = || -> Result<()> {
+        until(LIMIT, "the container", || {
+            Ok(fs::read_to_string(&out)?.contains("up"))
+        })
+        .with_context(told)?;
+        context.forbidden_call.set(true);
+        forbidden_call(&the_one("bulkhead-vmm")?)?;
+        until(LIMIT, "its end", || Ok(run.try_wait()?.is_some()))
+    }();
+    if killed.is_err() {
+        // What has failed is told; it may have ended.
+        let _ = run.kill();
+    }
+    let status = run.wait()?;
+    killed?;
+    ensure!(!status.success(), "it ends well");
+    println!("    {}", told().trim_end());
+    mentions(&told(), &[TOLD])?;
+
+    // Of a container of containerd's, the shim's log and what is called next.
+    let container = context.detached(&[], &["sleep", "1000"])?;
+    let logged = context.containerd.log().len();
+    forbidden_call(&the_one("bulkhead-vmm")?)?;
+    container.wait_for("STOPPED", LIMIT)?;
+    let log = context.containerd.log();
+    mentions(log.get(logged..).unwrap_or_default(), &[TOLD])?;
+    let done = context.ctr(&["task", "exec", "--exec-id", "late", &container.id, "true"])?;
+    ensure!(done.code != 0, "an exec in a dead guest succeeded");
+    println!("    {}", done.err());
     delete(context, container)?;
     context.nothing_left(&before, LIMIT)
 }

@@ -8,7 +8,9 @@
 #![forbid(unsafe_code)]
 
 mod announce;
+mod balloon;
 mod basic;
+mod blocks;
 mod boxed;
 mod cgroups;
 mod cli;
@@ -53,6 +55,7 @@ mod sandbox_api;
 mod soak;
 mod spans;
 mod stdio;
+mod unplug;
 mod vmm;
 mod volumes;
 mod vsock;
@@ -95,6 +98,9 @@ fn all() -> Vec<Test> {
         pods::TESTS,
         ports::TESTS,
         hotplug::TESTS,
+        unplug::TESTS,
+        blocks::TESTS,
+        balloon::TESTS,
         devices::TESTS,
         announce::TESTS,
         interfaces::TESTS,

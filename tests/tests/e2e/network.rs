@@ -30,7 +30,8 @@ fn no_network_without_a_namespace(context: &Context) -> Result<()> {
     mentions(&out, &["LOOPBACK"])
 }
 
-fn ip(args: &str) -> Result<String> {
+/// Runs ip with these words; what it tells.
+pub fn ip(args: &str) -> Result<String> {
     let done = proc::run(
         Command::new("ip").args(args.split(' ')),
         Duration::from_secs(30),

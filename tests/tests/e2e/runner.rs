@@ -120,7 +120,8 @@ pub fn run(tests: &[Test]) -> Result<i32> {
             (Ok(()), Err(error)) => Err(error.context("clean up")),
             (result, _) => result,
         };
-        let result = match kernel_log.no_forbidden_calls() {
+        let expected = context.forbidden_call.take();
+        let result = match kernel_log.forbidden_calls(expected) {
             Err(error) if result.is_ok() => Err(error),
             _ => result,
         };
@@ -180,9 +181,10 @@ impl KernelLog {
         Ok(Self(log))
     }
 
-    /// No VMM was killed for what its system call filters forbid: its pod may
-    /// have been about to end anyway, and nothing else would show it.
-    fn no_forbidden_calls(&mut self) -> Result<()> {
+    /// No VMM was killed for what its system call filters forbid, unless that was
+    /// `expected`: its pod may have been about to end anyway, and nothing else
+    /// would show it.
+    fn forbidden_calls(&mut self, expected: bool) -> Result<()> {
         // A read gives one line.
         let mut line = vec![0; 8192];
         let mut forbidden = Vec::new();
@@ -200,9 +202,10 @@ impl KernelLog {
                 Err(error) => return Err(error).context("/dev/kmsg"),
             }
         }
-        match forbidden.is_empty() {
-            true => Ok(()),
-            false => bail!("forbidden system calls: {}", forbidden.concat()),
+        match (forbidden.is_empty(), expected) {
+            (true, false) | (false, true) => Ok(()),
+            (true, true) => bail!("the kernel's log names no forbidden system call"),
+            (false, false) => bail!("forbidden system calls: {}", forbidden.concat()),
         }
     }
 }

@@ -136,6 +136,28 @@ fn tasks(vmm: &Vmm) -> PathBuf {
     format!("/proc/{}/task", vmm.child.id()).into()
 }
 
+fn set_nice(thread: u32, nice: i32) {
+    // SAFETY: plain numbers.
+    let done = unsafe { libc::setpriority(libc::PRIO_PROCESS, thread, nice) };
+    assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+}
+
+fn set_policy(thread: u32, policy: i32) {
+    let parameters = libc::sched_param { sched_priority: 0 };
+    // SAFETY: the parameters are read, and live until then.
+    let done = unsafe { libc::sched_setscheduler(thread as i32, policy, &parameters) };
+    assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+}
+
+/// A thread's nice value and policy, as others see them (proc_pid_stat(5): 19
+/// and 41, of which 2 are the name).
+fn scheduling(vmm: &Vmm, thread: u32) -> (i64, i64) {
+    let text = fs::read_to_string(tasks(vmm).join(thread.to_string()).join("stat")).unwrap();
+    let (_, rest) = text.rsplit_once(") ").unwrap();
+    let field = |number: usize| rest.split(' ').nth(number - 3).unwrap().parse().unwrap();
+    (field(19), field(41))
+}
+
 #[test]
 fn threads_of_processors_are_told_and_can_be_placed() {
     if !kvm("threads_of_processors_are_told_and_can_be_placed") {
@@ -158,6 +180,12 @@ fn threads_of_processors_are_told_and_can_be_placed() {
     let thread = Pid::from_raw(threads[2] as i32);
     sched_setaffinity(thread, &one).unwrap();
     assert_eq!(sched_getaffinity(thread).unwrap(), one);
+    // Each by itself.
+    set_nice(threads[1], 7);
+    set_policy(threads[2], libc::SCHED_BATCH);
+    let usual = i64::from(libc::SCHED_OTHER);
+    let all = [0, 1, 2].map(|index: usize| scheduling(&vmm, threads[index]));
+    assert_eq!(all, [(0, usual), (7, usual), (0, libc::SCHED_BATCH.into())]);
 
     // Those that were never started come back as such.
     let snapshot = vmm.snapshot().unwrap();
