@@ -93,12 +93,12 @@ fn random_numbers_come_and_the_console_is_written_to(
 const TAP: &str = "bh-e2e-tap";
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 9];
 /// The host's end, and the guest's.
-const HOST: Ipv4Addr = Ipv4Addr::new(10, 199, 8, 1);
-const GUEST: Ipv4Addr = Ipv4Addr::new(10, 199, 8, 2);
+const HOST: Ipv4Addr = Ipv4Addr::new(10, 199, 10, 1);
+const GUEST: Ipv4Addr = Ipv4Addr::new(10, 199, 10, 2);
 const PREFIX: u32 = 24;
 /// How perl reaches a port of the host.
 const CONNECT: &str = "sub dial { socket(S, 2, 1, 0) or die qq(socket: $!); \
-    connect(S, pack('SnCCCCx8', 2, $_[0], 10, 199, 8, 1)) or die qq(connect: $!) } ";
+    connect(S, pack('SnCCCCx8', 2, $_[0], 10, 199, 10, 1)) or die qq(connect: $!) } ";
 
 /// An interface of the host's; gone when what has opened it is.
 fn interface() -> Result<(NetConfig, OwnedFd)> {

@@ -121,9 +121,9 @@ fn an_interface_goes_while_bytes_pass(context: &Context, start: Start) -> Result
     let mut guest = Guest::up(context, start, "unplug-net")?;
     // It goes with the VMM's descriptor.
     let tap = open_tap(TAP)?;
-    ip(&format!("addr add 10.199.8.1/24 dev {TAP}"))?;
+    ip(&format!("addr add 10.199.11.1/24 dev {TAP}"))?;
     ip(&format!("link set {TAP} up"))?;
-    let listener = TcpListener::bind("10.199.8.1:0")?;
+    let listener = TcpListener::bind("10.199.11.1:0")?;
     let port = listener.local_addr()?.port();
     let received = Arc::new(AtomicU64::new(0));
     let counted = Arc::clone(&received);
@@ -146,8 +146,8 @@ fn an_interface_goes_while_bytes_pass(context: &Context, start: Start) -> Result
     let interface = guest.look_at(slot, "virtio_net")?.name;
     let script = format!(
         "exec 2>/errors; busybox ip link set {interface} up; \
-         busybox ip addr add 10.199.8.2/24 dev {interface}; \
-         busybox nc 10.199.8.1 {port} </dev/zero & \
+         busybox ip addr add 10.199.11.2/24 dev {interface}; \
+         busybox nc 10.199.11.1 {port} </dev/zero & \
          while ! busybox test -e /let-go; do busybox sleep 0.2; done; kill $!; exit 7"
     );
     guest.start("sends", None, &script)?;
