@@ -103,7 +103,7 @@ impl Port {
             Ok(()) => self.watched = true,
             Err(error) => {
                 // A file, say, which is never waited for.
-                tracing::warn!(%error, "a console's descriptor cannot be watched");
+                limited!(warn, %error, "a console's descriptor cannot be watched");
                 self.input = false;
                 self.full = Full::Drop;
             }

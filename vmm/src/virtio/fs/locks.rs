@@ -242,7 +242,7 @@ impl Locks {
             return Ok(());
         }
         self.timer.reset(self.pause, None).map_err(|error| {
-            tracing::error!(%error, "a shared directory's timer cannot be set");
+            limited!(error, %error, "a shared directory's timer cannot be set");
             Broken
         })
     }

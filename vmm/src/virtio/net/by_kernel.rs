@@ -20,7 +20,7 @@ impl Net {
         match vhost.start(queues, &tap.file, token) {
             Ok(()) => Ok(true),
             Err(StartError::Refused(error)) => {
-                tracing::warn!(%error, "the kernel does not take an interface's queues: the VMM moves packets");
+                limited!(warn, %error, "the kernel does not take an interface's queues: the VMM moves packets");
                 Ok(false)
             }
             Err(StartError::Failed(error)) => Err(error),
@@ -53,7 +53,7 @@ impl Net {
                 Ok(())
             }
             Told::Error => {
-                tracing::warn!("the kernel found a queue of an interface wrong");
+                limited!(warn, "the kernel found a queue of an interface wrong");
                 Err(Broken)
             }
             Told::Again => vhost.go_on(&tap.file),
@@ -78,12 +78,12 @@ impl Net {
         let told = match vhost.set_memory(queues) {
             Ok(()) => return,
             Err(MemoryProblem::RingGone) => {
-                tracing::warn!("the driver has let go of an interface's queue");
+                limited!(warn, "the driver has let go of an interface's queue");
                 vhost.stop(queues);
                 Err(Broken)
             }
             Err(MemoryProblem::Refused(error)) => {
-                tracing::warn!(%error, "the kernel does not take guest memory: the VMM moves packets");
+                limited!(warn, %error, "the kernel does not take guest memory: the VMM moves packets");
                 self.take_over()
             }
         };

@@ -90,7 +90,7 @@ impl Throttle {
             return Err(Broken);
         };
         timer.reset(wait, None).map_err(|error| {
-            tracing::error!(%error, "an interface's timer cannot be set");
+            limited!(error, %error, "an interface's timer cannot be set");
             Broken
         })
     }

@@ -219,7 +219,7 @@ impl Vhost {
         let _ = work.again.read();
         work.rests = false;
         self.set_backend(Some(tap)).map_err(|error| {
-            tracing::error!(%error, "the kernel does not move packets any more");
+            limited!(error, %error, "the kernel does not move packets any more");
             Broken
         })
     }
