@@ -20,7 +20,10 @@ use vmm_sys_util::{
     eventfd::EventFd,
 };
 
-use crate::confine::{self, seccomp::Worker};
+use crate::{
+    confine::{self, seccomp::Worker},
+    memory::THREAD_STACK,
+};
 
 /// Something whose descriptors a loop watches.
 pub trait EventHandler: Send {
@@ -212,6 +215,7 @@ impl EventLoop {
         let inner = self.handle.clone();
         let thread = thread::Builder::new()
             .name(name.to_owned())
+            .stack_size(THREAD_STACK)
             .spawn(move || {
                 confine::enter(worker);
                 inner.shared.gate.ready();

@@ -16,6 +16,10 @@ pub use self::windows::WindowAllocator;
 use crate::arch::x86_64::layout;
 
 const PAGE: usize = 4096;
+/// Stack of a thread. A mapping of 2 MiB that happens to be aligned, as Rust's
+/// own choice is, would be a huge page at the first touch where the host gives
+/// those to all.
+pub const THREAD_STACK: usize = 1 << 20;
 /// A huge page. A guest has one as such only where its guest-physical address
 /// and the host's are multiples of this.
 const HUGE_PAGE: usize = 2 << 20;

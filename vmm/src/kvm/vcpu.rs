@@ -21,6 +21,7 @@ use super::{exits::ExitCounters, gathered::Gathered};
 use crate::{
     bus::Bus,
     confine::{self, seccomp::Worker},
+    memory::THREAD_STACK,
     power::OnEnd,
 };
 
@@ -166,6 +167,7 @@ impl VcpuThread {
         let inner = Arc::clone(&shared);
         let thread = std::thread::Builder::new()
             .name(format!("vcpu{index}"))
+            .stack_size(THREAD_STACK)
             .spawn(move || {
                 confine::enter(Worker::Vcpu);
                 let id = u32::try_from(gettid().as_raw()).unwrap_or(0);
