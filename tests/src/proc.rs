@@ -137,6 +137,21 @@ fn collect(stream: Option<impl Read + Send + 'static>) -> mpsc::Receiver<Vec<u8>
     told
 }
 
+/// Gives an interface of this network namespace an address with its prefix, and
+/// sets it up.
+///
+/// # Errors
+/// When ip(8) does not.
+pub fn set_up_interface(name: &str, address: &str, limit: Duration) -> Result<()> {
+    for arguments in [
+        ["addr", "add", address, "dev", name].as_slice(),
+        &["link", "set", name, "up"],
+    ] {
+        run(Command::new("ip").args(arguments), limit)?.ok()?;
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -6,7 +6,6 @@
 //! told beside it.
 
 use std::net::TcpListener;
-use std::process::Command;
 use std::thread;
 
 use anyhow::{bail, Context, Result};
@@ -59,12 +58,7 @@ fn take(loads: &mut Loads) -> Result<Vec<Figure>> {
 /// Gives the guest an interface with the host at the other end; its slot.
 fn plug(loads: &mut Loads) -> Result<u8> {
     let tap = sys::open_tap(TAP).context("open a tap")?;
-    for arguments in [
-        ["addr", "add", &format!("{HOST}/{PREFIX}"), "dev", TAP].as_slice(),
-        &["link", "set", TAP, "up"],
-    ] {
-        proc::run(Command::new("ip").args(arguments), LIMIT)?.ok()?;
-    }
+    proc::set_up_interface(TAP, &format!("{HOST}/{PREFIX}"), LIMIT)?;
     let config = NetConfig {
         id: TAP.into(),
         tap: 0,

@@ -7,7 +7,6 @@ use std::fs::{self, File};
 use std::net::{Ipv4Addr, TcpListener};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
-use std::process::Command;
 
 use anyhow::{bail, ensure, Context as _, Result};
 use bulkhead_agent_protocol::agent::{self, SetupSandboxRequest};
@@ -103,12 +102,7 @@ const CONNECT: &str = "sub dial { socket(S, 2, 1, 0) or die qq(socket: $!); \
 /// An interface of the host's; gone when what has opened it is.
 fn interface() -> Result<(NetConfig, OwnedFd)> {
     let tap = open_tap(TAP).context("open a tap")?;
-    for arguments in [
-        ["addr", "add", &format!("{HOST}/{PREFIX}"), "dev", TAP].as_slice(),
-        &["link", "set", TAP, "up"],
-    ] {
-        proc::run(Command::new("ip").args(arguments), LIMIT)?.ok()?;
-    }
+    proc::set_up_interface(TAP, &format!("{HOST}/{PREFIX}"), LIMIT)?;
     let config = NetConfig {
         id: TAP.into(),
         tap: 0,

@@ -6,7 +6,6 @@ use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
-use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -58,12 +57,7 @@ impl Kind {
             0 | 1 => vec![sys::open_tap(TAP).context("open a tap")?],
             queues => sys::open_tap_queues(TAP, queues).context("open a tap")?,
         };
-        for arguments in [
-            ["addr", "add", &format!("{HOST}/24"), "dev", TAP].as_slice(),
-            &["link", "set", TAP, "up"],
-        ] {
-            proc::run(Command::new("ip").args(arguments), LIMIT)?.ok()?;
-        }
+        proc::set_up_interface(TAP, &format!("{HOST}/24"), LIMIT)?;
         let end = first + fds.len() as u32;
         if self.vhost {
             let vhost = File::options()

@@ -13,13 +13,13 @@ use std::thread;
 use anyhow::{Context as _, Result};
 use bulkhead_agent_protocol::agent::DeviceNode;
 use bulkhead_tests::install::which;
+use bulkhead_tests::proc;
 use bulkhead_tests::start::Start;
 use bulkhead_tests::sys::open_tap;
 use bulkhead_vmm_api::{FsCache, FsConfig, NetConfig, PlugConfig, PmemConfig};
 
 use crate::context::{same, until, Context, LIMIT};
 use crate::hotplug::refused;
-use crate::network::ip;
 use crate::plugged::{address, Guest};
 use crate::runner::{tests, Test};
 
@@ -121,8 +121,7 @@ fn an_interface_goes_while_bytes_pass(context: &Context, start: Start) -> Result
     let mut guest = Guest::up(context, start, "unplug-net")?;
     // It goes with the VMM's descriptor.
     let tap = open_tap(TAP)?;
-    ip(&format!("addr add 10.199.11.1/24 dev {TAP}"))?;
-    ip(&format!("link set {TAP} up"))?;
+    proc::set_up_interface(TAP, "10.199.11.1/24", LIMIT)?;
     let listener = TcpListener::bind("10.199.11.1:0")?;
     let port = listener.local_addr()?.port();
     let received = Arc::new(AtomicU64::new(0));
